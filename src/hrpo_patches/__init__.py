@@ -1,0 +1,55 @@
+"""Hybrid latent reasoning for transformers: importing this package installs the patches; knows nothing of the maths.
+
+`import hrpo_patches` has to come before transformers (and unsloth). It imports neither of them, nor torch: the public
+names below are loaded when they are first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from hrpo_patches import overlay
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "HRPOConfig": "trainer_config",
+    "HRPOTrainer": "trainer",
+    "InputError": "errors",
+    "PatchError": "errors",
+    "ThinkingConfig": "thinking",
+    "load_adapter": "checkpoint",
+    "patch_trainer_optimizer": "optim",
+}
+
+__all__ = [
+    "HRPOConfig",
+    "HRPOTrainer",
+    "InputError",
+    "PatchError",
+    "ThinkingConfig",
+    "load_adapter",
+    "patch_trainer_optimizer",
+]
+
+if TYPE_CHECKING:
+    from hrpo_patches.checkpoint import load_adapter
+    from hrpo_patches.thinking import ThinkingConfig
+    from hrpo_patches.errors import InputError, PatchError
+    from hrpo_patches.optim import patch_trainer_optimizer
+    from hrpo_patches.trainer import HRPOTrainer
+    from hrpo_patches.trainer_config import HRPOConfig
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'hrpo_patches' has no attribute {name!r}; its public names are {__all__}")
+    return getattr(import_module(f"hrpo_patches.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
+
+
+overlay.install()

@@ -1,0 +1,208 @@
+"""The state that `_sample` carries from step to step while a model thinks; knows nothing of training.
+
+One object lives for one call of `generate`. Before each forward it hands over the last token's state and whether that
+token thinks; after each it takes the state that the next token was sampled from. It never waits for the device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from hrpo_patches.errors import InputError
+from hrpo_patches.marker import marker_table
+from hrpo_patches.thinking import Residual, ThinkingConfig, ThinkingMixin, embedding_residual
+
+if TYPE_CHECKING:  # transformers is importing this module
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+_RATIO_CHUNK = 128  # columns of the (B, C, d) gate that are computed at once
+
+
+def thinking_backbone(model: PreTrainedModel) -> ThinkingMixin:
+    """The part of `model` that holds the thinking modules.
+
+    Raises:
+        InputError: its family has no patches, or it was built with `config.thinking=False`.
+    """
+    backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
+    if not hasattr(backbone, "blend_thinking"):
+        raise InputError(
+            f"{type(model).__name__} cannot think: hrpo_patches has patches for the Llama and Qwen2 families only."
+        )
+    if ThinkingConfig.of(backbone.config) is None:
+        raise InputError(
+            f"this {type(model).__name__} was built with config.thinking=False and has no thinking modules; load it "
+            f"with thinking={{}} instead, or generate without thinking=True."
+        )
+    return backbone
+
+
+def refuse_thinking(generation_config: GenerationConfig | None, what: str) -> None:
+    """Raise `InputError` if `generation_config` asks for thinking in a kind of decoding that cannot think."""
+    if getattr(generation_config, "thinking", None):
+        raise InputError(f"{what} cannot think; generate with thinking=False, or decode greedily or by sampling.")
+
+
+def check_request(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    generation_mode: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    custom_generate: Any = None,
+) -> None:
+    """Called by `generate` before any work: is what was asked for possible?
+
+    Raises:
+        InputError: thinking was asked for together with something that cannot think.
+    """
+    wanted = generation_config.thinking
+    if wanted not in (None, True, False):
+        raise InputError(f"generate(thinking=...) has to be True or False, not {wanted!r}.")
+    if not wanted:
+        return
+    backbone = thinking_backbone(model)
+    if (generation_config.num_beams or 1) > 1:
+        raise InputError(f"thinking needs num_beams=1, not {generation_config.num_beams}: beams share no hidden state.")
+    if custom_generate is not None or generation_mode not in ("greedy_search", "sample"):
+        mode = "custom_generate" if custom_generate is not None else str(getattr(generation_mode, "value", ""))
+        refuse_thinking(generation_config, mode)
+    if tokenizer is None:
+        raise InputError("generate(thinking=True) needs tokenizer=..., to know which tokens spell the answer marker.")
+    thinking = ThinkingConfig.of(backbone.config)
+    assert thinking is not None  # thinking_backbone has checked it
+    if thinking.residual == "projection" and _is_wrapped(backbone, "thinking_residual_Lambda"):
+        if not _is_wrapped(backbone, "thinking_projection"):
+            raise InputError(
+                "this adapter holds thinking gates but no thinking_projection, so it was not trained with the "
+                "projection; load it with hrpo_patches.load_adapter(model, folder), which reads what it was trained "
+                "with, or pass init_projection=True to start a projection for it."
+            )
+    marker_table(tokenizer, thinking.answer_start, backbone.config.vocab_size)
+
+
+def _is_wrapped(backbone: ThinkingMixin, name: str) -> bool:
+    """Whether PEFT's `modules_to_save` holds a copy of this thinking module."""
+    return hasattr(getattr(backbone, name), "original_module")
+
+
+def start_thinking(
+    model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+) -> ThinkingDecoder | None:
+    """Called by `_sample` before the prefill: the decoder, or None when thinking was not asked for.
+
+    `model_kwargs` loses the tokenizer and gains the request for the last hidden state.
+    """
+    if not generation_config.thinking:
+        return None
+    record = generation_config.return_dict_in_generate or not model_kwargs["use_cache"]
+    decoder = ThinkingDecoder(model, input_ids, model_kwargs.pop("tokenizer"), bool(record))
+    model_kwargs["output_last_hidden_state"] = True
+    return decoder
+
+
+class ThinkingDecoder:
+    """Which sequences still think, and what their next input is blended with.
+
+    Args:
+        model: the causal language model.
+        input_ids: (B, P), the prompt.
+        tokenizer: spells the answer marker.
+        record: whether every step is kept for the output; without it only the last step is.
+
+    Attributes:
+        residual: what is really used, "projection" or "embedding".
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, record: bool
+    ) -> None:
+        self.backbone = thinking_backbone(model)
+        thinking = ThinkingConfig.of(self.backbone.config)
+        assert thinking is not None  # thinking_backbone has checked it
+        self.residual: Residual = thinking.residual
+        self.record = record
+        self.embeddings: Tensor = model.get_input_embeddings().weight
+        table = marker_table(tokenizer, thinking.answer_start, self.backbone.config.vocab_size)
+        self.table = table.to(input_ids.device)
+        self.answering = table.shape[1] - 1
+        self.progress = input_ids.new_zeros(input_ids.shape[0])
+        self.prompt_length = input_ids.shape[1]
+        self.states: list[Tensor] = []  # each (B, d)
+        self.masks: list[Tensor] = []  # each (B,)
+
+    def model_inputs(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        """The next forward's inputs with the thinking of the positions that it reads: one, or all without a cache."""
+        input_ids = model_inputs["input_ids"]
+        width = min(input_ids.shape[1], len(self.states))
+        return model_inputs | {
+            "thinking_states": torch.stack(self.states[-width:], dim=1),
+            "thinking_mask": torch.stack(self.masks[-width:], dim=1),
+            "thinking_residual": self.residual,
+        }
+
+    def observe(self, outputs: Any, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> None:
+        """Take the state that `next_tokens` came from.
+
+        Args:
+            outputs: of the forward; `last_hidden_state` (B, L, d) if the model hands it over.
+            scores: (B, V), after the logits processors.
+            next_tokens: (B,).
+            unfinished: (B,), 0 for sequences that had ended before this step.
+        """
+        hidden = getattr(outputs, "last_hidden_state", None)
+        if self.residual == "projection" and hidden is None:
+            self._fall_back()
+        if self.residual == "projection":
+            state = hidden[:, -1].clone()  # a view would keep the whole prefill alive
+        else:
+            state = embedding_residual(scores.softmax(-1), self.embeddings)
+        self.progress = self.table[next_tokens.to(self.table.device), self.progress]
+        mask = (self.progress != self.answering) & unfinished.bool()
+        if not self.record and len(self.states) == 1:
+            self.states.clear()
+            self.masks.clear()
+        self.states.append(state)
+        self.masks.append(mask)
+
+    def _fall_back(self) -> None:
+        if self.states:
+            raise RuntimeError("the model returned a last hidden state in some decoding steps and none in others.")
+        self.residual = "embedding"
+        warnings.warn(
+            "the model's forward returns no last_hidden_state, so the projection residual cannot be computed; this "
+            "generate() uses the embedding residual instead (see thinking_residual in its output).",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def undo(self, steps: int) -> None:
+        """Forget the last steps, as `_undo_generation_steps` does for the tokens."""
+        if steps:
+            del self.states[-steps:], self.masks[-steps:]
+
+    def outputs(self, sequences: Tensor) -> dict[str, Any]:
+        """What `generate` returns beside `sequences` (B, P + C); column c belongs to completion token c.
+
+        Returns:
+            thinking_states (B, C, d), thinking_mask (B, C) bool, thinking_ratio (B, C) float32, the mean over d of the
+            share a of the embedding, 1 where a position does not think, and thinking_residual.
+        """
+        mask = torch.stack(self.masks, dim=1)
+        tokens = sequences[:, self.prompt_length :]
+        chunks = [
+            self.backbone.thinking_decay(embedding(chunk, self.embeddings)).mean(-1)
+            for chunk in tokens.split(_RATIO_CHUNK, dim=1)
+        ]
+        ratio = torch.cat(chunks, dim=1).float()
+        return {
+            "thinking_states": torch.stack(self.states, dim=1),
+            "thinking_mask": mask,
+            "thinking_ratio": torch.where(mask.to(ratio.device), ratio, 1.0),
+            "thinking_residual": self.residual,
+        }
+

@@ -1,0 +1,9 @@
+"""The two errors that this package raises on purpose; knows nothing else."""
+
+
+class InputError(ValueError):
+    """Something the user gave cannot work; the message says what, and what to do instead."""
+
+
+class PatchError(ImportError):
+    """An upstream package cannot be patched; the message names package, version, file, hunk and the remedy."""

@@ -1,0 +1,192 @@
+"""Finds, checks and applies the diffs under patches/ as upstream modules are imported; knows nothing of what they do.
+
+Nothing is written to disk: a finder at the front of `sys.meta_path` hands Python the patched source of the few modules
+that have a diff. Every diff of a package is checked when the package itself is first imported, so that a version or a
+hunk that does not fit is one error at the first import, before any work.
+"""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
+from importlib.util import spec_from_file_location
+from pathlib import Path
+from types import ModuleType
+
+from hrpo_patches.errors import PatchError
+
+
+@dataclass(frozen=True)
+class Patch:
+    """One diff: `file` changes `target` (relative to the folder that holds the package) of `package` at `version`."""
+
+    package: str
+    version: str
+    file: Path
+    target: str
+
+    @property
+    def module(self) -> str:
+        """The dotted name of the module that the diff changes."""
+        return self.target.removesuffix(".py").replace("/", ".")
+
+
+def patches_root() -> Path:
+    """The folder of the diffs: inside the package in a wheel, beside `src/` in a checkout."""
+    inside = Path(__file__).parent / "patches"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "patches"
+
+
+@cache
+def all_patches() -> tuple[Patch, ...]:
+    """Every diff that the `series` files name, in order."""
+    patches = []
+    for series in sorted(patches_root().glob("*/series")):
+        package, version = series.parent.name.rsplit("-", 1)
+        for name in series.read_text().split():
+            file = series.parent / name
+            header = next(line for line in file.read_text().splitlines() if line.startswith("+++ b/"))
+            patches.append(Patch(package, version, file, header.removeprefix("+++ b/").split("\t")[0]))
+    if not patches:
+        raise PatchError(f"hrpo_patches found no patches under {patches_root()}; reinstall hrpo_patches.")
+    return tuple(patches)
+
+
+def supported_versions(package: str) -> list[str]:
+    """The versions of `package` that there are diffs for."""
+    return sorted({patch.version for patch in all_patches() if patch.package == package})
+
+
+def installed_version(package: str) -> str | None:
+    """The installed version of `package`, or None."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def site_of(package: str) -> Path | None:
+    """The folder that holds the installed `package`, without importing it."""
+    spec = PathFinder.find_spec(package)
+    return Path(spec.origin).parents[1] if spec is not None and spec.origin is not None else None
+
+
+def patches_for(package: str) -> list[Patch]:
+    """The diffs for the installed version of `package`.
+
+    Raises:
+        PatchError: there are none for that version.
+    """
+    found = installed_version(package)
+    fitting = [patch for patch in all_patches() if patch.package == package and patch.version == found]
+    if not fitting:
+        versions = " or ".join(supported_versions(package))
+        raise PatchError(
+            f"hrpo_patches has patches for {package} {versions}, but {package} {found} is installed; "
+            f"run: pip install {package}=={supported_versions(package)[-1]}"
+        )
+    return fitting
+
+
+def patched_source(patch: Patch, original: str) -> str:
+    """`original` with the diff applied. Every context line has to match at its line number: there is no fuzz.
+
+    Raises:
+        PatchError: a hunk does not match.
+    """
+    from whatthepatch import apply_diff, parse_patch
+    from whatthepatch.exceptions import HunkApplyException
+
+    (diff,) = parse_patch(patch.file.read_text())
+    try:
+        return "\n".join(apply_diff(diff, original.split("\n")))
+    except HunkApplyException as mismatch:
+        raise PatchError(
+            f"hrpo_patches cannot patch {patch.package} {installed_version(patch.package)}: hunk {mismatch.hunk} of "
+            f"{patch.file.parent.name}/{patch.file.name} does not match {patch.target} ({mismatch}). The installed "
+            f"file differs from the released one; "
+            f"run: pip install --force-reinstall --no-deps {patch.package}=={patch.version}"
+        ) from None
+
+
+def check(package: str) -> None:
+    """Raise `PatchError` unless every diff for the installed `package` applies exactly."""
+    site = site_of(package)
+    for patch in patches_for(package):
+        if site is None or not (site / patch.target).is_file():
+            raise PatchError(
+                f"hrpo_patches cannot patch {package} {installed_version(package)}: {patch.target} is missing; "
+                f"run: pip install --force-reinstall --no-deps {package}=={patch.version}"
+            )
+        patched_source(patch, (site / patch.target).read_text(encoding="utf-8"))
+
+
+class PatchedLoader(SourceFileLoader):
+    """Loads a module from its patched source. `inspect`, tracebacks and pdb show the patched lines."""
+
+    def __init__(self, patch: Patch, path: str) -> None:
+        super().__init__(patch.module, path)
+        self.patch = patch
+
+    def get_data(self, path: str) -> bytes:
+        source = patched_source(self.patch, super().get_data(path).decode("utf-8"))
+        # mtime None keeps `linecache.checkcache` from going back to the file on disk.
+        linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)
+        return source.encode("utf-8")
+
+    def path_stats(self, path: str) -> dict[str, float]:
+        raise OSError("patched source has no bytecode cache")
+
+    def exec_module(self, module: ModuleType) -> None:
+        super().exec_module(module)
+        APPLIED.add(self.patch)
+
+
+APPLIED: set[Patch] = set()
+
+
+class PatchFinder(MetaPathFinder):
+    """Checks a package when it is first imported, and loads its patched modules through `PatchedLoader`."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname in {patch.package for patch in all_patches()}:
+            # PathFinder finds nothing where the package is not installed; Python's own error is the right one then.
+            if PathFinder.find_spec(fullname, path) is not None:
+                check(fullname)
+            return None
+        package = fullname.partition(".")[0]
+        if not any(patch.module == fullname for patch in all_patches()):
+            return None
+        spec = PathFinder.find_spec(fullname, path, target)
+        patch = next((patch for patch in patches_for(package) if patch.module == fullname), None)
+        if spec is None or spec.origin is None or patch is None:
+            return None
+        return spec_from_file_location(fullname, spec.origin, loader=PatchedLoader(patch, spec.origin))
+
+
+def install() -> None:
+    """Put the finder at the front of `sys.meta_path`; does nothing when it is already there.
+
+    Raises:
+        PatchError: a module that has a diff is already imported unpatched, or an imported package does not fit.
+    """
+    if any(isinstance(finder, PatchFinder) for finder in sys.meta_path):
+        return
+    early = [patch.module for patch in all_patches() if patch.module in sys.modules]
+    if early:
+        raise PatchError(
+            f"{early[0]} was imported before hrpo_patches, so it is not patched; "
+            f"put `import hrpo_patches` before the first import of {early[0].partition('.')[0]}."
+        )
+    for package in {patch.package for patch in all_patches()} & set(sys.modules):
+        check(package)
+    sys.meta_path.insert(0, PatchFinder())
