@@ -7,12 +7,12 @@ hunk that does not fit is one error at the first import, before any work.
 
 from __future__ import annotations
 
+# Every process that imports hrpo_patches pays for these imports: typing, dataclasses and importlib.abc stay out.
 import linecache
 import sys
+from collections import namedtuple
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_file_location
 from pathlib import Path
@@ -21,10 +21,10 @@ from types import ModuleType
 from hrpo_patches.errors import PatchError
 
 
-@dataclass(frozen=True)
-class Patch:
+class Patch(namedtuple("Patch", ["package", "version", "file", "target"])):
     """One diff: `file` changes `target` (relative to the folder that holds the package) of `package` at `version`."""
 
+    __slots__ = ()
     package: str
     version: str
     file: Path
@@ -57,11 +57,18 @@ def all_patches() -> tuple[Patch, ...]:
     return tuple(patches)
 
 
+@cache
+def patched_packages() -> frozenset[str]:
+    """The packages that there are diffs for."""
+    return frozenset(patch.package for patch in all_patches())
+
+
 def supported_versions(package: str) -> list[str]:
     """The versions of `package` that there are diffs for."""
     return sorted({patch.version for patch in all_patches() if patch.package == package})
 
 
+@cache
 def installed_version(package: str) -> str | None:
     """The installed version of `package`, or None."""
     from importlib.metadata import PackageNotFoundError, version
@@ -152,23 +159,23 @@ class PatchedLoader(SourceFileLoader):
 APPLIED: set[Patch] = set()
 
 
-class PatchFinder(MetaPathFinder):
+class PatchFinder:
     """Checks a package when it is first imported, and loads its patched modules through `PatchedLoader`."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname in {patch.package for patch in all_patches()}:
+        package = fullname.partition(".")[0]
+        if package not in patched_packages():
+            return None
+        if fullname == package:
             # PathFinder finds nothing where the package is not installed; Python's own error is the right one then.
             if PathFinder.find_spec(fullname, path) is not None:
                 check(fullname)
             return None
-        package = fullname.partition(".")[0]
-        if not any(patch.module == fullname for patch in all_patches()):
-            return None
-        spec = PathFinder.find_spec(fullname, path, target)
         patch = next((patch for patch in patches_for(package) if patch.module == fullname), None)
-        if spec is None or spec.origin is None or patch is None:
+        spec = PathFinder.find_spec(fullname, path, target) if patch is not None else None
+        if patch is None or spec is None or spec.origin is None:
             return None
         return spec_from_file_location(fullname, spec.origin, loader=PatchedLoader(patch, spec.origin))
 
@@ -187,6 +194,6 @@ def install() -> None:
             f"{early[0]} was imported before hrpo_patches, so it is not patched; "
             f"put `import hrpo_patches` before the first import of {early[0].partition('.')[0]}."
         )
-    for package in {patch.package for patch in all_patches()} & set(sys.modules):
+    for package in patched_packages() & set(sys.modules):
         check(package)
     sys.meta_path.insert(0, PatchFinder())
