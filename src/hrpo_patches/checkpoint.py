@@ -1,0 +1,138 @@
+"""Saves and loads trained adapters with all that thinking needs; knows files, nothing of training.
+
+An adapter folder holds PEFT's `adapter_config.json` and `adapter_model.safetensors` (LoRA and the thinking modules, as
+`modules_to_save`), and beside them `thinking_config.json` and a `generation_config.json` with `thinking: true`.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.errors import InputError
+from hrpo_patches.thinking import MODULES, Residual, ThinkingConfig
+
+THINKING_FILE = "thinking_config.json"
+_PROJECTION = "thinking_projection"
+
+
+def trained_modules(residual: Residual) -> list[str]:
+    """The thinking modules that a run with this residual trains and saves."""
+    return [name for name in MODULES if residual == "projection" or name != _PROJECTION]
+
+
+def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write `thinking_config.json` and `generation_config.json` for `model` (also PEFT's) into an existing `folder`."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    thinking = ThinkingConfig.of(base.config)
+    if thinking is None:
+        raise InputError("the model was built with config.thinking=False; there is no thinking to save.")
+    record = thinking.to_dict() | {"hidden_size": base.config.hidden_size, "modules": trained_modules(thinking.residual)}
+    record.pop("in_checkpoint")
+    (Path(folder) / THINKING_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    generation = copy.deepcopy(base.generation_config)
+    generation.thinking = True
+    generation.save_pretrained(folder)
+
+
+def _read_record(folder: Path, held: set[str]) -> dict[str, Any]:
+    """The saved thinking config; for an adapter without one, what its weights say (published HRPO adapters)."""
+    if (folder / THINKING_FILE).is_file():
+        return json.loads((folder / THINKING_FILE).read_text())
+    return {"residual": "projection" if _PROJECTION in held else "embedding"}
+
+
+def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Every expected thinking weight has to be there, in its shape."""
+    for key, parameter in expected.items():
+        if key not in weights:
+            raise InputError(f"{folder} lacks {key}: the adapter is damaged or was saved without its thinking weights.")
+        if weights[key].shape != parameter.shape:
+            raise InputError(
+                f"{key} in {folder} is {tuple(weights[key].shape)}, but this base model needs "
+                f"{tuple(parameter.shape)}: the adapter belongs to another base model."
+            )
+
+
+def load_adapter(
+    model: str | PreTrainedModel,
+    folder: str | Path,
+    residual: Residual | None = None,
+    init_projection: bool = False,
+    is_trainable: bool = False,
+) -> PeftModel:
+    """Load a trained adapter so that the model thinks as it did in training.
+
+    Args:
+        model: the base model, or where to load it from. Its `config.thinking` is set to the adapter's.
+        folder: a folder that HRPOTrainer saved, or a published HRPO adapter (LoRA, gates and Λ).
+        residual: by default what the adapter was trained with.
+        init_projection: start a fresh projection for an adapter that has none, to train it further.
+        is_trainable: whether the adapter's weights require gradients.
+
+    Returns:
+        The PEFT model; its `generation_config.thinking` is True.
+
+    Raises:
+        InputError: no adapter there, a thinking weight is missing or of another size, or a projection is asked of an
+            adapter that has none.
+    """
+    folder = Path(folder)
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} holds no adapter: {name} is missing.")
+    weights = load_file(folder / "adapter_model.safetensors")
+    held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
+    if not held:
+        raise InputError(f"{folder} holds no thinking weights; load a plain adapter with PeftModel.from_pretrained.")
+    record = _read_record(folder, held)
+    residual = residual or record["residual"]
+    if residual == "projection" and _PROJECTION not in held and not init_projection:
+        raise InputError(
+            f"{folder} has no thinking_projection (it was trained with the embedding residual); load it with "
+            f"residual='embedding', or start a new projection with init_projection=True (--init_projection)."
+        )
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model)
+    backbone = thinking_backbone(model)
+    _check_hidden_size(folder, record, model)
+    options = {key: record[key] for key in ("answer_start", "r_min", "r_max", "init_std") if key in record}
+    model.config.thinking = ThinkingConfig.from_dict(options | {"residual": residual}).to_dict()
+
+    prefix = f"base_model.model.{model.base_model_prefix}."
+    modules = sorted(held | set(trained_modules(residual)))
+    expected = {
+        f"{prefix}{module}.{name}": parameter
+        for module in modules
+        for name, parameter in getattr(backbone, module).named_parameters()
+    }
+    if init_projection and _PROJECTION not in held:
+        weights |= {key: value.detach().clone() for key, value in expected.items() if f".{_PROJECTION}." in key}
+    _check_complete(folder, weights, expected)
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.modules_to_save = sorted(set(config.modules_to_save or []) | set(modules))
+    config.inference_mode = not is_trainable
+    peft_model = get_peft_model(model, config)
+    result = set_peft_model_state_dict(peft_model, weights)
+    if result.unexpected_keys:
+        raise InputError(f"{folder} holds {result.unexpected_keys[0]}, which this base model has no place for.")
+    peft_model.generation_config.thinking = True
+    return peft_model if is_trainable else peft_model.eval()
+
+
+def _check_hidden_size(folder: Path, record: dict[str, Any], model: PreTrainedModel) -> None:
+    size = record.get("hidden_size", model.config.hidden_size)
+    if size != model.config.hidden_size:
+        raise InputError(
+            f"{folder} was trained on a base model of hidden size {size}, not {model.config.hidden_size}: it belongs "
+            f"to another base model."
+        )

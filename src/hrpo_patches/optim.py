@@ -1,0 +1,103 @@
+"""Parameter groups: base, gates, Λ and projection, each with its own learning rate; knows names, not what they compute.
+
+Names are matched by component, so PEFT's, DDP's and torch.compile's prefixes and infixes do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import MethodType
+from typing import Any
+
+from torch import nn, optim
+from transformers import Trainer
+
+from hrpo_patches.errors import InputError
+
+GROUP_OF = {
+    "thinking_projection": "projection",
+    "thinking_residual_gate_r": "gate",
+    "thinking_residual_gate_i": "gate",
+    "thinking_residual_Lambda": "Lambda",
+}
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter by its dotted name: "projection", "gate", "Lambda" or "base"."""
+    return next((GROUP_OF[part] for part in name.split(".") if part in GROUP_OF), "base")
+
+
+def parameter_groups(
+    model: nn.Module, learning_rates: dict[str, float], weight_decay: float, decayed: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Every trainable parameter of `model` in exactly one group.
+
+    Args:
+        model: whose parameters are grouped.
+        learning_rates: by group name.
+        weight_decay: for the parameters that decay.
+        decayed: their names. Λ never decays: that would pull a towards 2^(-c r), away from the smooth start.
+
+    Returns:
+        Groups for a torch optimizer, each with "name", "params", "lr" and "weight_decay"; none is empty.
+    """
+    decayed = set(decayed)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = group_of(name)
+        decay = weight_decay if name in decayed and kind != "Lambda" else 0.0
+        key = kind if decay else f"{kind}_no_decay"
+        group = groups.setdefault(
+            key, {"name": key, "params": [], "lr": learning_rates[kind], "weight_decay": decay}
+        )
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def create_optimizer(trainer: Trainer, learning_rates: dict[str, float]) -> optim.Optimizer:
+    """What `Trainer.create_optimizer` does, with our groups; sets and returns `trainer.optimizer`.
+
+    Raises:
+        InputError: the optimizer of the training arguments does not take parameter groups.
+    """
+    if trainer.optimizer is None:
+        cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
+            trainer.args, trainer.model
+        )
+        if {"params", "model", "optimizer_dict"} & set(kwargs) or not isinstance(cls, type):
+            raise InputError(f"optim={trainer.args.optim!s} chooses its own parameters; use one of the AdamW family.")
+        rates = {"base": trainer.args.learning_rate} | learning_rates
+        decayed = trainer.get_decay_parameter_names(trainer.model)
+        groups = parameter_groups(trainer.model, rates, trainer.args.weight_decay, decayed)
+        trainer.optimizer = cls(groups, **kwargs)
+    return trainer.optimizer
+
+
+def patch_trainer_optimizer(
+    trainer: Trainer,
+    lr_residual_gate: float = 1e-4,
+    lr_residual_Lambda: float = 1e-3,
+    lr_thinking_projection: float = 1e-4,
+) -> None:
+    """Give any Hugging Face `Trainer` separate groups for the gates, Λ and the projection of its model.
+
+    Call it before `trainer.train()`. The base learning rate, weight decay and optimizer stay the training arguments'.
+
+    Raises:
+        InputError: the model has no trainable thinking weights, or the trainer already has an optimizer.
+    """
+    if trainer.optimizer is not None:
+        raise InputError("this trainer already has an optimizer; call patch_trainer_optimizer before training.")
+    if not any(group_of(name) != "base" and p.requires_grad for name, p in trainer.model.named_parameters()):
+        raise InputError(
+            "the trainer's model has no trainable thinking weights; with PEFT, name the thinking modules in "
+            "LoraConfig(modules_to_save=...), or use HRPOTrainer, which does."
+        )
+    rates = {"gate": lr_residual_gate, "Lambda": lr_residual_Lambda, "projection": lr_thinking_projection}
+
+    def replacement(self: Trainer, model: nn.Module | None = None) -> optim.Optimizer:
+        return create_optimizer(self, rates)
+
+    trainer.create_optimizer = MethodType(replacement, trainer)

@@ -1,0 +1,326 @@
+"""HRPOTrainer: GRPOTrainer whose rollouts think and whose loss replays them; knows nothing of how a blend is made.
+
+It overrides only what differs from TRL: the constructor (which modules are trained, and that they stay float32), the
+generation of one turn (keeps the states), the scoring of a batch (carries them along), the log-probabilities (replays
+them), the optimizer (its groups), the training step (two more metrics) and the save (two more files).
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from torch import Tensor, nn, optim
+from transformers import Trainer
+from trl import GRPOTrainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer import utils as trl_utils
+from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
+
+from hrpo_patches.callbacks import MarkerWarning
+from hrpo_patches.checkpoint import save_thinking, trained_modules
+from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.errors import InputError
+from hrpo_patches.marker import marker_table
+from hrpo_patches.optim import create_optimizer, group_of
+from hrpo_patches.replay import Rollout
+from hrpo_patches.thinking import ThinkingConfig, is_thinking_parameter
+from hrpo_patches.trainer_config import HRPOConfig
+
+
+class HRPOTrainer(GRPOTrainer):
+    """GRPO with hybrid latent reasoning (arXiv 2505.18454); `args.residual=None` trains plain GRPO.
+
+    Takes what `trl.GRPOTrainer` takes. With `peft_config`, the thinking modules are added to `modules_to_save`.
+    `args.residual` and `args.answer_start` are written to `model.config.thinking`.
+
+    Raises:
+        InputError: before the first step, if the model cannot think or cannot hand over its last hidden state, the
+            tokenizer cannot spell the marker, or an option does not go with thinking.
+    """
+
+    _tag_names = ["trl", "grpo", "hrpo"]  # noqa: RUF012 - TRL's own type
+    _name = "HRPO"
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: HRPOConfig | None = None,
+        train_dataset: Any = None,
+        *,
+        processing_class: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else HRPOConfig(output_dir="HRPO")
+        if not isinstance(args, HRPOConfig):
+            raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
+        self._rollout: Rollout | None = None
+        self._marker_warning = MarkerWarning(args)
+        if args.residual is not None:
+            if used := [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]:
+                raise InputError(f"{used[0]} generates outside of one thinking turn; leave it out, or set residual=None.")
+            _configure(model, args)
+            peft_config = _with_thinking_modules(peft_config, args)
+        before = _float32_copies(model)
+        super().__init__(
+            model,
+            reward_funcs,
+            args,
+            train_dataset,
+            processing_class=processing_class,
+            peft_config=peft_config,
+            **kwargs,
+        )
+        self.add_callback(self._marker_warning)
+        if args.residual is not None:
+            self._keep_float32(before)
+            self._check_model()
+            self.generation_config.thinking = True
+            self.generation_config.return_dict_in_generate = True
+
+    def _keep_float32(self, before: dict[str, Tensor]) -> None:
+        # TRL casts every trainable weight of a quantized model to bf16 (see trl's QLoRA note in its constructor).
+        for name, parameter in self.model.named_parameters():
+            if is_thinking_parameter(name) and parameter.dtype != torch.float32:
+                value = before.get(_canonical(name), parameter)
+                parameter.data = value.to(device=parameter.device, dtype=torch.float32)
+        # The KL reference is the base model with adapters off, also where training goes on from an adapter.
+        if is_peft_model(self.model) and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")
+
+    def _check_model(self) -> None:
+        """Refuse a model that would fall back, or whose thinking weights would not be trained."""
+        base = self._base_model()
+        backbone = thinking_backbone(base)
+        marker_table(self._tokenizer, self.args.answer_start, backbone.config.vocab_size)
+        trainable = {group_of(name) for name, p in self.model.named_parameters() if p.requires_grad} - {"base"}
+        needed = {group_of(f"{name}.") for name in trained_modules(self.args.residual)}
+        if trainable < needed:
+            raise InputError(
+                f"the thinking weights of group {sorted(needed - trainable)[0]!r} are frozen; pass peft_config to "
+                f"HRPOTrainer instead of a model that is already wrapped, or load the adapter with "
+                f"hrpo_patches.load_adapter(..., is_trainable=True)."
+            )
+        with torch.no_grad():
+            probe = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
+            outputs = self.model(input_ids=probe, output_last_hidden_state=True, use_cache=False)
+        if self.args.residual == "projection" and getattr(outputs, "last_hidden_state", None) is None:
+            raise InputError(
+                f"the forward of {type(base).__name__} returns no last_hidden_state, so the projection would never be "
+                f"used or trained; unwrap the model, or train with residual='embedding'."
+            )
+
+    def _base_model(self) -> Any:
+        model = self.accelerator.unwrap_model(self.model)
+        return model.get_base_model() if is_peft_model(model) else model
+
+    # --- rollout ---------------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(
+        self, prompt_ids: list, images: Any, multimodal_fields: dict, num_generations: int, has_tool_images: bool = False
+    ) -> tuple[list, list | None]:
+        if self.args.residual is None:
+            completion_ids, logprobs = super()._generate_single_turn(
+                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
+            )
+        else:
+            completion_ids, logprobs = self._think(prompt_ids), None
+        texts = self._tokenizer.batch_decode(completion_ids)
+        marked = torch.tensor([self.args.answer_start in text for text in texts], device=self.accelerator.device)
+        marked = self.accelerator.gather(marked).float()
+        self._record("marker_rate", marked.mean())
+        self._marker_warning.count(int(marked.sum()))
+        return completion_ids, logprobs
+
+    def _think(self, prompt_ids: list) -> list:
+        """Sample one thinking completion for each prompt; keeps the rollout, returns the completions' token ids."""
+        prompts = [torch.tensor(ids) for ids in prompt_ids]
+        batch = {
+            "input_ids": pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left"),
+            "attention_mask": pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left"),
+        }
+        batch = Trainer._prepare_inputs(self, batch)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            out = model.generate(**batch, generation_config=self.generation_config, tokenizer=self._tokenizer)
+        if out.thinking_residual != self.args.residual:
+            raise InputError(
+                f"the rollout used the {out.thinking_residual} residual instead of {self.args.residual}: the model's "
+                f"forward returns no last_hidden_state."
+            )
+        self._rollout = Rollout(out.thinking_states, out.thinking_mask, out.thinking_residual)
+        self._record_ratios(out.thinking_ratio, out.thinking_mask)
+        completions = out.sequences[:, batch["input_ids"].shape[1] :]
+        is_eos = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
+        kept = is_eos.cumsum(dim=1) - is_eos.long() == 0  # up to and including the first end token
+        return [row[keep].tolist() for row, keep in zip(completions.cpu(), kept.cpu(), strict=True)]
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self._rollout is not None:
+            rollout = self._rollout.aligned(output["completion_ids"].shape[1])
+            output |= {"thinking_states": rollout.states, "thinking_mask": rollout.mask}
+            self._rollout = None
+        return output
+
+    # --- loss ------------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self.args.residual is None:
+            return super()._compute_loss(model, inputs)
+        self._rollout = Rollout(inputs["thinking_states"], inputs["thinking_mask"], self.args.residual)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._rollout = None
+
+    def _is_reference(self, model: nn.Module) -> bool:
+        """Whether this forward is the KL reference's: the separate model, or ours with its adapters off."""
+        if model is self.ref_model:
+            return True
+        return bool(getattr(thinking_backbone(self._base_model()).thinking_residual_Lambda, "disable_adapters", False))
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        compute_aux_loss: bool = False,
+        **multimodal: Any,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """TRL's, with the rollout replayed; where TRL's fused LM head cannot run (no GPU), in plain torch."""
+        if compute_aux_loss or any(value is not None for value in multimodal.values()):
+            raise InputError("HRPOTrainer trains dense text models: images and router losses are not supported.")
+        rollout = self._rollout
+        if rollout is not None:
+            rollout = None if self._is_reference(model) else rollout.aligned(logits_to_keep)
+        size = batch_size or len(input_ids)
+        logps, entropies = [], []
+        for rows in (slice(start, start + size) for start in range(0, len(input_ids), size)):
+            thinking = rollout.model_inputs(rows) if rollout is not None else {}
+            score = self._score_fused if self._has_fused_head(input_ids.device) else self._score_plain
+            logp, entropy = score(model, input_ids[rows], attention_mask[rows], logits_to_keep, thinking)
+            logps.append(logp)
+            entropies.append(entropy)
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    @staticmethod
+    def _has_fused_head(device: torch.device) -> bool:
+        return device.type == "cuda" and trl_utils._ChunkedLogProbFunction is not None
+
+    def _score_fused(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :-width] = -100
+        with self.accelerator.autocast():
+            outputs = model(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **thinking
+            )
+        entropy = outputs.entropy if outputs.entropy is not None else torch.zeros_like(outputs.log_probs)
+        return outputs.log_probs[:, -width:], entropy[:, -width:]
+
+    def _score_plain(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        with self.accelerator.autocast():
+            outputs = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                logits_to_keep=width + 1,
+                use_cache=False,
+                **thinking,
+            )
+        logits = outputs.logits[:, :-1].float() / self.temperature
+        return selective_log_softmax(logits, input_ids[:, -width:]), entropy_from_logits(logits)
+
+    # --- optimizer, metrics, save ----------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> optim.Optimizer:
+        if self.args.residual is None:
+            return super().create_optimizer(model)
+        return create_optimizer(self, self.args.learning_rates)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        if self.args.residual is not None and self.accelerator.sync_gradients:
+            self._record_weights()
+        return loss
+
+    def _record_weights(self) -> None:
+        """Norms before clipping. A sharded gradient (DeepSpeed, FSDP) is nobody's to see here and is left out."""
+        for name, parameter in self.model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            if group_of(name) == "projection" and name.endswith("weight"):
+                self._record("projection/weight_norm", parameter.detach().norm())
+                if parameter.grad is not None:
+                    self._record("projection/grad_norm", parameter.grad.norm())
+            elif group_of(name) == "Lambda":
+                self._record("Lambda/min", parameter.detach().min())
+                self._record("Lambda/max", parameter.detach().max())
+
+    def _record_ratios(self, ratio: Tensor, mask: Tensor) -> None:
+        """embeds_ratio: mean a; hidden_ratio: mean sqrt(1 - a²); over thinking positions, a averaged over d."""
+        a = torch.where(mask, ratio, 0.0)
+        hidden = torch.where(mask, torch.sqrt(1 - a.square()), 0.0)
+        totals = self.accelerator.reduce(torch.stack([a.sum(), hidden.sum(), mask.sum().float()]), reduction="sum")
+        self._record("embeds_ratio", totals[0] / totals[2].clamp(min=1))
+        self._record("hidden_ratio", totals[1] / totals[2].clamp(min=1))
+
+    def _record(self, name: str, value: Tensor) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value.item())
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.residual is not None:
+            save_thinking(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+
+
+def _configure(model: Any, args: HRPOConfig) -> None:
+    """Write the run's residual and marker to the model's config, or to the arguments that will load the model."""
+    chosen = {"residual": args.residual, "answer_start": args.answer_start}
+    if isinstance(model, str):
+        init = dict(args.model_init_kwargs or {})
+        args.model_init_kwargs = init | {"thinking": dict(init.get("thinking") or {}) | chosen}
+        return
+    base = model.get_base_model() if is_peft_model(model) else model
+    thinking = ThinkingConfig.of(thinking_backbone(base).config)
+    assert thinking is not None  # thinking_backbone has checked it
+    base.config.thinking = thinking.to_dict() | chosen
+
+
+def _with_thinking_modules(peft_config: PeftConfig | None, args: HRPOConfig) -> PeftConfig | None:
+    if peft_config is None:
+        return None
+    peft_config = copy.deepcopy(peft_config)
+    modules = trained_modules(args.residual)  # type: ignore[arg-type]
+    peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *modules]))
+    return peft_config
+
+
+def _canonical(name: str) -> str:
+    """A thinking parameter's name without what PEFT puts around it."""
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+
+
+def _float32_copies(model: Any) -> dict[str, Tensor]:
+    """The thinking weights before TRL touches them, by canonical name; trained copies win over frozen originals."""
+    if isinstance(model, str):
+        return {}
+    named = [(name, p) for name, p in model.named_parameters() if is_thinking_parameter(name)]
+    named.sort(key=lambda item: ".modules_to_save." in item[0])
+    return {_canonical(name).replace(".original_module", ""): p.detach().clone() for name, p in named}
