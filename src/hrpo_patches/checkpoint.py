@@ -40,6 +40,7 @@ def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
     (Path(folder) / THINKING_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     generation = copy.deepcopy(base.generation_config)
     generation.thinking = True
+    generation._from_model_config = False  # or loading it would take its fields for a model's
     generation.save_pretrained(folder)
 
 

@@ -1,0 +1,165 @@
+"""The flags of a training run, their defaults and what they refuse; knows nothing of how a run is done.
+
+The first block has the names and the defaults of the published HRPO scripts (arXiv 2505.18454).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import TrlParser
+
+from hrpo_patches.data import check_examples
+from hrpo_patches.errors import InputError
+from hrpo_patches.thinking import ThinkingConfig
+from hrpo_patches.trainer_config import HRPOConfig
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help text; lists are copied."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class RunArguments:
+    """Everything a training script takes, on the command line or in a YAML file given by --config."""
+
+    model_name: str = option("Qwen/Qwen2.5-1.5B-Instruct", "Hub id or folder of a Qwen2 or Llama model, or smollm2-135m.")
+    lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
+    lr: float = option(5e-6, "Learning rate of LoRA.")
+    beta: float = option(0.005, "Weight of the KL divergence from the base model.")
+    residual_r_min: float = option(0.99, "Lower end of the initial decay.")
+    residual_r_max: float = option(0.999, "Upper end of the initial decay.")
+    lr_residual_gate: float = option(1e-4, "Learning rate of the two gates.")
+    lr_residual_Lambda: float = option(1e-3, "Learning rate of Lambda.")
+    lr_thinking_projection: float = option(1e-4, "Learning rate of thinking_projection.")
+    weight_decay: float = option(0.1, "Weight decay of AdamW; Lambda and biases do not decay.")
+    warmup_ratio: float = option(0.1, "Share of the steps that the learning rates rise in.")
+    lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
+    optimizer: str = option("paged_adamw_8bit", "Optimizer; adamw_torch takes its place without bitsandbytes or a GPU.")
+    max_grad_norm: float = option(0.1, "Gradients are clipped to this norm.")
+    group_size: int = option(4, "Completions of one prompt that are compared with each other.")
+    temperature: float = option(0.5, "Sampling temperature of the rollouts.")
+    gradient_accumulation_steps: int = option(4, "Batches that make one optimizer step.")
+    per_device_train_batch_size: int = option(8, "Completions in one batch.")
+    max_prompt_length: int = option(1024, "Problems with a longer prompt (in tokens) are left out.")
+    max_completion_length: int = option(1024, "Completions are cut at so many tokens.")
+    seed: int = option(42, "Seed of everything random.")
+
+    dataset: str = option("openai/gsm8k", "Hub id, path of a .jsonl file, or reasoning_gym:NAME?option=value.")
+    residual: str = option("projection", "What a thinking position is blended with: projection, embedding or none.")
+    answer_start: str = option("####", "The text that ends the thinking and starts the answer.")
+    examples: list[str] = option([], "Worked examples for the prompt, each a question, a solution and its answer.")
+    prompt: str = option("auto", "chat, plain, or auto: chat if the tokenizer has a chat template.")
+    output_dir: str = option("runs/hrpo", "Where the run is written; must not hold one yet.")
+    max_steps: int = option(-1, "Optimizer steps; -1 goes through the data once.")
+    save_steps: int = option(250, "Steps between checkpoints; the last 3 are kept.")
+    logging_steps: int = option(1, "Steps between log lines.")
+    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' for the last one in output_dir.")
+    adapter: str | None = option(None, "Go on from this adapter instead of a fresh one.")
+    init_projection: bool = option(False, "Start a projection for an --adapter that was trained without one.")
+    report_to: str = option("none", "none, tensorboard, wandb or trackio.")
+    report: bool = option(False, "Write report.png beside report.json at the end.")
+    eval_problems: int = option(0, "Held-out problems to answer greedily before and after training.")
+    eval_batch_size: int = option(50, "Held-out problems answered at once.")
+
+    def thinking(self) -> ThinkingConfig | None:
+        """How the model is to think; None for plain GRPO."""
+        if self.residual == "none":
+            return None
+        return ThinkingConfig(self.residual, self.answer_start, self.residual_r_min, self.residual_r_max)  # type: ignore[arg-type]
+
+    def check(self) -> None:
+        """Raise `InputError` for whatever can be known to be wrong before any work."""
+        if self.residual not in ("projection", "embedding", "none"):
+            raise InputError(f"--residual has to be projection, embedding or none, not {self.residual!r}.")
+        self.thinking()
+        if self.prompt not in ("auto", "chat", "plain"):
+            raise InputError(f"--prompt has to be auto, chat or plain, not {self.prompt!r}.")
+        check_examples(self.examples, self.answer_start)
+        if self.init_projection and self.adapter is None:
+            raise InputError("--init_projection goes with --adapter; a fresh adapter has a projection anyway.")
+        if self.report and find_spec("matplotlib") is None:
+            raise InputError("--report needs matplotlib; run: pip install 'hrpo-patches[quickstart]'")
+        self._check_output()
+
+    def _check_output(self) -> None:
+        folder = Path(self.output_dir)
+        if folder.is_file():
+            raise InputError(f"--output_dir {folder} is a file.")
+        holds = folder.is_dir() and any(folder.iterdir())
+        if holds and self.resume_from_checkpoint is None:
+            raise InputError(
+                f"{folder} already holds a run; give another --output_dir, or go on with it by "
+                f"--resume_from_checkpoint latest."
+            )
+        if self.resume_from_checkpoint == "latest":
+            checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+            if not checkpoints:
+                raise InputError(f"{folder} holds no checkpoint to resume from.")
+            self.resume_from_checkpoint = str(checkpoints[-1])
+        if self.resume_from_checkpoint is not None and not Path(self.resume_from_checkpoint).is_dir():
+            raise InputError(f"the checkpoint {self.resume_from_checkpoint} does not exist.")
+
+    def trainer_config(self) -> HRPOConfig:
+        """The trainer's arguments."""
+        cuda = torch.cuda.is_available()
+        return HRPOConfig(
+            output_dir=self.output_dir,
+            residual=self.residual,
+            answer_start=self.answer_start,
+            lr_residual_gate=self.lr_residual_gate,
+            lr_residual_Lambda=self.lr_residual_Lambda,
+            lr_thinking_projection=self.lr_thinking_projection,
+            learning_rate=self.lr,
+            beta=self.beta,
+            weight_decay=self.weight_decay,
+            warmup_steps=self.warmup_ratio,  # below 1 it is a ratio
+            lr_scheduler_type=self.lr_scheduler_type,
+            optim=self.usable_optimizer(),
+            max_grad_norm=self.max_grad_norm,
+            num_generations=self.group_size,
+            temperature=self.temperature,
+            gradient_accumulation_steps=self.gradient_accumulation_steps,
+            per_device_train_batch_size=self.per_device_train_batch_size,
+            max_completion_length=self.max_completion_length,
+            seed=self.seed,
+            max_steps=self.max_steps,
+            num_train_epochs=1,
+            save_steps=self.save_steps,
+            save_total_limit=3,
+            logging_steps=self.logging_steps,
+            report_to=self.report_to,
+            loss_type="grpo",  # the loss of the published runs: a mean over each completion's tokens
+            bf16=cuda and torch.cuda.is_bf16_supported(),
+            gradient_checkpointing=cuda,
+        )
+
+    def usable_optimizer(self) -> str:
+        """The optimizer, or adamw_torch where bitsandbytes' cannot run, which is said in one line."""
+        if "8bit" in self.optimizer and not (torch.cuda.is_available() and find_spec("bitsandbytes") is not None):
+            print(f"{self.optimizer} needs bitsandbytes and a GPU; using adamw_torch.")
+            return "adamw_torch"
+        return self.optimizer
+
+
+def parse(argv: list[str] | None) -> RunArguments:
+    """The arguments of a command line (by default this process's), checked.
+
+    Raises:
+        InputError: the config file is missing or has an unknown key, or an argument cannot work.
+    """
+    parser = TrlParser(RunArguments)
+    parser.add_argument("--config", metavar="FILE.yaml", help="A YAML file with any of these options; flags win over it.")
+    try:
+        (arguments,) = parser.parse_args_and_config(argv)[:1]
+    except (ValueError, OSError) as error:
+        raise InputError(str(error)) from None
+    arguments.check()
+    return arguments

@@ -1,0 +1,153 @@
+"""A training run from its command line to its report: the one `main` behind the training scripts."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from peft import LoraConfig
+from rich.console import Console
+from rich.table import Table
+from transformers import PreTrainedTokenizerBase, set_seed
+
+from hrpo_patches.arguments import RunArguments, parse
+from hrpo_patches.checkpoint import load_adapter
+from hrpo_patches.data import load_problems, prompt_of, split_held_out
+from hrpo_patches.errors import InputError, PatchError
+from hrpo_patches.evaluate import Accuracy, accuracy, greedy_completions, prompt_ids
+from hrpo_patches.marker import marker_table
+from hrpo_patches.models import load_model
+from hrpo_patches.report import draw, write_json
+from hrpo_patches.rewards import answer_reward
+from hrpo_patches.trainer import HRPOTrainer
+
+LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+def with_prompts(problems: Dataset, arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """The problems with a `prompt` column; those whose prompt is too long are left out, which is said."""
+    chat = arguments.prompt == "chat" or (arguments.prompt == "auto" and tokenizer.chat_template is not None)
+    if chat and tokenizer.chat_template is None:
+        raise InputError(f"--prompt chat needs a chat template, and {arguments.model_name} has none.")
+    marker, examples = arguments.answer_start, arguments.examples
+    rows = problems.map(lambda row: {"prompt": prompt_of(row["question"], marker, examples, chat)})
+    fitting = rows.filter(lambda row: len(prompt_ids(tokenizer, row["prompt"])) <= arguments.max_prompt_length)
+    if len(fitting) < len(rows):
+        print(f"{len(rows) - len(fitting)} of {len(rows)} problems have prompts over {arguments.max_prompt_length} "
+              f"tokens and are left out.")  # fmt: skip
+    if len(problems) and not len(fitting):
+        raise InputError(f"every prompt is longer than --max_prompt_length {arguments.max_prompt_length} tokens.")
+    return fitting
+
+
+def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, Dataset]:
+    """The trainer of a run, and its held-out problems (which may be none).
+
+    Raises:
+        InputError: something of the run's data, model, adapter or options cannot work.
+    """
+    problems = load_problems(arguments.dataset, seed=arguments.seed)
+    train, held_out = split_held_out(arguments.dataset, problems, arguments.eval_problems, arguments.seed)
+    config = arguments.trainer_config()
+    set_seed(arguments.seed)
+    model, tokenizer = load_model(arguments.model_name, arguments.thinking())
+    marker_table(tokenizer, arguments.answer_start)
+    train, held_out = (with_prompts(part, arguments, tokenizer) for part in (train, held_out))
+    peft_config: LoraConfig | None = LoraConfig(
+        r=arguments.lora_rank,
+        lora_alpha=2 * arguments.lora_rank,
+        target_modules=LORA_TARGETS,
+        task_type="CAUSAL_LM",
+    )
+    if arguments.adapter is not None:
+        if arguments.residual == "none":
+            raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
+        model = load_adapter(
+            model,
+            arguments.adapter,
+            residual=arguments.residual,  # type: ignore[arg-type]
+            init_projection=arguments.init_projection,
+            is_trainable=True,
+        )
+        peft_config = None
+    trainer = HRPOTrainer(
+        model,
+        answer_reward(arguments.answer_start),
+        config,
+        train,
+        processing_class=tokenizer,
+        peft_config=peft_config,
+    )
+    return trainer, held_out
+
+
+def evaluate(trainer: HRPOTrainer, held_out: Dataset, arguments: RunArguments, title: str) -> Accuracy:
+    """Greedy accuracy of the trainer's model, thinking as it is trained to."""
+    texts = greedy_completions(
+        trainer.accelerator.unwrap_model(trainer.model),
+        trainer._tokenizer,
+        list(held_out["prompt"]),
+        arguments.max_completion_length,
+        thinking=arguments.residual != "none",
+        batch_size=arguments.eval_batch_size,
+        title=title,
+    )
+    return accuracy(texts, list(held_out["answer"]), arguments.answer_start)
+
+
+def _record(accuracy_: Accuracy) -> dict[str, Any]:
+    return asdict(accuracy_) | {"mean": accuracy_.mean, "standard_error": accuracy_.standard_error}
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train from a command line (by default this process's), save the adapter and `report.json`; returns the report.
+
+    Raises:
+        InputError: before any training, if the run cannot work.
+    """
+    arguments = parse(argv)
+    trainer, held_out = make_trainer(arguments)
+    started = time.monotonic()
+    title = f"{arguments.model_name}, {arguments.residual}, {arguments.dataset.partition('?')[0]}"
+    record: dict[str, Any] = {"title": title, "arguments": asdict(arguments)}
+    if len(held_out):
+        record["before"] = _record(evaluate(trainer, held_out, arguments, "Answering before"))
+    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+    trainer.save_model()
+    if len(held_out):
+        record["after"] = _record(evaluate(trainer, held_out, arguments, "Answering after"))
+    record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
+    if trainer.accelerator.is_main_process:
+        _finish(record, Path(arguments.output_dir), arguments.report)
+    return record
+
+
+def _finish(record: dict[str, Any], folder: Path, picture: bool) -> None:
+    written = [write_json(record, folder)]
+    if picture:
+        written.append(draw(record, folder))
+    table = Table(title=record["title"])
+    for column in ("", "greedy accuracy", "standard error", "problems"):
+        table.add_column(column)
+    for name in ("before", "after"):
+        if name in record:
+            row = record[name]
+            table.add_row(name, f"{row['mean']:.3f}", f"{row['standard_error']:.3f}", f"{row['right']} of {row['total']}")
+    console = Console()
+    if table.row_count:
+        console.print(table)
+    console.print(f"adapter in {folder}; {' and '.join(str(path) for path in written)} in {record['seconds']:.0f} s")
+
+
+def console(entry: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> None:
+    """Run `entry` for a person: what they can mend is one sentence and exit status 2, not a traceback."""
+    try:
+        entry(argv)
+    except (InputError, PatchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
