@@ -18,7 +18,7 @@ _HOMES = {
     "HRPOTrainer": "trainer",
     "InputError": "errors",
     "PatchError": "errors",
-    "ThinkingConfig": "thinking",
+    "ThinkingConfig": "config",
     "load_adapter": "checkpoint",
     "patch_trainer_optimizer": "optim",
 }
@@ -35,7 +35,7 @@ __all__ = [
 
 if TYPE_CHECKING:
     from hrpo_patches.checkpoint import load_adapter
-    from hrpo_patches.thinking import ThinkingConfig
+    from hrpo_patches.config import ThinkingConfig
     from hrpo_patches.errors import InputError, PatchError
     from hrpo_patches.optim import patch_trainer_optimizer
     from hrpo_patches.trainer import HRPOTrainer

@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from trl import TrlParser
 
+from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.data import check_examples
 from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import ThinkingConfig
 from hrpo_patches.trainer_config import HRPOConfig
 
 
 def option(default: Any, text: str) -> Any:
-    """A dataclass field with its help text; lists are copied."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
+    """A dataclass field with its help text."""
     return field(default=default, metadata={"help": text})
 
 
@@ -30,7 +28,9 @@ def option(default: Any, text: str) -> Any:
 class RunArguments:
     """Everything a training script takes, on the command line or in a YAML file given by --config."""
 
-    model_name: str = option("Qwen/Qwen2.5-1.5B-Instruct", "Hub id or folder of a Qwen2 or Llama model, or smollm2-135m.")
+    model_name: str = option(
+        "Qwen/Qwen2.5-1.5B-Instruct", "Hub id or folder of a Qwen2 or Llama model, or smollm2-135m."
+    )
     lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
     lr: float = option(5e-6, "Learning rate of LoRA.")
     beta: float = option(0.005, "Weight of the KL divergence from the base model.")
@@ -42,7 +42,9 @@ class RunArguments:
     weight_decay: float = option(0.1, "Weight decay of AdamW; Lambda and biases do not decay.")
     warmup_ratio: float = option(0.1, "Share of the steps that the learning rates rise in.")
     lr_scheduler_type: str = option("cosine", "Learning rate schedule.")
-    optimizer: str = option("paged_adamw_8bit", "Optimizer; adamw_torch takes its place without bitsandbytes or a GPU.")
+    optimizer: str = option(
+        "paged_adamw_8bit", "Optimizer; adamw_torch takes its place without bitsandbytes or a GPU."
+    )
     max_grad_norm: float = option(0.1, "Gradients are clipped to this norm.")
     group_size: int = option(4, "Completions of one prompt that are compared with each other.")
     temperature: float = option(0.5, "Sampling temperature of the rollouts.")
@@ -55,13 +57,18 @@ class RunArguments:
     dataset: str = option("openai/gsm8k", "Hub id, path of a .jsonl file, or reasoning_gym:NAME?option=value.")
     residual: str = option("projection", "What a thinking position is blended with: projection, embedding or none.")
     answer_start: str = option("####", "The text that ends the thinking and starts the answer.")
-    examples: list[str] = option([], "Worked examples for the prompt, each a question, a solution and its answer.")
+    examples: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Worked examples for the prompt, each a question, a solution and its answer."},
+    )
     prompt: str = option("auto", "chat, plain, or auto: chat if the tokenizer has a chat template.")
     output_dir: str = option("runs/hrpo", "Where the run is written; must not hold one yet.")
     max_steps: int = option(-1, "Optimizer steps; -1 goes through the data once.")
     save_steps: int = option(250, "Steps between checkpoints; the last 3 are kept.")
     logging_steps: int = option(1, "Steps between log lines.")
-    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' for the last one in output_dir.")
+    resume_from_checkpoint: str | None = option(
+        None, "A checkpoint folder, or 'latest' for the last one in output_dir."
+    )
     adapter: str | None = option(None, "Go on from this adapter instead of a fresh one.")
     init_projection: bool = option(False, "Start a projection for an --adapter that was trained without one.")
     report_to: str = option("none", "none, tensorboard, wandb or trackio.")
@@ -156,7 +163,9 @@ def parse(argv: list[str] | None) -> RunArguments:
         InputError: the config file is missing or has an unknown key, or an argument cannot work.
     """
     parser = TrlParser(RunArguments)
-    parser.add_argument("--config", metavar="FILE.yaml", help="A YAML file with any of these options; flags win over it.")
+    parser.add_argument(
+        "--config", metavar="FILE.yaml", help="A YAML file with any of these options; flags win over it."
+    )
     try:
         (arguments,) = parser.parse_args_and_config(argv)[:1]
     except (ValueError, OSError) as error:

@@ -31,8 +31,8 @@ class MarkerWarning(TrainerCallback):
         self.steps += 1
         if self.steps == PATIENCE and not self.seen and state.is_world_process_zero:
             logger.warning(
-                "No completion of the first %d steps carries the answer marker %r, so every reward is 0 and nothing is "
-                "learned. Show the marker in the prompt (a worked example that ends in '%s 42' helps most), raise "
+                "No completion of the first %d steps carries the answer marker %r, so every reward is 0 and nothing "
+                "is learned. Show the marker in the prompt (a worked example that ends in '%s 42' helps most), raise "
                 "max_completion_length (completions are cut at %d tokens), or start from an instruction-tuned model.",
                 PATIENCE,
                 self.marker,

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from hrpo_patches.config import Residual, ThinkingConfig
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import MODULES, Residual, ThinkingConfig
+from hrpo_patches.thinking import MODULES
 
 THINKING_FILE = "thinking_config.json"
 _PROJECTION = "thinking_projection"
@@ -30,12 +31,15 @@ def trained_modules(residual: Residual) -> list[str]:
 
 
 def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
-    """Write `thinking_config.json` and `generation_config.json` for `model` (also PEFT's) into an existing `folder`."""
+    """Write `thinking_config.json` and `generation_config.json` for `model`, also a PEFT one, into `folder`."""
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     thinking = ThinkingConfig.of(base.config)
     if thinking is None:
         raise InputError("the model was built with config.thinking=False; there is no thinking to save.")
-    record = thinking.to_dict() | {"hidden_size": base.config.hidden_size, "modules": trained_modules(thinking.residual)}
+    record = thinking.to_dict() | {
+        "hidden_size": base.config.hidden_size,
+        "modules": trained_modules(thinking.residual),
+    }
     record.pop("in_checkpoint")
     (Path(folder) / THINKING_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     generation = copy.deepcopy(base.generation_config)
@@ -55,7 +59,9 @@ def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str
     """Every expected thinking weight has to be there, in its shape."""
     for key, parameter in expected.items():
         if key not in weights:
-            raise InputError(f"{folder} lacks {key}: the adapter is damaged or was saved without its thinking weights.")
+            raise InputError(
+                f"{folder} lacks {key}: the adapter is damaged or was saved without its thinking weights."
+            )
         if weights[key].shape != parameter.shape:
             raise InputError(
                 f"{key} in {folder} is {tuple(weights[key].shape)}, but this base model needs "

@@ -7,15 +7,18 @@ generator's own options after a question mark: `reasoning_gym:basic_arithmetic?m
 from __future__ import annotations
 
 import json
+import random
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
 import yaml
-from datasets import Dataset, load_dataset
+from datasets import load_dataset
 
 from hrpo_patches.errors import InputError
+
+Problem = dict[str, str]
 
 GOLD_MARKER = "####"  # of GSM8K's own answers
 _GYM = "reasoning_gym:"
@@ -44,7 +47,7 @@ def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
         yield row | {"__line__": number}
 
 
-def _checked(row: dict[str, Any], where: str) -> dict[str, str]:
+def _checked(row: dict[str, Any], where: str) -> Problem:
     for column in ("question", "answer"):
         value = row.get(column)
         if value is None or not str(value).strip():
@@ -53,7 +56,7 @@ def _checked(row: dict[str, Any], where: str) -> dict[str, str]:
     return {"question": str(row["question"]).strip(), "answer": gold_answer(str(row["answer"]))}
 
 
-def _from_file(path: Path) -> list[dict[str, str]]:
+def _from_file(path: Path) -> list[Problem]:
     if not path.is_file():
         raise InputError(f"the data file {path} does not exist.")
     rows = [_checked(row, f"{path} line {row['__line__']}") for row in _json_rows(path)]
@@ -62,17 +65,19 @@ def _from_file(path: Path) -> list[dict[str, str]]:
     return rows
 
 
-def _from_hub(name: str, split: str) -> list[dict[str, str]]:
+def _from_hub(name: str, split: str) -> list[Problem]:
     identifier, _, config = name.partition(":")
     config = config or ("main" if identifier == "openai/gsm8k" else "")
     try:
         data = load_dataset(identifier, config or None, split=split)
     except (ConnectionError, FileNotFoundError, ValueError) as error:
-        raise InputError(f"the data set {name!r} could not be loaded ({error}); a path has to end in .jsonl.") from None
+        raise InputError(
+            f"the data set {name!r} could not be loaded ({error}); a path has to end in .jsonl."
+        ) from None
     return [_checked(row, f"{name}[{split}] row {i}") for i, row in enumerate(data)]
 
 
-def gym_problems(name: str, size: int, seed: int) -> list[dict[str, str]]:
+def gym_problems(name: str, size: int, seed: int) -> list[Problem]:
     """`size` problems of a reasoning-gym generator.
 
     Raises:
@@ -81,7 +86,9 @@ def gym_problems(name: str, size: int, seed: int) -> list[dict[str, str]]:
     try:
         import reasoning_gym
     except ImportError:
-        raise InputError("reasoning_gym:... needs reasoning-gym; run: pip install 'hrpo-patches[quickstart]'") from None
+        raise InputError(
+            "reasoning_gym:... needs reasoning-gym; run: pip install 'hrpo-patches[quickstart]'"
+        ) from None
     generator, _, query = name.partition("?")
     options = {key: yaml.safe_load(value) for key, value in parse_qsl(query, keep_blank_values=True)}
     try:
@@ -91,8 +98,8 @@ def gym_problems(name: str, size: int, seed: int) -> list[dict[str, str]]:
     return [_checked(row, f"{name} problem {i}") for i, row in enumerate(stream)]
 
 
-def load_problems(name: str, split: str = "train", size: int = 10_000, seed: int = 42) -> Dataset:
-    """Problems as rows of `question` and `answer` (the gold answer alone).
+def load_problems(name: str, split: str = "train", size: int = 10_000, seed: int = 42) -> list[Problem]:
+    """Problems, each with a `question` and an `answer` (the gold answer alone).
 
     Args:
         name: a hub id, a `.jsonl` path or `reasoning_gym:NAME` (see the head of this module).
@@ -104,32 +111,27 @@ def load_problems(name: str, split: str = "train", size: int = 10_000, seed: int
         InputError: the data is missing, empty, no JSON (which line), or lacks a question or an answer (which row).
     """
     if name.startswith(_GYM):
-        rows = gym_problems(name.removeprefix(_GYM), size, seed)
-    elif name.endswith((".jsonl", ".json")) or Path(name).exists():
-        rows = _from_file(Path(name))
-    else:
-        rows = _from_hub(name, split)
-    return Dataset.from_list(rows)
+        return gym_problems(name.removeprefix(_GYM), size, seed)
+    if name.endswith((".jsonl", ".json")) or Path(name).exists():
+        return _from_file(Path(name))
+    return _from_hub(name, split)
 
 
-def split_held_out(name: str, problems: Dataset, held_out: int, seed: int) -> tuple[Dataset, Dataset]:
-    """(train, held out): `held_out` distinct questions, none of which is left in the training rows.
+def split_held_out(problems: list[Problem], held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:
+    """(train, held out): `held_out` distinct questions at random, none of which is left among the training problems.
 
     Raises:
-        InputError: nothing would be left to train on.
+        InputError: there are too few questions.
     """
-    if held_out == 0:
-        return problems, problems.select([])
-    order = problems.shuffle(seed=seed) if not name.startswith(_GYM) else problems
-    chosen: dict[str, int] = {}
-    for i, question in enumerate(order["question"]):
-        if len(chosen) == held_out:
-            break
-        chosen.setdefault(question, i)
-    train = order.filter(lambda row: row["question"] not in chosen)
-    if len(chosen) < held_out or len(train) == 0:
-        raise InputError(f"{name} has too few distinct questions to hold {held_out} out and train on the rest.")
-    return train, order.select(list(chosen.values()))
+    questions = sorted({problem["question"] for problem in problems})
+    if held_out >= len(questions):
+        raise InputError(
+            f"{len(questions)} distinct questions are too few to hold {held_out} out and train on the rest."
+        )
+    chosen = set(random.Random(seed).sample(questions, held_out))
+    by_question = {problem["question"]: problem for problem in problems}
+    train = [problem for problem in problems if problem["question"] not in chosen]
+    return train, [by_question[question] for question in sorted(chosen)]
 
 
 def prompt_of(question: str, marker: str, examples: list[str], chat: bool) -> str | list[dict[str, str]]:

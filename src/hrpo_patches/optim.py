@@ -1,4 +1,4 @@
-"""Parameter groups: base, gates, Λ and projection, each with its own learning rate; knows names, not what they compute.
+"""Parameter groups: base, gates, Λ and projection, each with its learning rate; knows names, not what they compute.
 
 Names are matched by component, so PEFT's, DDP's and torch.compile's prefixes and infixes do not matter.
 """
@@ -49,9 +49,7 @@ def parameter_groups(
         kind = group_of(name)
         decay = weight_decay if name in decayed and kind != "Lambda" else 0.0
         key = kind if decay else f"{kind}_no_decay"
-        group = groups.setdefault(
-            key, {"name": key, "params": [], "lr": learning_rates[kind], "weight_decay": decay}
-        )
+        group = groups.setdefault(key, {"name": key, "params": [], "lr": learning_rates[kind], "weight_decay": decay})
         group["params"].append(parameter)
     return list(groups.values())
 

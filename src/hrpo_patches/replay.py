@@ -1,7 +1,7 @@
 """A rollout's thinking, and how the loss replays it; knows tensors, nothing of trainers or text.
 
-The rollout keeps the states, not the residuals: the replay makes the residuals anew with today's weights, which is what
-carries the gradient to the projection. The states themselves are constants.
+The rollout keeps the states, not the residuals: the replay makes the residuals anew with today's weights, which
+is what carries the gradient to the projection. The states themselves are constants.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hrpo_patches.thinking import Residual
+from hrpo_patches.config import Residual
 
 
 @dataclass

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.arguments import RunArguments, parse
 from hrpo_patches.checkpoint import load_adapter
-from hrpo_patches.data import load_problems, prompt_of, split_held_out
+from hrpo_patches.data import Problem, load_problems, prompt_of, split_held_out
 from hrpo_patches.errors import InputError, PatchError
 from hrpo_patches.evaluate import Accuracy, accuracy, greedy_completions, prompt_ids
 from hrpo_patches.marker import marker_table
@@ -29,35 +29,38 @@ from hrpo_patches.trainer import HRPOTrainer
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def with_prompts(problems: Dataset, arguments: RunArguments, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-    """The problems with a `prompt` column; those whose prompt is too long are left out, which is said."""
+def with_prompts(
+    problems: list[Problem], arguments: RunArguments, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Any]]:
+    """The problems with their prompts; those whose prompt is too long are left out, which is said."""
     chat = arguments.prompt == "chat" or (arguments.prompt == "auto" and tokenizer.chat_template is not None)
     if chat and tokenizer.chat_template is None:
         raise InputError(f"--prompt chat needs a chat template, and {arguments.model_name} has none.")
-    marker, examples = arguments.answer_start, arguments.examples
-    rows = problems.map(lambda row: {"prompt": prompt_of(row["question"], marker, examples, chat)})
-    fitting = rows.filter(lambda row: len(prompt_ids(tokenizer, row["prompt"])) <= arguments.max_prompt_length)
+    marker, examples, longest = arguments.answer_start, arguments.examples, arguments.max_prompt_length
+    rows: list[dict[str, Any]] = [
+        {**problem, "prompt": prompt_of(problem["question"], marker, examples, chat)} for problem in problems
+    ]
+    fitting = [row for row in rows if len(prompt_ids(tokenizer, row["prompt"])) <= longest]
+    if rows and not fitting:
+        raise InputError(f"every prompt is longer than --max_prompt_length {longest} tokens.")
     if len(fitting) < len(rows):
-        print(f"{len(rows) - len(fitting)} of {len(rows)} problems have prompts over {arguments.max_prompt_length} "
-              f"tokens and are left out.")  # fmt: skip
-    if len(problems) and not len(fitting):
-        raise InputError(f"every prompt is longer than --max_prompt_length {arguments.max_prompt_length} tokens.")
+        print(f"{len(rows) - len(fitting)} of {len(rows)} problems have prompts over {longest} tokens: left out.")
     return fitting
 
 
-def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, Dataset]:
+def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, Any]]]:
     """The trainer of a run, and its held-out problems (which may be none).
 
     Raises:
         InputError: something of the run's data, model, adapter or options cannot work.
     """
     problems = load_problems(arguments.dataset, seed=arguments.seed)
-    train, held_out = split_held_out(arguments.dataset, problems, arguments.eval_problems, arguments.seed)
+    train, held_out = split_held_out(problems, arguments.eval_problems, arguments.seed)
     config = arguments.trainer_config()
     set_seed(arguments.seed)
     model, tokenizer = load_model(arguments.model_name, arguments.thinking())
     marker_table(tokenizer, arguments.answer_start)
-    train, held_out = (with_prompts(part, arguments, tokenizer) for part in (train, held_out))
+    rows, held_out_rows = (with_prompts(part, arguments, tokenizer) for part in (train, held_out))
     peft_config: LoraConfig | None = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=2 * arguments.lora_rank,
@@ -79,25 +82,25 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, Dataset]:
         model,
         answer_reward(arguments.answer_start),
         config,
-        train,
+        Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-    return trainer, held_out
+    return trainer, held_out_rows
 
 
-def evaluate(trainer: HRPOTrainer, held_out: Dataset, arguments: RunArguments, title: str) -> Accuracy:
+def evaluate(trainer: HRPOTrainer, held_out: list[dict[str, Any]], arguments: RunArguments, title: str) -> Accuracy:
     """Greedy accuracy of the trainer's model, thinking as it is trained to."""
     texts = greedy_completions(
         trainer.accelerator.unwrap_model(trainer.model),
         trainer._tokenizer,
-        list(held_out["prompt"]),
+        [row["prompt"] for row in held_out],
         arguments.max_completion_length,
         thinking=arguments.residual != "none",
         batch_size=arguments.eval_batch_size,
         title=title,
     )
-    return accuracy(texts, list(held_out["answer"]), arguments.answer_start)
+    return accuracy(texts, [row["answer"] for row in held_out], arguments.answer_start)
 
 
 def _record(accuracy_: Accuracy) -> dict[str, Any]:
@@ -115,11 +118,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     started = time.monotonic()
     title = f"{arguments.model_name}, {arguments.residual}, {arguments.dataset.partition('?')[0]}"
     record: dict[str, Any] = {"title": title, "arguments": asdict(arguments)}
-    if len(held_out):
+    if held_out:
         record["before"] = _record(evaluate(trainer, held_out, arguments, "Answering before"))
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
-    if len(held_out):
+    if held_out:
         record["after"] = _record(evaluate(trainer, held_out, arguments, "Answering after"))
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
     if trainer.accelerator.is_main_process:
@@ -137,7 +140,9 @@ def _finish(record: dict[str, Any], folder: Path, picture: bool) -> None:
     for name in ("before", "after"):
         if name in record:
             row = record[name]
-            table.add_row(name, f"{row['mean']:.3f}", f"{row['standard_error']:.3f}", f"{row['right']} of {row['total']}")
+            table.add_row(
+                name, f"{row['mean']:.3f}", f"{row['standard_error']:.3f}", f"{row['right']} of {row['total']}"
+            )
     console = Console()
     if table.row_count:
         console.print(table)

@@ -1,29 +1,25 @@
-"""The maths of a thinking position and its config; knows nothing of generation, training or adapters.
+"""The maths of a thinking position, as modules that a model family gains; knows nothing of generation or training.
 
-Shapes: d is the hidden size, `...` any leading shape. Everything here is computed in the dtype of the thinking modules,
-float32, with autocast off, and only the blend is rounded to the model's dtype.
+Shapes: d is the hidden size, `...` any leading shape. Everything here is computed in float32, the dtype of the
+thinking modules, with autocast off, and only the blend is rounded to the model's dtype.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
+from hrpo_patches.config import Residual, ThinkingConfig, check_r_range
 from hrpo_patches.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    _Base = PreTrainedModel
+    from transformers import PreTrainedModel as _Base
 else:
     _Base = object
-
-Residual = Literal["projection", "embedding"]
 
 DECAY_SCALE = 8.0  # c in a = exp(-c * softplus(-Lambda) * r)
 EPS = 1e-8
@@ -37,74 +33,8 @@ _MODULE_PATTERN = re.compile(rf"(^|\.)({'|'.join(MODULES)})\.")
 
 
 def is_thinking_parameter(name: str) -> bool:
-    """Whether a parameter's dotted name, also one that PEFT, DDP or torch.compile has renamed, is a thinking weight."""
+    """Whether a parameter's dotted name, also one that PEFT or DDP has renamed, is a thinking weight's."""
     return _MODULE_PATTERN.search(name) is not None
-
-
-@dataclass
-class ThinkingConfig:
-    """How a model thinks; kept as a dict at `model.config.thinking` (`False` there builds a model without thinking).
-
-    Attributes:
-        residual: what a position is blended with. "projection": the L2-normalised projection of the state that its
-            token was sampled from. "embedding": the expected input embedding (the original HRPO).
-        answer_start: the text that ends the thinking.
-        r_min, r_max: the range that the decay at a fully open gate starts in, 0 < r_min < r_max < 1.
-        init_std: the standard deviation of the projection's initial weights. It sets no scale, for the residual is
-            normalised; the start is smooth because r_min is near 1.
-        in_checkpoint: set by `save_pretrained`; a checkpoint that says so and lacks a thinking weight does not load.
-
-    Raises:
-        InputError: a value is out of its range.
-    """
-
-    residual: Residual = "projection"
-    answer_start: str = "####"
-    r_min: float = 0.99
-    r_max: float = 0.999
-    init_std: float = 0.001
-    in_checkpoint: bool = False
-
-    def __post_init__(self) -> None:
-        if self.residual not in get_args(Residual):
-            raise InputError(f"residual has to be one of {get_args(Residual)}, not {self.residual!r}.")
-        if not isinstance(self.answer_start, str) or not self.answer_start:
-            raise InputError(f"answer_start has to be a non-empty text, not {self.answer_start!r}.")
-        check_r_range(self.r_min, self.r_max)
-        if not self.init_std > 0:
-            raise InputError(f"init_std has to be above 0, not {self.init_std!r}.")
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ThinkingConfig:
-        """The config with these values; an unknown key is an `InputError`."""
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise InputError(f"unknown thinking option {unknown[0]!r}; there are {known}.")
-        return cls(**values)
-
-    @classmethod
-    def of(cls, model_config: Any) -> ThinkingConfig | None:
-        """The thinking config of a model's config: the defaults where it says nothing, None where it says False."""
-        value = getattr(model_config, "thinking", None)
-        if value is False:
-            return None
-        if value is None or value is True:
-            return cls()
-        if isinstance(value, cls):
-            return value
-        if isinstance(value, dict):
-            return cls.from_dict(value)
-        raise InputError(f"config.thinking has to be a dict, a ThinkingConfig or False, not {value!r}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """The values as a dict, as they are saved in `config.json`."""
-        return asdict(self)
-
-
-def check_r_range(r_min: float, r_max: float) -> None:
-    """Raise `InputError` unless 0 < r_min < r_max < 1."""
-    if not 0 < r_min < r_max < 1:
-        raise InputError(f"the decay range needs 0 < r_min < r_max < 1, not r_min={r_min} and r_max={r_max}.")
 
 
 def initial_lambda(uniform: Tensor, r_min: float, r_max: float) -> Tensor:
@@ -307,4 +237,3 @@ class ThinkingMixin(_Base):
                 states = projection_residual(self.thinking_projection(states))
         blended, _ = self.thinking_residual(tail, states)
         return torch.cat([head, torch.where(mask.to(embeds.device).unsqueeze(-1), blended, tail)], dim=1)
-

@@ -7,7 +7,6 @@ them), the optimizer (its groups), the training step (two more metrics) and the 
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -26,8 +25,8 @@ from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.marker import marker_table
 from hrpo_patches.optim import create_optimizer, group_of
+from hrpo_patches.prepare import configure, float32_copies, restore_float32, with_thinking_modules
 from hrpo_patches.replay import Rollout
-from hrpo_patches.thinking import ThinkingConfig, is_thinking_parameter
 from hrpo_patches.trainer_config import HRPOConfig
 
 
@@ -63,10 +62,12 @@ class HRPOTrainer(GRPOTrainer):
         self._marker_warning = MarkerWarning(args)
         if args.residual is not None:
             if used := [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]:
-                raise InputError(f"{used[0]} generates outside of one thinking turn; leave it out, or set residual=None.")
-            _configure(model, args)
-            peft_config = _with_thinking_modules(peft_config, args)
-        before = _float32_copies(model)
+                raise InputError(
+                    f"{used[0]} generates outside of one thinking turn; leave it out, or set residual=None."
+                )
+            configure(model, args)
+            peft_config = with_thinking_modules(peft_config, args)
+        before = float32_copies(model)
         super().__init__(
             model,
             reward_funcs,
@@ -78,17 +79,13 @@ class HRPOTrainer(GRPOTrainer):
         )
         self.add_callback(self._marker_warning)
         if args.residual is not None:
-            self._keep_float32(before)
+            restore_float32(self.model, before)
+            self._drop_reference_adapter()
             self._check_model()
             self.generation_config.thinking = True
             self.generation_config.return_dict_in_generate = True
 
-    def _keep_float32(self, before: dict[str, Tensor]) -> None:
-        # TRL casts every trainable weight of a quantized model to bf16 (see trl's QLoRA note in its constructor).
-        for name, parameter in self.model.named_parameters():
-            if is_thinking_parameter(name) and parameter.dtype != torch.float32:
-                value = before.get(_canonical(name), parameter)
-                parameter.data = value.to(device=parameter.device, dtype=torch.float32)
+    def _drop_reference_adapter(self) -> None:
         # The KL reference is the base model with adapters off, also where training goes on from an adapter.
         if is_peft_model(self.model) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")
@@ -122,7 +119,12 @@ class HRPOTrainer(GRPOTrainer):
     # --- rollout ---------------------------------------------------------------------------------------------------
 
     def _generate_single_turn(
-        self, prompt_ids: list, images: Any, multimodal_fields: dict, num_generations: int, has_tool_images: bool = False
+        self,
+        prompt_ids: list,
+        images: Any,
+        multimodal_fields: dict,
+        num_generations: int,
+        has_tool_images: bool = False,
     ) -> tuple[list, list | None]:
         if self.args.residual is None:
             completion_ids, logprobs = super()._generate_single_turn(
@@ -288,39 +290,3 @@ class HRPOTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict)
         if self.args.residual is not None:
             save_thinking(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
-
-
-def _configure(model: Any, args: HRPOConfig) -> None:
-    """Write the run's residual and marker to the model's config, or to the arguments that will load the model."""
-    chosen = {"residual": args.residual, "answer_start": args.answer_start}
-    if isinstance(model, str):
-        init = dict(args.model_init_kwargs or {})
-        args.model_init_kwargs = init | {"thinking": dict(init.get("thinking") or {}) | chosen}
-        return
-    base = model.get_base_model() if is_peft_model(model) else model
-    thinking = ThinkingConfig.of(thinking_backbone(base).config)
-    assert thinking is not None  # thinking_backbone has checked it
-    base.config.thinking = thinking.to_dict() | chosen
-
-
-def _with_thinking_modules(peft_config: PeftConfig | None, args: HRPOConfig) -> PeftConfig | None:
-    if peft_config is None:
-        return None
-    peft_config = copy.deepcopy(peft_config)
-    modules = trained_modules(args.residual)  # type: ignore[arg-type]
-    peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *modules]))
-    return peft_config
-
-
-def _canonical(name: str) -> str:
-    """A thinking parameter's name without what PEFT puts around it."""
-    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-
-
-def _float32_copies(model: Any) -> dict[str, Tensor]:
-    """The thinking weights before TRL touches them, by canonical name; trained copies win over frozen originals."""
-    if isinstance(model, str):
-        return {}
-    named = [(name, p) for name, p in model.named_parameters() if is_thinking_parameter(name)]
-    named.sort(key=lambda item: ".modules_to_save." in item[0])
-    return {_canonical(name).replace(".original_module", ""): p.detach().clone() for name, p in named}

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from trl import GRPOConfig
 
+from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import ThinkingConfig
 
 
 @dataclass

@@ -1,0 +1,62 @@
+"""Makes a model and its adapter config ready to be trained; knows names and dtypes, nothing of the trainer."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from hrpo_patches.checkpoint import trained_modules
+from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_patches.trainer_config import HRPOConfig
+
+
+def configure(model: Any, args: HRPOConfig) -> None:
+    """Write the run's residual and marker to the model's config, or to the arguments that will load the model."""
+    chosen = {"residual": args.residual, "answer_start": args.answer_start}
+    if isinstance(model, str):
+        init = dict(args.model_init_kwargs or {})
+        args.model_init_kwargs = init | {"thinking": dict(init.get("thinking") or {}) | chosen}
+        return
+    base = model.get_base_model() if is_peft_model(model) else model
+    thinking = ThinkingConfig.of(thinking_backbone(base).config)
+    assert thinking is not None  # thinking_backbone has checked it
+    base.config.thinking = thinking.to_dict() | chosen
+
+
+def with_thinking_modules(peft_config: PeftConfig | None, args: HRPOConfig) -> PeftConfig | None:
+    """A copy of `peft_config` whose `modules_to_save` names the thinking modules that this run trains."""
+    if peft_config is None:
+        return None
+    peft_config = copy.deepcopy(peft_config)
+    modules = trained_modules(args.residual)  # type: ignore[arg-type]
+    peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *modules]))
+    return peft_config
+
+
+def canonical(name: str) -> str:
+    """A thinking parameter's name without what PEFT puts around it."""
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+
+
+def float32_copies(model: Any) -> dict[str, Tensor]:
+    """The thinking weights before TRL touches them, by canonical name; trained copies win over frozen originals."""
+    if isinstance(model, str):
+        return {}
+    named = [(name, p) for name, p in model.named_parameters() if is_thinking_parameter(name)]
+    named.sort(key=lambda item: ".modules_to_save." in item[0])
+    return {canonical(name).replace(".original_module", ""): p.detach().clone() for name, p in named}
+
+
+def restore_float32(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Undo a cast of thinking weights, as TRL does one for every trainable weight of a quantized model (QLoRA)."""
+    for name, parameter in model.named_parameters():
+        if is_thinking_parameter(name) and parameter.dtype != torch.float32:
+            value = before.get(canonical(name), parameter)
+            parameter.data = value.to(device=parameter.device, dtype=torch.float32)
