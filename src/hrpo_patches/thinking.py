@@ -217,8 +217,7 @@ class ThinkingMixin(_Base):
         Raises:
             InputError: the model was built without thinking, one of the two is missing, or the shapes do not fit.
         """
-        thinking = ThinkingConfig.of(self.config)
-        if thinking is None:
+        if not hasattr(self, "thinking_projection"):
             raise InputError("thinking_states were given to a model that was built with config.thinking=False.")
         if states is None or mask is None:
             raise InputError("thinking_states and thinking_mask belong together; one of them is missing.")
@@ -231,7 +230,7 @@ class ThinkingMixin(_Base):
             )
         head, tail = embeds[:, :-width], embeds[:, -width:]
         states = states.to(embeds.device)
-        if (residual or thinking.residual) == "projection":
+        if (residual or self.config.thinking["residual"]) == "projection":
             with torch.autocast(embeds.device.type, enabled=False):
                 states = states.to(self.thinking_residual_Lambda.Lambda.dtype)
                 states = projection_residual(self.thinking_projection(states))

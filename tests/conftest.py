@@ -1,0 +1,38 @@
+"""Imports hrpo_patches before transformers, and holds what many tests share."""
+
+import os
+from pathlib import Path
+
+import hrpo_patches  # isort: skip - before transformers
+import pytest
+import torch
+from tiny import FAMILIES, byte_tokenizer
+
+assert hrpo_patches.__version__
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return byte_tokenizer()
+
+
+@pytest.fixture(params=list(FAMILIES))
+def family(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer) of the real SmolLM2-135M-Instruct."""
+    from hrpo_patches.config import ThinkingConfig
+    from hrpo_patches.models import SMOLLM2, load_model
+
+    model, tokenizer = load_model(SMOLLM2, ThinkingConfig(), torch.float32)
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder that holds gsm8k/train.jsonl; see the marker shared_data."""
+    folder = Path(os.environ.get("HRPO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    assert (folder / "gsm8k" / "train.jsonl").is_file(), f"no GSM8K under {folder}; set HRPO_SHARED_DATA"
+    return folder

@@ -1,0 +1,33 @@
+"""What ThinkingConfig takes and refuses."""
+
+import pytest
+from tiny import tiny_model
+
+from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.errors import InputError
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"r_min": 0.999, "r_max": 0.99}, "r_min < r_max"),
+        ({"r_min": 0.99, "r_max": 0.99}, "r_min < r_max"),
+        ({"r_min": 0.0, "r_max": 0.99}, "r_min < r_max"),
+        ({"r_min": 0.99, "r_max": 1.0}, "r_min < r_max"),
+        ({"residual": "both"}, "residual has to be"),
+        ({"answer_start": ""}, "non-empty"),
+        ({"init_std": 0.0}, "init_std"),
+        ({"marker": "####"}, "unknown thinking option 'marker'"),
+    ],
+)
+def test_a_value_out_of_range_is_one_sentence(values, message):
+    with pytest.raises(InputError, match=message):
+        ThinkingConfig.from_dict(values)
+    with pytest.raises(InputError, match=message):
+        tiny_model("llama", thinking=values)
+
+
+def test_the_config_is_kept_as_a_dict_of_plain_values():
+    model = tiny_model("llama", thinking={"residual": "embedding"})
+    assert model.config.thinking == ThinkingConfig(residual="embedding").to_dict()
+    assert ThinkingConfig.of(model.config) == ThinkingConfig(residual="embedding")

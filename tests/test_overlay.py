@@ -1,0 +1,151 @@
+"""The overlay: what is patched shows, what does not fit is one sentence, and importing it is cheap."""
+
+import importlib.util
+import inspect
+import shutil
+import subprocess
+import sys
+import traceback
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import LlamaForCausalLM, LlamaModel
+from transformers.generation import GenerationMixin
+from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
+
+from hrpo_patches import overlay
+
+
+def python(code, path=None):
+    """Run `code` in a fresh interpreter, with `path` before everything else."""
+    prefix = f"import sys; sys.path.insert(0, {str(path)!r})\n" if path else ""
+    return subprocess.run([sys.executable, "-c", prefix + code], capture_output=True, text=True, check=False)
+
+
+def last_line(result):
+    return result.stderr.strip().splitlines()[-1]
+
+
+@pytest.fixture
+def site(tmp_path):
+    """A folder with just the transformers files that have diffs, and a version that a test can write."""
+
+    def write(version="5.17.0", edit=None):
+        info = tmp_path / f"transformers-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: transformers\nVersion: {version}\n")
+        real = Path(importlib.util.find_spec("transformers").origin).parents[1]
+        for patch in overlay.all_patches():
+            if patch.package == "transformers":
+                target = tmp_path / patch.target
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(real / patch.target, target)
+        (tmp_path / "transformers" / "__init__.py").write_text("raise SystemExit('the fake was imported')")
+        if edit:
+            file, old, new = edit
+            text = (tmp_path / file).read_text()
+            assert old in text
+            (tmp_path / file).write_text(text.replace(old, new))
+        return tmp_path
+
+    return write
+
+
+def test_importing_it_imports_neither_torch_nor_transformers():
+    code = "import hrpo_patches, sys; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    assert python(code).returncode == 0
+
+
+def test_importing_it_costs_less_than_50_ms():
+    code = "import time; t = time.perf_counter(); import hrpo_patches; print(time.perf_counter() - t)"
+    assert min(float(python(code).stdout) for _ in range(5)) < 0.05
+
+
+@pytest.mark.parametrize("function", [LlamaModel.forward, Qwen2Model.forward])
+def test_getsource_shows_the_patched_lines(function):
+    assert "self.blend_thinking(inputs_embeds, thinking_states" in inspect.getsource(function)
+    assert "thinking.observe(outputs" in inspect.getsource(GenerationMixin._sample)
+
+
+def test_a_traceback_shows_the_patched_line():
+    model = tiny_model("llama")
+    try:
+        model(torch.zeros(1, 2, dtype=torch.long), thinking_states=torch.zeros(1, 1, 32))
+    except ValueError:
+        assert "inputs_embeds = self.blend_thinking(" in traceback.format_exc()
+    else:
+        pytest.fail("nothing was raised")
+
+
+def test_the_class_keeps_its_own_file():
+    assert inspect.getsourcefile(LlamaForCausalLM).endswith("transformers/models/llama/modeling_llama.py")
+
+
+def test_every_installed_diff_is_applied_once_its_module_is_imported():
+    from hrpo_patches.export import installed_patches
+
+    for patch in installed_patches():
+        importlib.import_module(patch.module)
+        assert patch in overlay.APPLIED
+
+
+def test_an_unsupported_version_is_refused_at_the_first_import(site):
+    result = python("import hrpo_patches\nimport transformers", site("5.16.0"))
+    assert result.returncode == 1
+    assert "has patches for transformers 5.17.0, but transformers 5.16.0 is installed" in last_line(result)
+    assert "pip install transformers==5.17.0" in last_line(result)
+
+
+def test_a_hunk_that_does_not_match_is_refused_by_name(site):
+    edit = ("transformers/models/llama/modeling_llama.py", "class LlamaPreTrainedModel(", "class LlamaPretrainedModel(")
+    result = python("import hrpo_patches\nimport transformers", site(edit=edit))
+    assert result.returncode == 1
+    for part in ("transformers 5.17.0", "hunk 2 of", "llama.patch", "modeling_llama.py", "--force-reinstall"):
+        assert part in last_line(result)
+
+
+def test_a_line_more_above_a_hunk_is_refused_too(site):
+    edit = ("transformers/modeling_outputs.py", "import warnings", "\nimport warnings")
+    result = python("import hrpo_patches\nimport transformers", site(edit=edit))
+    assert "hunk 1 of transformers-5.17.0/modeling-outputs.patch does not match" in last_line(result)
+
+
+def test_a_missing_file_is_refused(site):
+    folder = site()
+    (folder / "transformers/modeling_outputs.py").unlink()
+    assert "modeling_outputs.py is missing" in last_line(python("import hrpo_patches\nimport transformers", folder))
+
+
+def test_files_that_fit_are_imported(site):
+    assert "the fake was imported" in last_line(python("import hrpo_patches\nimport transformers", site()))
+
+
+def test_models_imported_before_it_are_refused_and_nothing_is_installed():
+    code = (
+        "import transformers.models.llama.modeling_llama, sys\n"
+        "before = list(sys.meta_path)\n"
+        "try:\n    import hrpo_patches\n"
+        "except ImportError as error:\n    print(error, sys.meta_path == before)\n"
+    )
+    out = python(code).stdout
+    assert "put `import hrpo_patches` before the first import of transformers." in out
+    assert out.strip().endswith("True")
+
+
+def test_transformers_alone_may_be_imported_before_it():
+    code = (
+        "import sys, transformers\n"
+        "import hrpo_patches\n"
+        "from transformers.models.llama.modeling_llama import LlamaModel\n"
+        "assert hasattr(LlamaModel, 'blend_thinking')"
+    )
+    result = python(code)
+    assert result.returncode == 0 or "put `import hrpo_patches` before" in last_line(result)
+
+
+def test_it_is_installed_once():
+    before = list(sys.meta_path)
+    overlay.install()
+    assert sys.meta_path == before

@@ -1,0 +1,199 @@
+"""The maths against its formulas, and the thinking weights on every way a model can come to life."""
+
+import math
+
+import pytest
+import torch
+from tiny import tiny_config, tiny_model
+from transformers import AutoModelForCausalLM
+
+from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.errors import InputError
+from hrpo_patches.thinking import MODULES, embedding_residual, initial_lambda, projection_residual
+
+
+def lambdas(model):
+    return torch.exp(-8 * torch.nn.functional.softplus(-model.model.thinking_residual_Lambda.Lambda.detach().double()))
+
+
+def assert_fresh(model, init_std=0.001, r_min=0.99, r_max=0.999):
+    projection = model.model.thinking_projection.weight
+    assert abs(projection.std().item() / init_std - 1) < 0.05 + 3 / math.sqrt(2 * projection.numel())
+    assert r_min <= lambdas(model).min() and lambdas(model).max() <= r_max
+    for name in MODULES:
+        for parameter in getattr(model.model, name).parameters():
+            assert parameter.isfinite().all() and parameter.dtype == torch.float32
+    assert not torch.equal(model.model.thinking_residual_gate_r.weight, model.model.thinking_residual_gate_i.weight)
+
+
+def test_the_blend_is_the_formula_of_the_paper_for_any_leading_shape(family):
+    backbone = tiny_model(family).model
+    for shape in [(32,), (5, 32), (2, 3, 32)]:
+        e, s = torch.randn(shape), torch.randn(shape)
+        r = torch.sigmoid(e @ backbone.thinking_residual_gate_r.weight.T + backbone.thinking_residual_gate_r.bias)
+        i = torch.sigmoid(e @ backbone.thinking_residual_gate_i.weight.T + backbone.thinking_residual_gate_i.bias)
+        a = torch.exp(-8 * torch.log1p(torch.exp(-backbone.thinking_residual_Lambda.Lambda)) * r)
+        blended, share = backbone.thinking_residual(e, s)
+        torch.testing.assert_close(share, a)
+        torch.testing.assert_close(blended, a * e + torch.sqrt(1 - a**2 + 1e-8) * (i * s))
+
+
+def test_a_is_lambda_to_the_power_of_the_gate():
+    uniform, r = torch.rand(64), torch.rand(64).double()
+    large = initial_lambda(uniform, 0.9, 0.99)
+    a = torch.exp(-8 * torch.nn.functional.softplus(-large) * r)
+    expected = (0.9 + 0.09 * (1e-4 + (1 - 2e-4) * uniform.double())) ** r
+    torch.testing.assert_close(a, expected)
+
+
+def test_the_projection_residual_has_unit_norm_whatever_the_scale_of_w():
+    projected = torch.randn(4, 32)
+    for scale in (1e-3, 1.0, 1e3):
+        torch.testing.assert_close(projection_residual(projected * scale).norm(dim=-1), torch.ones(4))
+
+
+def test_the_embedding_residual_is_the_expected_embedding_over_the_norm_of_p():
+    p, table = torch.rand(3, 7).softmax(-1), torch.randn(7, 5)
+    expected = sum(p[:, v, None] * table[v] for v in range(7)) / (p**2).sum(-1, keepdim=True).sqrt()
+    torch.testing.assert_close(embedding_residual(p, table), expected)
+
+
+def test_a_state_of_zeros_gives_finite_gradients(family):
+    backbone = tiny_model(family).model
+    embeds = torch.randn(1, 3, 32)
+    out = backbone.blend_thinking(embeds, torch.zeros(1, 3, 32), torch.tensor([[True, False, True]]))
+    out.square().sum().backward()
+    for name in MODULES:
+        assert all(p.grad is None or p.grad.isfinite().all() for p in getattr(backbone, name).parameters())
+
+
+def test_only_masked_positions_among_the_last_k_change(family):
+    backbone = tiny_model(family).model
+    embeds, states = torch.randn(2, 6, 32), torch.randn(2, 3, 32)
+    mask = torch.tensor([[True, False, False], [False, True, True]])
+    changed = (backbone.blend_thinking(embeds, states, mask) != embeds).any(-1)
+    expected = torch.cat([torch.zeros(2, 3, dtype=torch.bool), mask], dim=1)
+    assert torch.equal(changed, expected)
+
+
+def test_the_blend_compiles_without_a_graph_break(family):
+    backbone = tiny_model(family).model
+    arguments = torch.randn(2, 6, 32), torch.randn(2, 3, 32), torch.tensor([[True, False, False], [False, True, True]])
+    compiled = torch.compile(backbone.blend_thinking, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(*arguments), backbone.blend_thinking(*arguments))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_model_from_a_config_starts_right_in_every_dtype(family, dtype):
+    options = {"hidden_size": 128}
+    config = tiny_config(family)
+    for key, value in options.items():
+        setattr(config, key, value)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    assert_fresh(model)
+    assert_fresh(model.to(dtype))
+    assert model.model.embed_tokens.weight.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}])
+def test_a_checkpoint_without_thinking_weights_gets_fresh_ones(family, tmp_path, dtype, device_map, caplog):
+    tiny_model(family, thinking=False).save_pretrained(tmp_path)
+    options = {"r_min": 0.98, "r_max": 0.99, "init_std": 0.002}
+    torch.manual_seed(1)
+    with caplog.at_level("WARNING"):
+        model, report = AutoModelForCausalLM.from_pretrained(
+            tmp_path, dtype=dtype, device_map=device_map, thinking=options, output_loading_info=True
+        )
+    assert_fresh(model, **options)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    assert "thinking" not in caplog.text
+
+
+def test_a_checkpoint_config_that_says_nothing_thinks_with_the_defaults(family, tmp_path):
+    model = tiny_model(family, thinking=False)
+    model.config.thinking = None
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert_fresh(loaded)
+    assert loaded.config.thinking == ThinkingConfig().to_dict()
+    assert loaded.generation_config.thinking is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_thinking_weights_survive_a_full_save_bit_for_bit_in_float32(family, tmp_path, dtype):
+    model = tiny_model(family).to(dtype)
+    model.model.thinking_projection.weight.data.mul_(1.2345678)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
+    for key, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def test_a_missing_thinking_weight_of_a_thinking_checkpoint_is_an_error(family, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_model(family).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.thinking_residual_gate_r.bias"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"thinking_residual_gate_r\.bias is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_thinking_weights_on_the_meta_device_have_no_values_until_they_are_loaded(family):
+    with torch.device("meta"):
+        model = tiny_model(family)
+    assert model.model.thinking_residual_Lambda.Lambda.device.type == "meta"
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = False
+    for module in model.modules():
+        module._is_hf_initialized = False
+    model.init_weights()
+    assert_fresh(model)
+
+
+def test_the_thinking_modules_leave_the_base_weights_of_a_seed_alone(family):
+    stock, ours = tiny_model(family, thinking=False), tiny_model(family)
+    for key, value in stock.state_dict().items():
+        assert torch.equal(ours.state_dict()[key], value), key
+
+
+def test_config_thinking_false_leaves_the_modules_out(family):
+    assert not [key for key in tiny_model(family, thinking=False).state_dict() if "thinking" in key]
+
+
+def test_lambda_can_be_drawn_anew(family):
+    model = tiny_model(family)
+    model.model.thinking_residual_Lambda.reset_lambda_parameters(0.5, 0.6)
+    assert 0.5 <= lambdas(model).min() and lambdas(model).max() <= 0.6
+    with pytest.raises(InputError, match="r_min"):
+        model.model.thinking_residual_Lambda.reset_lambda_parameters(0.6, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("states", "mask", "message"),
+    [
+        ((1, 3, 32), None, "belong together"),
+        ((1, 3, 32), (1, 2), "have to be"),
+        ((1, 9, 32), (1, 9), "have to be"),
+        ((1, 3, 31), (1, 3), "have to be"),
+    ],
+)
+def test_thinking_inputs_that_do_not_fit_are_refused(states, mask, message):
+    model = tiny_model("llama")
+    arguments = {"thinking_states": torch.zeros(states)}
+    if mask is not None:
+        arguments["thinking_mask"] = torch.ones(mask, dtype=torch.bool)
+    with pytest.raises(InputError, match=message):
+        model(torch.zeros(1, 5, dtype=torch.long), **arguments)
+
+
+def test_thinking_inputs_to_a_model_without_thinking_are_refused():
+    with pytest.raises(InputError, match="thinking=False"):
+        tiny_model("llama", thinking=False)(
+            torch.zeros(1, 5, dtype=torch.long),
+            thinking_states=torch.zeros(1, 1, 32),
+            thinking_mask=torch.ones(1, 1, dtype=torch.bool),
+        )
