@@ -107,7 +107,7 @@ def test_a_hunk_that_does_not_match_is_refused_by_name(site):
 
 
 def test_a_line_more_above_a_hunk_is_refused_too(site):
-    edit = ("transformers/modeling_outputs.py", "import warnings", "\nimport warnings")
+    edit = ("transformers/modeling_outputs.py", "import torch\n", "\nimport torch\n")
     result = python("import hrpo_patches\nimport transformers", site(edit=edit))
     assert "hunk 1 of transformers-5.17.0/modeling-outputs.patch does not match" in last_line(result)
 
@@ -141,8 +141,7 @@ def test_transformers_alone_may_be_imported_before_it():
         "from transformers.models.llama.modeling_llama import LlamaModel\n"
         "assert hasattr(LlamaModel, 'blend_thinking')"
     )
-    result = python(code)
-    assert result.returncode == 0 or "put `import hrpo_patches` before" in last_line(result)
+    assert python(code).returncode == 0
 
 
 def test_it_is_installed_once():

@@ -1,0 +1,51 @@
+"""A small HRPOTrainer on a tiny model; shared by several tests."""
+
+from datasets import Dataset
+from peft import LoraConfig
+from tiny import byte_tokenizer, tiny_model
+
+from hrpo_patches import HRPOConfig, HRPOTrainer
+
+PROMPTS = ["Hi", "What is 3 + 4?", "Say #### once", "abc"]
+
+
+def lengths_differ(completions, **_):
+    """A reward that varies within every group."""
+    return [float(sum(map(ord, text)) % 7) for text in completions]
+
+
+def config(folder, **options):
+    defaults = {
+        "per_device_train_batch_size": 8,
+        "num_generations": 4,
+        "max_completion_length": 10,
+        "max_steps": 1,
+        "learning_rate": 1e-3,
+        "beta": 0.05,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+    }
+    return HRPOConfig(output_dir=str(folder), **defaults | options)
+
+
+def lora(**options):
+    """LoRA whose A and B both have a gradient in the first step (B starts at random, not at zero)."""
+    return LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+
+
+def small_trainer(folder, family="llama", model=None, peft_config="lora", reward=lengths_differ, **options):
+    if model is None:
+        model = tiny_model(family, thinking={"r_min": 0.5, "r_max": 0.9})
+    data = Dataset.from_dict({"prompt": PROMPTS * 8})
+    return HRPOTrainer(
+        model,
+        reward,
+        config(folder, **options),
+        data,
+        processing_class=byte_tokenizer(),
+        peft_config=lora() if peft_config == "lora" else peft_config,
+    )

@@ -1,0 +1,249 @@
+"""HRPOTrainer: the new path is taken, gets a gradient and changes; the reference does not think; misuse is refused."""
+
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from rollouts import TEMPERATURE
+from runs import config, lora, small_trainer
+from tiny import byte_tokenizer, tiny_config, tiny_model
+from transformers import GPT2Config, GPT2LMHeadModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+from trl import GRPOConfig
+
+from hrpo_patches import HRPOTrainer
+from hrpo_patches.checkpoint import trained_modules
+from hrpo_patches.errors import InputError
+from hrpo_patches.thinking import is_thinking_parameter
+
+RESIDUALS = ["projection", "embedding"]
+
+
+def watch_gradients(trainer):
+    """A dict that the next optimizer step fills with each trainable parameter's gradient."""
+    gradients, record = {}, trainer._record_weights
+
+    def wrapper():
+        gradients.update({n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad})
+        gradients.update({n: g.clone() for n, g in gradients.items() if g is not None})
+        record()
+
+    trainer._record_weights = wrapper
+    return gradients
+
+
+def snapshot(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_one_step_reaches_and_changes_every_thinking_and_lora_weight_and_nothing_else(
+    family, residual, dtype, tmp_path
+):
+    model = tiny_model(family, thinking={"r_min": 0.5, "r_max": 0.9}).to(dtype)
+    trainer = small_trainer(tmp_path, model=model, residual=residual)
+    before, gradients = snapshot(trainer.model), watch_gradients(trainer)
+    trainer.train()
+    trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
+    for module in trained_modules(residual):
+        assert [name for name in trainable if f".{module}.modules_to_save.default." in name]
+    assert bool([n for n in trainable if "thinking_projection" in n]) == (residual == "projection")
+    assert [name for name in trainable if "lora_A" in name] and [name for name in trainable if "lora_B" in name]
+    for name, parameter in trainer.model.named_parameters():
+        changed = not torch.equal(parameter, before[name])
+        assert changed == (name in trainable), name
+        if name in trainable:
+            assert gradients[name].isfinite().all() and gradients[name].abs().sum() > 0, name
+            assert parameter.dtype == torch.float32, name
+
+
+def test_every_element_of_lambda_with_a_gradient_moves_on_a_bf16_base(tmp_path):
+    trainer = small_trainer(tmp_path, model=tiny_model("llama").to(torch.bfloat16))
+    before, gradients = snapshot(trainer.model), watch_gradients(trainer)
+    trainer.train()
+    (name,) = [name for name in gradients if name.endswith("default.Lambda")]
+    moved = trainer.model.get_parameter(name) != before[name]
+    assert torch.equal(moved, gradients[name] != 0) and moved.any()
+
+
+def test_the_base_that_trl_casts_to_bf16_keeps_float32_thinking(tmp_path):
+    model = tiny_model("llama").to(torch.bfloat16)
+    model.is_loaded_in_4bit = True  # makes TRL cast every trainable weight, as it does for QLoRA
+    expected = {n: p.clone() for n, p in model.named_parameters() if is_thinking_parameter(n)}
+    trainer = small_trainer(tmp_path, model=model)
+    for name, parameter in trainer.model.named_parameters():
+        if is_thinking_parameter(name) and parameter.requires_grad:
+            plain = name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+            assert parameter.dtype == torch.float32 and torch.equal(parameter, expected[plain])
+        elif parameter.requires_grad:
+            assert parameter.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("residual", RESIDUALS)
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_the_loss_replays_the_log_probabilities_of_the_rollout(family, residual, accumulation, tmp_path):
+    trainer = small_trainer(
+        tmp_path, family, residual=residual, temperature=TEMPERATURE, gradient_accumulation_steps=accumulation
+    )
+    seen, steps = {}, []
+    generate, score = trainer.model.base_model.model.generate, trainer._get_per_token_logps_and_entropies
+
+    def generating(*args, **kwargs):
+        kwargs["generation_config"].output_scores = True
+        out = generate(*args, **kwargs)
+        tokens = out.sequences[:, -len(out.scores) :]
+        logps = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+        seen.update({tuple(row.tolist()): logp for row, logp in zip(tokens, logps, strict=True)})
+        return out
+
+    def scoring(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        result = score(model, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        if torch.is_grad_enabled():
+            for row, mask, logp in zip(input_ids, attention_mask, result[0], strict=True):
+                tokens, length = row[-logits_to_keep:].tolist(), int(mask[-logits_to_keep:].sum())
+                expected = [value for key, value in seen.items() if list(key)[:length] == tokens[:length]]
+                steps.append(min((logp.detach()[:length] - e[:length]).abs().max().item() for e in expected))
+        return result
+
+    trainer.model.base_model.model.generate = generating
+    trainer._get_per_token_logps_and_entropies = scoring
+    trainer.train()
+    assert len(steps) == 8 * accumulation and max(steps) < 1e-4
+
+
+def test_the_reference_of_the_kl_is_the_base_model_without_thinking(tmp_path):
+    model = tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9})
+    trainer, seen = small_trainer(tmp_path, model=model, beta=0.1), []
+    score = trainer._get_per_token_logps_and_entropies
+
+    def scoring(scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs):
+        result = score(scored, input_ids, attention_mask, logits_to_keep, *args, **kwargs)
+        if not torch.is_grad_enabled():
+            seen.append((input_ids, attention_mask, logits_to_keep, result[0]))
+        return result
+
+    trainer._get_per_token_logps_and_entropies = scoring
+    trainer.train()
+    base = tiny_model("llama", thinking=False)
+    assert seen
+    for input_ids, attention_mask, width, logps in seen:
+        logits = base(input_ids, attention_mask).logits[:, -width - 1 : -1].log_softmax(-1)
+        expected = logits.gather(-1, input_ids[:, -width:, None])[..., 0]
+        mask = attention_mask[:, -width:].bool()
+        torch.testing.assert_close(logps[mask], expected[mask], atol=1e-4, rtol=1e-4)
+
+
+def test_going_on_from_an_adapter_also_takes_the_bare_base_as_reference(tmp_path):
+    model = get_peft_model(tiny_model("llama"), lora(modules_to_save=trained_modules("projection")))
+    trainer = small_trainer(tmp_path, model=model, peft_config=None, beta=0.1)
+    assert list(trainer.model.peft_config) == ["default"]
+    trainer.train()
+
+
+def test_plain_grpo_runs_through_the_same_trainer_and_trains_no_thinking(tmp_path):
+    trainer = small_trainer(tmp_path, residual="none")
+    before = snapshot(trainer.model)
+    trainer.train()
+    for name, parameter in trainer.model.named_parameters():
+        if is_thinking_parameter(name):
+            assert torch.equal(parameter, before[name]) and not parameter.requires_grad
+    assert "embeds_ratio" not in trainer.state.log_history[0] and "marker_rate" in trainer.state.log_history[0]
+
+
+def test_a_model_without_peft_is_trained_whole(tmp_path):
+    trainer = small_trainer(tmp_path, peft_config=None, beta=0.0)
+    before = snapshot(trainer.model)
+    trainer.train()
+    assert all(not torch.equal(p, before[n]) for n, p in trainer.model.named_parameters() if p.grad is not None)
+    assert not torch.equal(trainer.model.model.thinking_projection.weight, before["model.thinking_projection.weight"])
+
+
+def test_the_log_holds_the_metrics_of_thinking(tmp_path):
+    trainer = small_trainer(tmp_path)
+    trainer.train()
+    log = trainer.state.log_history[0]
+    assert 0.5 < log["embeds_ratio"] < 1
+    assert 0 < log["hidden_ratio"] < 1
+    assert log["marker_rate"] in [i / 8 for i in range(9)]
+    assert log["projection/weight_norm"] > 0 and log["projection/grad_norm"] > 0
+    assert log["Lambda/min"] < log["Lambda/max"]
+
+
+def strip(model):
+    forward = model.forward
+
+    def bare(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        return CausalLMOutputWithPast(loss=out.loss, logits=out.logits, past_key_values=out.past_key_values)
+
+    model.forward = bare
+    return model
+
+
+def test_a_forward_without_hidden_state_is_refused_before_the_first_step(tmp_path):
+    with pytest.raises(InputError, match="returns no last_hidden_state"):
+        small_trainer(tmp_path, model=strip(tiny_model("llama")))
+    trainer = small_trainer(tmp_path)
+    strip(trainer.model.base_model.model)
+    with pytest.warns(UserWarning, match="last_hidden_state"), pytest.raises(InputError, match="instead of projection"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_model_that_cannot_think_is_refused(tmp_path):
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(InputError, match="GPT2LMHeadModel cannot think"):
+        small_trainer(tmp_path, model=other)
+    with pytest.raises(InputError, match="thinking=False"):
+        small_trainer(tmp_path, model=tiny_model("llama", thinking=False))
+
+
+def test_frozen_thinking_weights_are_refused(tmp_path):
+    with pytest.raises(InputError, match="are frozen"):
+        small_trainer(tmp_path, model=get_peft_model(tiny_model("llama"), lora()), peft_config=None)
+
+
+def test_a_marker_that_the_tokenizer_cannot_produce_is_refused(tmp_path, monkeypatch):
+    tokenizer = byte_tokenizer()
+    monkeypatch.setattr(tokenizer, "get_vocab", lambda: {letter: i for i, letter in enumerate("abcdef")})
+    data = Dataset.from_dict({"prompt": ["abc"]})
+    with pytest.raises(InputError, match="answer marker"):
+        HRPOTrainer(tiny_model("llama"), lambda **_: [0.0], config(tmp_path), data, processing_class=tokenizer)
+
+
+def test_arguments_that_do_not_think_are_refused(tmp_path):
+    with pytest.raises(InputError, match="needs args=HRPOConfig"):
+        HRPOTrainer(tiny_model("llama"), args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
+    with pytest.raises(InputError, match="rollout_func generates outside"):
+        HRPOTrainer(tiny_model("llama"), args=config(tmp_path), rollout_func=lambda prompts: {})
+
+
+def test_the_marker_warning_is_said_once_after_twenty_steps_with_a_remedy(tmp_path, caplog):
+    trainer = small_trainer(tmp_path, answer_start="</answer>", max_steps=24)
+    with caplog.at_level(logging.WARNING, logger="hrpo_patches"):
+        trainer.train()
+    said = [record.getMessage() for record in caplog.records if "answer marker" in record.getMessage()]
+    assert len(said) == 1
+    assert "'</answer>'" in said[0] and "worked example" in said[0] and "cut at 10 tokens" in said[0]
+
+
+def test_the_marker_warning_stays_silent_when_a_marker_was_seen(tmp_path, caplog):
+    trainer = small_trainer(tmp_path, max_steps=21)
+    trainer._marker_warning.count(1)
+    with caplog.at_level(logging.WARNING, logger="hrpo_patches"):
+        trainer.train()
+    assert "answer marker" not in caplog.text
+
+
+def test_a_model_given_by_name_gets_its_thinking_from_the_arguments(tmp_path):
+    model = tiny_model("llama", thinking=False)
+    model.config.thinking = None
+    model.save_pretrained(tmp_path / "base")
+    trainer = small_trainer(tmp_path / "run", model=str(tmp_path / "base"), residual="embedding", answer_start="###")
+    assert isinstance(trainer.model, PeftModel)
+    thinking = trainer.model.config.thinking
+    assert (thinking["residual"], thinking["answer_start"]) == ("embedding", "###")
+    assert tiny_config("llama").thinking is None
