@@ -10,6 +10,7 @@ from tiny import FAMILIES, byte_tokenizer
 
 assert hrpo_patches.__version__
 
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return byte_tokenizer()

@@ -17,7 +17,9 @@ def test_the_diffs_have_not_drifted_from_what_refresh_writes(tmp_path):
 def test_an_edit_to_the_tree_is_in_the_refreshed_diff(tmp_path):
     tree = tmp_path / "tree"
     target = export.checkout(tree)[0]
-    target.write_text(target.read_text().replace("self.add_thinking_modules(config)", "self.add_other_modules(config)"))
+    target.write_text(
+        target.read_text().replace("self.add_thinking_modules(config)", "self.add_other_modules(config)")
+    )
     first = export.refresh(tree, tmp_path / "patches")[0]
     assert "+        self.add_other_modules(config)" in first.read_text()
 

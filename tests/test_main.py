@@ -7,13 +7,13 @@ from hrpo_patches import __main__ as cli
 from hrpo_patches import overlay
 
 
-
-
 def test_status_in_a_fresh_process_names_every_target_and_its_state():
     command = [sys.executable, "-m", "hrpo_patches", "status"]
     result = subprocess.run(command, capture_output=True, text=True, check=True, env={"COLUMNS": "220"})
     for patch in overlay.all_patches():
-        (line,) = [line for line in result.stdout.splitlines() if f"{patch.file.parent.name}/{patch.file.name} " in line]
+        (line,) = [
+            line for line in result.stdout.splitlines() if f"{patch.file.parent.name}/{patch.file.name} " in line
+        ]
         assert patch.target in line and patch.package in line and patch.version in line
         assert "not yet imported (fits)" in line or "package not installed" in line
 

@@ -99,7 +99,11 @@ def test_an_unsupported_version_is_refused_at_the_first_import(site):
 
 
 def test_a_hunk_that_does_not_match_is_refused_by_name(site):
-    edit = ("transformers/models/llama/modeling_llama.py", "class LlamaPreTrainedModel(", "class LlamaPretrainedModel(")
+    edit = (
+        "transformers/models/llama/modeling_llama.py",
+        "class LlamaPreTrainedModel(",
+        "class LlamaPretrainedModel(",
+    )
     result = python("import hrpo_patches\nimport transformers", site(edit=edit))
     assert result.returncode == 1
     for part in ("transformers 5.17.0", "hunk 2 of", "llama.patch", "modeling_llama.py", "--force-reinstall"):

@@ -167,7 +167,7 @@ def test_config_thinking_false_leaves_the_modules_out(family):
 def test_lambda_can_be_drawn_anew(family):
     model = tiny_model(family)
     model.model.thinking_residual_Lambda.reset_lambda_parameters(0.5, 0.6)
-    assert 0.5 <= lambdas(model).min() and lambdas(model).max() <= 0.6
+    assert lambdas(model).min() >= 0.5 and lambdas(model).max() <= 0.6
     with pytest.raises(InputError, match="r_min"):
         model.model.thinking_residual_Lambda.reset_lambda_parameters(0.6, 0.5)
 

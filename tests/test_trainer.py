@@ -188,7 +188,10 @@ def test_a_forward_without_hidden_state_is_refused_before_the_first_step(tmp_pat
         small_trainer(tmp_path, model=strip(tiny_model("llama")))
     trainer = small_trainer(tmp_path)
     strip(trainer.model.base_model.model)
-    with pytest.warns(UserWarning, match="last_hidden_state"), pytest.raises(InputError, match="instead of projection"):
+    with (
+        pytest.warns(UserWarning, match="last_hidden_state"),
+        pytest.raises(InputError, match="instead of projection"),
+    ):
         trainer.train()
     assert trainer.state.global_step == 0
 
@@ -211,7 +214,9 @@ def test_a_marker_that_the_tokenizer_cannot_produce_is_refused(tmp_path, monkeyp
     monkeypatch.setattr(tokenizer, "get_vocab", lambda: {letter: i for i, letter in enumerate("abcdef")})
     data = Dataset.from_dict({"prompt": ["abc"]})
     with pytest.raises(InputError, match="answer marker"):
-        HRPOTrainer(tiny_model("llama"), lambda **_: [0.0], config(tmp_path), data, processing_class=tokenizer)
+        HRPOTrainer(
+            tiny_model("llama"), lambda **_: [0.0], config(tmp_path, beta=0.0), data, processing_class=tokenizer
+        )
 
 
 def test_arguments_that_do_not_think_are_refused(tmp_path):

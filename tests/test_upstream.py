@@ -13,7 +13,10 @@ from trl.trainer import utils as trl_utils
 @pytest.mark.parametrize(
     ("function", "parameters"),
     [
-        (GRPOTrainer._generate_single_turn, "self prompt_ids images multimodal_fields num_generations has_tool_images"),
+        (
+            GRPOTrainer._generate_single_turn,
+            "self prompt_ids images multimodal_fields num_generations has_tool_images",
+        ),
         (GRPOTrainer._generate_and_score_completions, "self inputs"),
         (GRPOTrainer._compute_loss, "self model inputs"),
         (GRPOTrainer.training_step, "self model inputs num_items_in_batch"),
@@ -43,7 +46,12 @@ def test_trl_has_the_fused_head_switch_and_the_plain_functions():
 
 def test_trl_generates_with_the_names_we_use():
     source = inspect.getsource(GRPOTrainer)
-    for name in ("self.generation_config", "self.model_wrapped", "self._dist.summon_full_params", "self.eos_token_ids"):
+    for name in (
+        "self.generation_config",
+        "self.model_wrapped",
+        "self._dist.summon_full_params",
+        "self.eos_token_ids",
+    ):
         assert name in source
     assert 'if "ref" in model.peft_config else None' in source
 

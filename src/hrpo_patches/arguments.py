@@ -146,6 +146,7 @@ class RunArguments:
             loss_type="grpo",  # the loss of the published runs: a mean over each completion's tokens
             bf16=cuda and torch.cuda.is_bf16_supported(),
             gradient_checkpointing=cuda,
+            dataloader_pin_memory=cuda,
         )
 
     def usable_optimizer(self) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
@@ -70,11 +70,22 @@ def load_model(
         name: a hub id, a folder, or "smollm2-135m".
         thinking: how the model thinks; None leaves the thinking modules out.
         dtype: of the base weights; by default bfloat16 on a GPU that has it, else float32.
+
+    Raises:
+        InputError: there is no such model, or its family has no patches.
     """
     source: Any = smollm2_folder() if name == SMOLLM2 else name
+    try:
+        config = AutoConfig.from_pretrained(source)
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {name!r} could not be loaded: {str(error).splitlines()[0]}") from None
+    if not hasattr(config, "thinking"):
+        raise InputError(
+            f"{name!r} is a {config.model_type} model; hrpo_patches has patches for the Llama and Qwen2 families only."
+        )
     if dtype is None:
         dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
-    tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     options = thinking.to_dict() if thinking is not None else False
