@@ -1,0 +1,79 @@
+"""Tokens a second of stock `generate` against thinking with either residual, alternating in one process.
+
+Each round times all three kinds on the same prompts, so that a noisy machine slows them alike; the ratios are taken
+within a round, and their median is reported. The kinds change places from round to round.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.models import SMOLLM2, load_model
+
+KINDS = ("stock", "projection", "embedding")
+
+
+def tokens_a_second(model, tokenizer, inputs, kind, length):
+    """Time one greedy `generate` of exactly `length` tokens a sequence."""
+    options = {}
+    if kind != "stock":
+        model.config.thinking["residual"] = kind
+        options = {"thinking": True, "tokenizer": tokenizer}
+    started = time.perf_counter()
+    out = model.generate(**inputs, do_sample=False, min_new_tokens=length, max_new_tokens=length, **options)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - started
+    assert out.shape[1] == inputs["input_ids"].shape[1] + length
+    return len(out) * length / seconds
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model_name", default=SMOLLM2, help="hub id, folder, or smollm2-135m")
+    parser.add_argument("--batch", type=int, default=8, help="sequences decoded at once")
+    parser.add_argument("--tokens", type=int, default=64, help="new tokens a sequence")
+    parser.add_argument("--rounds", type=int, default=9, help="rounds, each with all three kinds")
+    parser.add_argument("--out", type=Path, default=None, help="also write the numbers to this JSON file")
+    args = parser.parse_args()
+    model, tokenizer = load_model(args.model_name, ThinkingConfig())
+    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    prompts = [f"Tell me a story of {n} animals and what they learned." for n in range(2, 2 + args.batch)]
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
+    for kind in KINDS:  # warm up, and make the marker's table, which is kept
+        tokens_a_second(model, tokenizer, inputs, kind, 4)
+    rounds = []
+    for n in track(range(args.rounds), description="Decoding"):
+        order = KINDS[n % 3 :] + KINDS[: n % 3]
+        rounds.append({kind: tokens_a_second(model, tokenizer, inputs, kind, args.tokens) for kind in order})
+    table = Table(title=f"{args.model_name}, batch {args.batch}, {args.tokens} tokens, {args.rounds} rounds")
+    for column in ("generate", "tokens/s (median)", "of stock (median)", "of stock (range)"):
+        table.add_column(column)
+    record = {"rounds": rounds, "ratios": {}}
+    for kind in KINDS:
+        ratios = [row[kind] / row["stock"] for row in rounds]
+        record["ratios"][kind] = statistics.median(ratios)
+        speed = statistics.median(row[kind] for row in rounds)
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        table.add_row(kind, f"{speed:.1f}", f"{statistics.median(ratios):.3f}", spread)
+    Console().print(table)
+    if args.out:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
+        versions = {"torch": torch.__version__, "transformers": version("transformers"), "device": device}
+        record |= {"environment": versions | {"threads": torch.get_num_threads()}, "title": table.title}
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
