@@ -96,7 +96,7 @@ def test_a_model_from_a_config_starts_right_in_every_dtype(family, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("device_map", [None, "cpu", {"": "cpu"}])
+@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}])
 def test_a_checkpoint_without_thinking_weights_gets_fresh_ones(family, tmp_path, dtype, device_map, caplog):
     tiny_model(family, thinking=False).save_pretrained(tmp_path)
     options = {"r_min": 0.98, "r_max": 0.99, "init_std": 0.002}

@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 from datasets import Dataset
-from peft import PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rollouts import TEMPERATURE
 from runs import config, lora, small_trainer
 from tiny import byte_tokenizer, tiny_config, tiny_model
@@ -252,3 +252,48 @@ def test_a_model_given_by_name_gets_its_thinking_from_the_arguments(tmp_path):
     thinking = trainer.model.config.thinking
     assert (thinking["residual"], thinking["answer_start"]) == ("embedding", "###")
     assert tiny_config("llama").thinking is None
+
+
+@pytest.mark.parametrize(
+    "options", [{"gradient_checkpointing": True}, {"bf16": True}, {"num_iterations": 2, "max_steps": 2}]
+)
+def test_the_usual_options_of_grpo_train_the_projection_too(tmp_path, options):
+    trainer = small_trainer(tmp_path, **options)
+    before, gradients = snapshot(trainer.model), watch_gradients(trainer)
+    trainer.train()
+    (name,) = [name for name in gradients if "thinking_projection" in name]
+    assert gradients[name].isfinite().all() and gradients[name].abs().sum() > 0
+    assert not torch.equal(trainer.model.get_parameter(name), before[name])
+
+
+def test_the_old_log_probabilities_of_several_iterations_replay_the_thinking_too(tmp_path):
+    trainer, differences = small_trainer(tmp_path, num_iterations=2, max_steps=1), []
+    loss, score = trainer._compute_loss, trainer._get_per_token_logps_and_entropies
+
+    def losing(model, inputs):
+        trainer.current = inputs
+        return loss(model, inputs)
+
+    def scoring(*args, **kwargs):
+        result = score(*args, **kwargs)
+        if torch.is_grad_enabled():
+            mask = trainer.current["completion_mask"].bool()
+            differences.append((result[0] - trainer.current["old_per_token_logps"])[mask].abs().max().item())
+        return result
+
+    trainer._compute_loss, trainer._get_per_token_logps_and_entropies = losing, scoring
+    trainer.train()
+    assert differences and differences[0] < 1e-5
+
+
+def test_evaluation_thinks_as_well(tmp_path):
+    trainer = small_trainer(tmp_path, per_device_eval_batch_size=4)
+    metrics = trainer.evaluate(Dataset.from_dict({"prompt": ["abc"] * 4}))
+    assert 0.5 < metrics["eval_embeds_ratio"] < 1 and "eval_marker_rate" in metrics
+
+
+def test_lora_on_all_linear_layers_leaves_the_thinking_modules_whole(tmp_path):
+    trainer = small_trainer(tmp_path, peft_config=LoraConfig(target_modules="all-linear"))
+    names = [name for name, p in trainer.model.named_parameters() if p.requires_grad and "thinking" in name]
+    assert names and not [name for name in names if "lora" in name]
+    trainer.train()
