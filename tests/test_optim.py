@@ -80,9 +80,18 @@ def test_a_trainer_that_has_an_optimizer_is_refused(tmp_path):
         patch_trainer_optimizer(trainer)
 
 
-def test_an_optimizer_that_takes_no_groups_is_refused(tmp_path):
+def test_an_optimizer_with_groups_of_its_own_is_refused(tmp_path):
     trainer = trainer_for(tiny_model("llama"), tmp_path)
     patch_trainer_optimizer(trainer)
-    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"params": []})
+    trainer.optimizer_cls_and_kwargs = (torch.optim.SGD, {"params": [{"params": [torch.ones(1)], "rank": 4}]})
     with pytest.raises(InputError, match="AdamW"):
         trainer.create_optimizer()
+
+
+def test_the_optimizer_of_the_arguments_and_its_options_are_kept(tmp_path):
+    trainer = trainer_for(tiny_model("llama"), tmp_path, optim="adafactor", adam_beta1=0.7)
+    patch_trainer_optimizer(trainer)
+    assert type(trainer.create_optimizer()).__name__ == "Adafactor"
+    trainer = trainer_for(tiny_model("llama"), tmp_path, adam_beta1=0.7)
+    patch_trainer_optimizer(trainer)
+    assert {group["betas"] for group in trainer.create_optimizer().param_groups} == {(0.7, 0.999)}

@@ -6,7 +6,6 @@ Names are matched by component, so PEFT's, DDP's and torch.compile's prefixes an
 from __future__ import annotations
 
 from collections.abc import Iterable
-from types import MethodType
 from typing import Any
 
 from torch import nn, optim
@@ -54,23 +53,21 @@ def parameter_groups(
     return list(groups.values())
 
 
-def create_optimizer(trainer: Trainer, learning_rates: dict[str, float]) -> optim.Optimizer:
-    """What `Trainer.create_optimizer` does, with our groups; sets and returns `trainer.optimizer`.
+def regroup(trainer: Trainer, optimizer: optim.Optimizer, learning_rates: dict[str, float]) -> optim.Optimizer:
+    """Put the parameters of a trainer's fresh `optimizer` into our groups; its class and options stay as they are.
 
     Raises:
-        InputError: the optimizer of the training arguments does not take parameter groups.
+        InputError: the optimizer has groups of its own kind (GaLore, LOMO, ...).
     """
-    if trainer.optimizer is None:
-        cls, kwargs = trainer.optimizer_cls_and_kwargs or trainer.get_optimizer_cls_and_kwargs(
-            trainer.args, trainer.model
-        )
-        if {"params", "model", "optimizer_dict"} & set(kwargs) or not isinstance(cls, type):
-            raise InputError(f"optim={trainer.args.optim!s} chooses its own parameters; use one of the AdamW family.")
-        rates = {"base": trainer.args.learning_rate} | learning_rates
-        decayed = trainer.get_decay_parameter_names(trainer.model)
-        groups = parameter_groups(trainer.model, rates, trainer.args.weight_decay, decayed)
-        trainer.optimizer = cls(groups, **kwargs)
-    return trainer.optimizer
+    own = {key for group in optimizer.param_groups for key in group} - {"params", *optimizer.defaults}
+    if own or optimizer.state:
+        raise InputError(f"optim={trainer.args.optim!s} groups its parameters itself; use one of the AdamW family.")
+    rates = {"base": trainer.args.learning_rate} | learning_rates
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    optimizer.param_groups.clear()
+    for group in parameter_groups(trainer.model, rates, trainer.args.weight_decay, decayed):
+        optimizer.add_param_group(group)
+    return optimizer
 
 
 def patch_trainer_optimizer(
@@ -95,7 +92,11 @@ def patch_trainer_optimizer(
         )
     rates = {"gate": lr_residual_gate, "Lambda": lr_residual_Lambda, "projection": lr_thinking_projection}
 
-    def replacement(self: Trainer, model: nn.Module | None = None) -> optim.Optimizer:
-        return create_optimizer(self, rates)
+    create = trainer.create_optimizer
 
-    trainer.create_optimizer = MethodType(replacement, trainer)
+    def create_optimizer(model: nn.Module | None = None) -> optim.Optimizer:
+        fresh = trainer.optimizer is None
+        optimizer = create(model)
+        return regroup(trainer, optimizer, rates) if fresh else optimizer
+
+    trainer.create_optimizer = create_optimizer

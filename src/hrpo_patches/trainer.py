@@ -24,7 +24,7 @@ from hrpo_patches.checkpoint import save_thinking, trained_modules
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.marker import marker_table
-from hrpo_patches.optim import create_optimizer, group_of
+from hrpo_patches.optim import group_of, regroup
 from hrpo_patches.prepare import configure, float32_copies, restore_float32, with_thinking_modules
 from hrpo_patches.replay import Rollout
 from hrpo_patches.trainer_config import HRPOConfig
@@ -252,9 +252,9 @@ class HRPOTrainer(GRPOTrainer):
     # --- optimizer, metrics, save ----------------------------------------------------------------------------------
 
     def create_optimizer(self, model: nn.Module | None = None) -> optim.Optimizer:
-        if self.args.residual is None:
-            return super().create_optimizer(model)
-        return create_optimizer(self, self.args.learning_rates)
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        return regroup(self, optimizer, self.args.learning_rates) if fresh and self.args.residual else optimizer
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
