@@ -67,7 +67,7 @@ class HRPOTrainer(GRPOTrainer):
                 )
             configure(model, args)
             peft_config = with_thinking_modules(peft_config, args)
-        before = float32_copies(model)
+        before = float32_copies(model) if args.residual is not None else {}
         super().__init__(
             model,
             reward_funcs,
@@ -97,9 +97,9 @@ class HRPOTrainer(GRPOTrainer):
         marker_table(self._tokenizer, self.args.answer_start, backbone.config.vocab_size)
         trainable = {group_of(name) for name, p in self.model.named_parameters() if p.requires_grad} - {"base"}
         needed = {group_of(f"{name}.") for name in trained_modules(self.args.residual)}
-        if trainable < needed:
+        if frozen := sorted(needed - trainable):
             raise InputError(
-                f"the thinking weights of group {sorted(needed - trainable)[0]!r} are frozen; pass peft_config to "
+                f"the thinking weights of group {frozen[0]!r} are frozen; pass peft_config to "
                 f"HRPOTrainer instead of a model that is already wrapped, or load the adapter with "
                 f"hrpo_patches.load_adapter(..., is_trainable=True)."
             )
