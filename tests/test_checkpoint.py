@@ -12,6 +12,7 @@ from rollouts import ragged
 from runs import small_trainer
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
+from transformers import GenerationConfig
 
 from hrpo_patches import load_adapter
 from hrpo_patches.errors import InputError
@@ -97,7 +98,9 @@ def test_the_folder_says_how_to_think(base, tmp_path):
     assert "thinking_projection" not in record["modules"]
     assert json.loads((tmp_path / "run" / "generation_config.json").read_text())["thinking"] is True
     model = load_adapter(str(base), tmp_path / "run")
-    assert model.config.thinking["residual"] == "embedding" and model.generation_config.thinking is True
+    assert (model.config.thinking["residual"], model.config.thinking["answer_start"]) == ("embedding", "###")
+    assert model.generation_config.thinking is True and not model.training
+    assert GenerationConfig.from_pretrained(tmp_path / "run").thinking is True
 
 
 def test_thinking_weights_are_saved_in_float32_and_loaded_so_under_a_bf16_base(base, tmp_path):
@@ -158,6 +161,31 @@ def test_a_missing_thinking_weight_is_an_error(base, tmp_path, key):
     edit(tmp_path / "run", lambda weights: [weights.pop(name) for name in list(weights) if name.endswith(key)])
     with pytest.raises(InputError, match="thinking_projection|lacks"):
         load_adapter(str(base), tmp_path / "run")
+
+
+def test_lora_that_is_missing_or_that_does_not_fit_is_an_error(base, tmp_path):
+    trained(base, tmp_path / "run")
+    edit(tmp_path / "run", lambda weights: weights.update({"base_model.model.extra.weight": torch.ones(1)}))
+    with pytest.raises(InputError, match="extra.weight, which this base model has no place for"):
+        load_adapter(str(base), tmp_path / "run")
+    edit(tmp_path / "run", lambda weights: [weights.pop(k) for k in list(weights) if "lora_B" in k or "extra" in k])
+    with pytest.raises(InputError, match="lacks .*lora_B"):
+        load_adapter(str(base), tmp_path / "run")
+
+
+def test_a_damaged_thinking_config_is_an_error(base, tmp_path):
+    trained(base, tmp_path / "run")
+    (tmp_path / "run" / "thinking_config.json").write_text("{")
+    with pytest.raises(InputError, match="is damaged"):
+        load_adapter(str(base), tmp_path / "run")
+
+
+def test_an_adapter_that_is_switched_off_does_not_think(base, tmp_path):
+    model = trained(base, tmp_path / "run")
+    with model.disable_adapter(), pytest.raises(InputError, match="switched off"):
+        answer(model)
+    with pytest.raises(InputError, match="already has an adapter"):
+        load_adapter(model, tmp_path / "run")
 
 
 def test_an_adapter_of_another_base_is_refused(base, tmp_path):

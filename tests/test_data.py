@@ -36,6 +36,7 @@ def test_an_answer_without_a_marker_is_the_gold_itself():
         (['{"question": "a", "answer": "1"}', "", "[1]"], "line 3 is not a JSON object"),
         (['{"query": "a", "answer": "1"}'], r"line 1 has no 'question'; it has \['answer', 'query'\]"),
         (['{"question": "a", "answer": " "}'], "line 1 has no 'answer'"),
+        (['{"question": "a", "answer": "because\\n####"}'], "line 1 has nothing after ####"),
     ],
 )
 def test_bad_data_is_one_sentence_that_names_the_line(tmp_path, lines, message):
@@ -43,6 +44,16 @@ def test_bad_data_is_one_sentence_that_names_the_line(tmp_path, lines, message):
     with pytest.raises(InputError, match=message) as error:
         load_problems(path)
     assert "\n" not in str(error.value)
+
+
+def test_other_line_ends_are_text_and_other_encodings_an_error(tmp_path):
+    path = write(tmp_path, json.dumps({"question": "a\u2028b", "answer": "1"}, ensure_ascii=False))
+    assert load_problems(path)[0]["question"] == "a\u2028b"
+    (tmp_path / "data.jsonl").write_bytes(b'{"question": "\xff\xfe", "answer": "1"}')
+    with pytest.raises(InputError, match="not UTF-8 on line 1"):
+        load_problems(path)
+    with pytest.raises(InputError, match="is a folder"):
+        load_problems(str(tmp_path))
 
 
 @pytest.mark.shared_data

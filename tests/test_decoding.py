@@ -11,7 +11,9 @@ from tiny import tiny_config, tiny_model
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hrpo_patches.decoding import ThinkingDecoder
 from hrpo_patches.errors import InputError
+from hrpo_patches.thinking import embedding_residual
 
 BOLD = {"r_min": 0.5, "r_max": 0.9}  # a start that is not smooth, so that thinking shows
 
@@ -49,6 +51,34 @@ def test_thinking_is_not_the_plain_completion_and_asking_for_none_is(family, tok
     plain = model.generate(**inputs, do_sample=False, max_new_tokens=12)
     assert torch.equal(plain, model.generate(**inputs, do_sample=False, max_new_tokens=12, thinking=False))
     assert not torch.equal(plain, think(model, tokenizer, inputs).sequences)
+
+
+def test_the_embedding_residual_is_made_from_the_processed_distribution(family, tokenizer):
+    model, inputs = tiny_model(family, thinking={"residual": "embedding"}), ragged(tokenizer)
+    out = sample(model, tokenizer, inputs, top_k=5)
+    p = torch.stack(out.scores, 1).softmax(-1)
+    assert (p > 0).sum(-1).max() == 5
+    torch.testing.assert_close(out.thinking_states, embedding_residual(p, model.model.embed_tokens.weight))
+
+
+def test_undone_steps_are_forgotten(tokenizer):
+    model = tiny_model("llama")
+    decoder = ThinkingDecoder(model, torch.zeros(1, 2, dtype=torch.long), tokenizer, record=True)
+    decoder.states, decoder.masks = [torch.full((1, 32), float(i)) for i in range(3)], [torch.ones(1) == 1] * 3
+    decoder.undo(0)
+    decoder.undo(1)
+    out = decoder.outputs(torch.zeros(1, 4, dtype=torch.long))
+    assert out["thinking_states"][0, :, 0].tolist() == [0, 1] and out["thinking_mask"].shape == (1, 2)
+
+
+def test_a_hidden_state_that_comes_and_goes_is_an_error(tokenizer):
+    decoder = ThinkingDecoder(tiny_model("llama"), torch.zeros(1, 2, dtype=torch.long), tokenizer, record=False)
+    arguments = torch.zeros(1, len(tokenizer)), torch.zeros(1, dtype=torch.long), torch.ones(1)
+    for _ in range(3):
+        decoder.observe(SimpleNamespace(last_hidden_state=torch.randn(1, 1, 32)), *arguments)
+        assert len(decoder.states) == len(decoder.masks) == 1  # nothing is kept that nobody asked for
+    with pytest.raises(RuntimeError, match="in some decoding steps and none in others"):
+        decoder.observe(SimpleNamespace(), *arguments)
 
 
 def test_the_outputs_belong_to_the_completion_tokens(family, tokenizer):

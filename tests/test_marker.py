@@ -22,7 +22,7 @@ def texts(tokenizer, ids):
     return [tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
 
 
-@pytest.mark.parametrize("marker", ["####", "###", "##a#", "aba", "é#", " ####", "</think>"])
+@pytest.mark.parametrize("marker", ["####", "###", "##a#", "aba", "aabaaab", "é#", " ####", "</think>"])
 def test_it_agrees_with_the_text_on_random_token_sequences(tokenizer, marker):
     chosen = [*HASHES, *"#ab72", "Ġ", "Ċ"]
     vocabulary = tokenizer.convert_tokens_to_ids(chosen) + 8 * tokenizer(marker)["input_ids"]

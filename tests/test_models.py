@@ -22,6 +22,23 @@ def test_a_model_is_loaded_with_its_thinking_and_a_tokenizer_that_pads_on_the_le
     assert not [key for key in plain.state_dict() if "thinking" in key]
 
 
+def test_a_thinking_checkpoint_is_not_turned_into_another_kind_or_started_anew(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    tiny_model("llama", thinking={"residual": "embedding", "answer_start": "###"}).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    wanted = ThinkingConfig(residual="embedding", answer_start="###")
+    model, _ = models.load_model(str(tmp_path), wanted)
+    assert model.config.thinking["in_checkpoint"]
+    for other in (ThinkingConfig(answer_start="###"), ThinkingConfig(residual="embedding")):
+        with pytest.raises(InputError, match="was trained with"):
+            models.load_model(str(tmp_path), other)
+    weights = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "thinking" not in k}
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="is missing"):
+        models.load_model(str(tmp_path), wanted)
+
+
 def test_the_packaged_model_without_its_package_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("HRPO_CACHE", str(tmp_path))
     monkeypatch.setattr(models, "find_spec", lambda name: None)

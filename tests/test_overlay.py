@@ -110,6 +110,14 @@ def test_a_hunk_that_does_not_match_is_refused_by_name(site):
         assert part in last_line(result)
 
 
+def test_the_script_says_a_refusal_in_one_sentence(site):
+    script = Path(__file__).parents[1] / "scripts" / "hrpo_gsm8k.py"
+    code = f"import runpy; sys.argv = ['x']; runpy.run_path({str(script)!r}, run_name='__main__')"
+    result = python(code, site("5.16.0"))
+    assert result.returncode == 2
+    assert result.stderr.startswith("error: hrpo_patches has patches for") and len(result.stderr.splitlines()) == 1
+
+
 def test_a_line_more_above_a_hunk_is_refused_too(site):
     edit = ("transformers/modeling_outputs.py", "import torch\n", "\nimport torch\n")
     result = python("import hrpo_patches\nimport transformers", site(edit=edit))

@@ -88,6 +88,39 @@ def test_the_options_reach_the_trainer(tmp_path, capsys):
     assert capsys.readouterr().out == "paged_adamw_8bit needs bitsandbytes and a GPU; using adamw_torch.\n"
 
 
+def test_every_option_reaches_what_it_is_for(tmp_path):
+    options = {
+        "lr": (0.11, "learning_rate"),
+        "beta": (0.12, "beta"),
+        "lr_residual_gate": (0.13, "lr_residual_gate"),
+        "lr_residual_Lambda": (0.14, "lr_residual_Lambda"),
+        "lr_thinking_projection": (0.15, "lr_thinking_projection"),
+        "weight_decay": (0.16, "weight_decay"),
+        "warmup_ratio": (0.17, "warmup_steps"),
+        "lr_scheduler_type": ("linear", "lr_scheduler_type"),
+        "max_grad_norm": (0.18, "max_grad_norm"),
+        "group_size": (3, "num_generations"),
+        "temperature": (0.19, "temperature"),
+        "gradient_accumulation_steps": (6, "gradient_accumulation_steps"),
+        "per_device_train_batch_size": (5, "per_device_train_batch_size"),
+        "max_completion_length": (21, "max_completion_length"),
+        "seed": (22, "seed"),
+        "residual": ("embedding", "residual"),
+        "answer_start": ("##", "answer_start"),
+        "max_steps": (23, "max_steps"),
+        "save_steps": (24, "save_steps"),
+        "logging_steps": (25, "logging_steps"),
+    }
+    flags = [text for name, (value, _) in options.items() for text in (f"--{name}", str(value))]
+    arguments = parse([*flags, "--output_dir", str(tmp_path / "run")])
+    config = arguments.trainer_config()
+    for name, (value, field) in options.items():
+        assert getattr(config, field) == value, name
+    assert config.loss_type == "grpo"
+    thinking = parse(["--residual_r_min", "0.3", "--residual_r_max", "0.4", "--output_dir", str(tmp_path)]).thinking()
+    assert (thinking.r_min, thinking.r_max) == (0.3, 0.4)
+
+
 def test_a_yaml_file_gives_options_and_flags_win_over_it(tmp_path):
     (tmp_path / "c.yaml").write_text('lr: 1.0e-3\nseed: 7\nexamples:\n  - "1 + 1 = 2 #### 2"\n')
     arguments = parse(["--config", str(tmp_path / "c.yaml"), "--seed", "8", "--output_dir", str(tmp_path / "run")])
@@ -95,6 +128,10 @@ def test_a_yaml_file_gives_options_and_flags_win_over_it(tmp_path):
     (tmp_path / "c.yaml").write_text("learning_rat: 1.0e-3\n")
     with pytest.raises(InputError, match="learning_rat"):
         parse(["--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "c.yaml").write_text("lr: [1\n")
+    with pytest.raises(InputError) as error:
+        parse(["--config", str(tmp_path / "c.yaml")])
+    assert "\n" not in str(error.value)
     with pytest.raises(InputError, match=r"no\.yaml"):
         parse(["--config", str(tmp_path / "no.yaml")])
 
@@ -119,8 +156,17 @@ def test_a_run_trains_saves_and_reports(base, data, tmp_path, residual, capsys):
     assert "greedy accuracy" in capsys.readouterr().out
     with pytest.raises(InputError, match="already holds a run"):
         main([*arguments, *TINY])
+    lora = json.loads((folder / "adapter_config.json").read_text())
+    assert (lora["r"], lora["lora_alpha"], len(lora["target_modules"])) == (32, 64, 7)
     again = main([*arguments, *TINY, "--max_steps", "2", "--resume_from_checkpoint", "latest"])
     assert max(row["step"] for row in again["log"]) == 2
+    assert again["log"][0] == record["log"][0]  # the first step was not done again
+    other = "embedding" if residual == "projection" else "projection"
+    with pytest.raises(InputError, match=f"trained with --residual {residual}, not {other}"):
+        main([*arguments, *TINY, "--resume_from_checkpoint", "latest", "--residual", other])
+    if residual != "none":
+        with pytest.raises(InputError, match="trained with --answer_start '####'"):
+            main([*arguments, *TINY, "--resume_from_checkpoint", "latest", "--answer_start", "##"])
 
 
 def test_a_run_goes_on_from_an_adapter_with_a_projection_of_its_own(base, data, tmp_path):
@@ -174,12 +220,48 @@ def test_the_script_says_one_sentence_and_exits_with_2(arguments, sentence, tmp_
         (["--examples", "1 + 1 = 2"], "carry the marker"),
         (["--init_projection"], "goes with --adapter"),
         (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
-        (["--resume_from_checkpoint", "nowhere"], "nowhere does not exist"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["--temperature", "0"], "--temperature has to be above 0"),
+        (["--max_completion_length", "0"], "--max_completion_length has to be above 0"),
+        (["--eval_problems", "-1"], "--eval_problems has to be 0 or more"),
+        (["--report_to", "paper"], "--report_to has to be"),
+        (["--report_to", "trackio"], "pip install trackio"),
     ],
 )
 def test_arguments_that_cannot_work_are_one_sentence(arguments, message, tmp_path):
     with pytest.raises(InputError, match=message):
         parse([*arguments, "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_folder_with_another_run_is_not_resumed_into(base, data, tmp_path):
+    options = ["--model_name", base, "--dataset", data, *TINY, "--save_steps", "1"]
+    main([*options, "--output_dir", str(tmp_path / "one")])
+    main([*options, "--output_dir", str(tmp_path / "two"), "--seed", "1"])
+    before = (tmp_path / "two" / "adapter_model.safetensors").read_bytes()
+    checkpoint = ["--resume_from_checkpoint", str(tmp_path / "one" / "checkpoint-1")]
+    with pytest.raises(InputError, match="another run"):
+        main([*options, "--output_dir", str(tmp_path / "two"), *checkpoint])
+    assert (tmp_path / "two" / "adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(InputError, match="trained with --answer_start"):
+        adapter = ["--adapter", str(tmp_path / "one"), "--answer_start", "##"]
+        main([*options, "--output_dir", str(tmp_path / "three"), *adapter])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--per_device_train_batch_size", "400"], "30 training problems are too few: one step needs 100"),
+        (["--group_size", "3"], "must be divisible by num_generations"),
+        (["--lr_scheduler_type", "zigzag"], "zigzag"),
+        (["--answer_start", "\ud800"], "marker|utf|surrogate"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_sentence(base, data, tmp_path, arguments, message):
+    options = ["--model_name", base, "--dataset", data, *TINY, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=message) as error:
+        main([*options, *arguments])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
 
 
 def test_prompts_that_are_too_long_are_left_out_and_counted(base, data, tmp_path, capsys):
@@ -213,6 +295,6 @@ def test_the_script_is_importable_and_documents_its_defaults():
     spec = importlib.util.spec_from_file_location("hrpo_gsm8k", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.main is main
+    assert callable(module.main) and module.main.__doc__
     result = script("--help")
     assert "--lr_thinking_projection" in result.stdout and "(default: 0.0001)" in result.stdout

@@ -141,6 +141,35 @@ def test_a_missing_thinking_weight_of_a_thinking_checkpoint_is_an_error(family, 
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("options", [{}, {"thinking": {"residual": "projection"}}])
+def test_a_checkpoint_with_some_thinking_weights_is_damaged_whatever_its_config_says(tmp_path, options):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_model("llama")
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["model.thinking_residual_Lambda.Lambda"]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match="Lambda is missing"):
+        AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+
+
+def test_fresh_weights_are_drawn_in_float32_whatever_the_default_dtype():
+    config = tiny_config("llama")
+    config.hidden_size = 128
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    weight = model.model.thinking_projection.weight
+    assert (weight != weight.bfloat16().float()).any()
+
+
+def test_the_blend_is_float32_under_autocast():
+    model = tiny_model("llama")
+    embeds, states, mask = torch.randn(1, 3, 32), torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)
+    expected = model.model.blend_thinking(embeds, states, mask)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model.model.blend_thinking(embeds, states, mask), expected)
+
+
 def test_thinking_weights_on_the_meta_device_have_no_values_until_they_are_loaded(family):
     with torch.device("meta"):
         model = tiny_model(family)

@@ -16,6 +16,7 @@ from trl import GRPOConfig
 from hrpo_patches import HRPOTrainer
 from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.errors import InputError
+from hrpo_patches.replay import Rollout
 from hrpo_patches.thinking import is_thinking_parameter
 
 RESIDUALS = ["projection", "embedding"]
@@ -136,6 +137,63 @@ def test_the_reference_of_the_kl_is_the_base_model_without_thinking(tmp_path):
         torch.testing.assert_close(logps[mask], expected[mask], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("residual", ["projection", "embedding", "none"])
+def test_thinking_weights_that_a_run_does_not_use_are_frozen(tmp_path, residual):
+    trainer = small_trainer(tmp_path, peft_config=None, beta=0.0, residual=residual)
+    used = trained_modules(residual) if residual != "none" else []
+    for name, parameter in trainer.model.named_parameters():
+        assert parameter.requires_grad == (not is_thinking_parameter(name) or name.split(".")[1] in used), name
+    trainer.train()
+
+
+def test_the_separate_reference_of_a_full_fine_tuning_does_not_think(tmp_path):
+    model = tiny_model("llama", thinking=False)
+    model.config.thinking = None
+    model.save_pretrained(tmp_path / "base")
+    trainer = small_trainer(tmp_path / "run", model=str(tmp_path / "base"), peft_config=None, beta=0.1)
+    trainer._rollout = Rollout(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool), "projection")
+    ids = torch.randint(0, 200, (1, 8))
+    logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, torch.ones_like(ids), 3)
+    expected = model(ids).logits[:, -4:-1].log_softmax(-1).gather(-1, ids[:, -3:, None])[..., 0]
+    torch.testing.assert_close(logps, expected)
+    thinking, _, _ = trainer._get_per_token_logps_and_entropies(trainer.model, ids, torch.ones_like(ids), 3)
+    assert (thinking - expected).abs().max() > 1e-4
+
+
+def test_log_probabilities_are_the_same_in_chunks(tmp_path):
+    trainer = small_trainer(tmp_path)
+    trainer._rollout = Rollout(torch.randn(5, 3, 32), torch.rand(5, 3) > 0.5, "projection")
+    ids = torch.randint(0, 200, (5, 8))
+    whole, entropies, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, torch.ones_like(ids), 3, compute_entropy=True
+    )
+    chunks, none, _ = trainer._get_per_token_logps_and_entropies(
+        trainer.model, ids, torch.ones_like(ids), 3, batch_size=2
+    )
+    torch.testing.assert_close(chunks, whole)
+    assert entropies.shape == whole.shape and none is None
+
+
+def test_completions_end_with_their_first_end_token(tmp_path):
+    trainer = small_trainer(tmp_path)
+    end = byte_tokenizer().eos_token_id
+    trainer.generation_config.sequence_bias = {(end,): 5.0}
+    completions = trainer._think([[1, 2, 3]] * 16)
+    assert all(end not in ids[:-1] for ids in completions) and any(ids[-1] == end for ids in completions)
+    rollout = trainer._rollout
+    for ids, mask in zip(completions, rollout.mask, strict=True):
+        assert mask[0] and not mask[len(ids) :].any()
+
+
+def test_the_ratios_are_means_over_thinking_positions(tmp_path):
+    trainer = small_trainer(tmp_path)
+    ratio = torch.tensor([[0.6, 0.8, 1.0], [0.8, 1.0, 1.0]])
+    trainer._record_ratios(ratio, torch.tensor([[True, True, False], [True, False, False]]))
+    metrics = trainer._metrics["train"]
+    assert metrics["embeds_ratio"] == [pytest.approx(2.2 / 3)]
+    assert metrics["hidden_ratio"] == [pytest.approx((0.8 + 0.6 + 0.6) / 3)]
+
+
 def test_going_on_from_an_adapter_also_takes_the_bare_base_as_reference(tmp_path):
     model = get_peft_model(tiny_model("llama"), lora(modules_to_save=trained_modules("projection")))
     trainer = small_trainer(tmp_path, model=model, peft_config=None, beta=0.1)
@@ -200,13 +258,27 @@ def test_a_model_that_cannot_think_is_refused(tmp_path):
     other = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(InputError, match="GPT2LMHeadModel cannot think"):
         small_trainer(tmp_path, model=other)
+    other.save_pretrained(tmp_path / "gpt2")
+    with pytest.raises(InputError, match="is a gpt2 model"):
+        small_trainer(tmp_path, model=str(tmp_path / "gpt2"))
     with pytest.raises(InputError, match="thinking=False"):
         small_trainer(tmp_path, model=tiny_model("llama", thinking=False))
 
 
 def test_frozen_thinking_weights_are_refused(tmp_path):
-    with pytest.raises(InputError, match="are frozen"):
-        small_trainer(tmp_path, model=get_peft_model(tiny_model("llama"), lora()), peft_config=None)
+    def wrapped(modules):
+        return get_peft_model(tiny_model("llama"), lora(modules_to_save=modules))
+
+    everything = trained_modules("projection")
+    for name in everything:
+        model = wrapped([other for other in everything if other != name])
+        with pytest.raises(InputError, match=f"{name} is frozen, or would not be saved"):
+            small_trainer(tmp_path, model=model, peft_config=None)
+    bare = get_peft_model(tiny_model("llama"), lora())
+    for name in everything:
+        getattr(bare.base_model.model.model, name).requires_grad_(True)
+    with pytest.raises(InputError, match="would not be saved"):
+        small_trainer(tmp_path, model=bare, peft_config=None)
 
 
 def test_a_marker_that_the_tokenizer_cannot_produce_is_refused(tmp_path, monkeypatch):

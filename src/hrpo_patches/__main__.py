@@ -44,7 +44,7 @@ def status(load: bool) -> int:
         installed = overlay.installed_version(patch.package) or "-"
         name = f"{patch.file.parent.name}/{patch.file.name}"
         table.add_row(patch.package, installed, name, patch.target, state)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
     return int(any(state.startswith("refused") for _, state in states))
 
 

@@ -11,8 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
+from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
+from hrpo_patches.checkpoint import check_same_thinking
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.data import check_examples
 from hrpo_patches.errors import InputError
@@ -90,6 +93,15 @@ class RunArguments:
         if self.prompt not in ("auto", "chat", "plain"):
             raise InputError(f"--prompt has to be auto, chat or plain, not {self.prompt!r}.")
         check_examples(self.examples, self.answer_start)
+        for name in ("lora_rank", "temperature", "max_prompt_length", "max_completion_length", "eval_batch_size"):
+            if not getattr(self, name) > 0:
+                raise InputError(f"--{name} has to be above 0, not {getattr(self, name)}.")
+        if self.eval_problems < 0:
+            raise InputError(f"--eval_problems has to be 0 or more, not {self.eval_problems}.")
+        if self.report_to not in ("none", "tensorboard", "wandb", "trackio"):
+            raise InputError(f"--report_to has to be none, tensorboard, wandb or trackio, not {self.report_to!r}.")
+        if self.report_to != "none" and find_spec(self.report_to) is None:
+            raise InputError(f"--report_to {self.report_to} is not installed; run: pip install {self.report_to}")
         if self.init_projection and self.adapter is None:
             raise InputError("--init_projection goes with --adapter; a fresh adapter has a projection anyway.")
         if self.report and find_spec("matplotlib") is None:
@@ -106,13 +118,21 @@ class RunArguments:
                 f"{folder} already holds a run; give another --output_dir, or go on with it by "
                 f"--resume_from_checkpoint latest."
             )
+        if self.resume_from_checkpoint is not None:
+            self._check_resume(folder, holds)
+
+    def _check_resume(self, folder: Path, holds: bool) -> None:
         if self.resume_from_checkpoint == "latest":
-            checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-            if not checkpoints:
+            last = get_last_checkpoint(str(folder)) if holds else None
+            if last is None:
                 raise InputError(f"{folder} holds no checkpoint to resume from.")
-            self.resume_from_checkpoint = str(checkpoints[-1])
-        if self.resume_from_checkpoint is not None and not Path(self.resume_from_checkpoint).is_dir():
-            raise InputError(f"the checkpoint {self.resume_from_checkpoint} does not exist.")
+            self.resume_from_checkpoint = last
+        checkpoint = Path(self.resume_from_checkpoint or "")
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise InputError(f"{checkpoint} is no checkpoint: trainer_state.json does not exist there.")
+        if holds and checkpoint.resolve().parent != folder.resolve():
+            raise InputError(f"{folder} already holds another run than the checkpoint {checkpoint}.")
+        check_same_thinking(checkpoint, self.residual, self.answer_start)
 
     def trainer_config(self) -> HRPOConfig:
         """The trainer's arguments."""
@@ -169,7 +189,7 @@ def parse(argv: list[str] | None) -> RunArguments:
     )
     try:
         (arguments,) = parser.parse_args_and_config(argv)[:1]
-    except (ValueError, OSError) as error:
-        raise InputError(str(error)) from None
+    except (ValueError, OSError, yaml.YAMLError) as error:
+        raise InputError(" ".join(str(error).split())) from None
     arguments.check()
     return arguments

@@ -48,10 +48,30 @@ def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
     generation.save_pretrained(folder)
 
 
+def read_thinking(folder: Path) -> dict[str, Any]:
+    """The thinking that `save_thinking` wrote into `folder`; an `InputError` if the file is damaged."""
+    try:
+        record = json.loads((folder / THINKING_FILE).read_text())
+        ThinkingConfig(record["residual"], record["answer_start"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / THINKING_FILE} is damaged: {error!r}.") from None
+    return record
+
+
+def check_same_thinking(folder: Path, residual: str | None, answer_start: str) -> None:
+    """Raise `InputError` unless what `folder` holds was trained with this residual (if given) and marker."""
+    saved = read_thinking(folder) if (folder / THINKING_FILE).is_file() else None
+    was = saved["residual"] if saved is not None else "none"
+    if residual is not None and was != residual:
+        raise InputError(f"{folder} was trained with --residual {was}, not {residual}.")
+    if saved is not None and saved["answer_start"] != answer_start:
+        raise InputError(f"{folder} was trained with --answer_start {saved['answer_start']!r}, not {answer_start!r}.")
+
+
 def _read_record(folder: Path, held: set[str]) -> dict[str, Any]:
     """The saved thinking config; for an adapter without one, what its weights say (published HRPO adapters)."""
     if (folder / THINKING_FILE).is_file():
-        return json.loads((folder / THINKING_FILE).read_text())
+        return read_thinking(folder)
     return {"residual": "projection" if _PROJECTION in held else "embedding"}
 
 
@@ -93,6 +113,8 @@ def load_adapter(
             adapter that has none.
     """
     folder = Path(folder)
+    if isinstance(model, PeftModel):
+        raise InputError("load_adapter takes a base model, and this one already has an adapter; load the base anew.")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise InputError(f"{folder} holds no adapter: {name} is missing.")
@@ -132,6 +154,8 @@ def load_adapter(
     result = set_peft_model_state_dict(peft_model, weights)
     if result.unexpected_keys:
         raise InputError(f"{folder} holds {result.unexpected_keys[0]}, which this base model has no place for.")
+    if lost := [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]:
+        raise InputError(f"{folder} lacks {lost[0]}: it is damaged, or belongs to another base model.")
     peft_model.generation_config.thinking = True
     return peft_model if is_trainable else peft_model.eval()
 

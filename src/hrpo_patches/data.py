@@ -35,16 +35,19 @@ def gold_answer(answer: str) -> str:
 
 
 def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} is not JSON on line {number}: {error.msg}.") from None
-        if not isinstance(row, dict):
-            raise InputError(f"{path} line {number} is not a JSON object.")
-        yield row | {"__line__": number}
+    with path.open("rb") as lines:  # bytes split at newlines only, not at U+2028 and its kin
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path} is not JSON on line {number}: {error.msg}.") from None
+            except UnicodeDecodeError:
+                raise InputError(f"{path} is not UTF-8 on line {number}.") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path} line {number} is not a JSON object.")
+            yield row | {"__line__": number}
 
 
 def _checked(row: dict[str, Any], where: str) -> Problem:
@@ -53,10 +56,15 @@ def _checked(row: dict[str, Any], where: str) -> Problem:
         if value is None or not str(value).strip():
             has = sorted(key for key in row if key != "__line__")
             raise InputError(f"{where} has no {column!r}; it has {has}, and needs 'question' and 'answer'.")
-    return {"question": str(row["question"]).strip(), "answer": gold_answer(str(row["answer"]))}
+    gold = gold_answer(str(row["answer"]))
+    if not gold:
+        raise InputError(f"{where} has nothing after {GOLD_MARKER} in its answer.")
+    return {"question": str(row["question"]).strip(), "answer": gold}
 
 
 def _from_file(path: Path) -> list[Problem]:
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; a data file has to end in .jsonl.")
     if not path.is_file():
         raise InputError(f"the data file {path} does not exist.")
     rows = [_checked(row, f"{path} line {row['__line__']}") for row in _json_rows(path)]
@@ -90,11 +98,11 @@ def gym_problems(name: str, size: int, seed: int) -> list[Problem]:
             "reasoning_gym:... needs reasoning-gym; run: pip install 'hrpo-patches[quickstart]'"
         ) from None
     generator, _, query = name.partition("?")
-    options = {key: yaml.safe_load(value) for key, value in parse_qsl(query, keep_blank_values=True)}
     try:
+        options = {key: yaml.safe_load(value) for key, value in parse_qsl(query, keep_blank_values=True)}
         stream = reasoning_gym.create_dataset(generator, size=size, seed=seed, **options)
-    except (ValueError, TypeError, AssertionError) as error:
-        raise InputError(f"reasoning-gym cannot make {name!r}: {error}.") from None
+    except (ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
+        raise InputError(f"reasoning-gym cannot make {name!r}: {str(error).splitlines()[0]}.") from None
     return [_checked(row, f"{name} problem {i}") for i, row in enumerate(stream)]
 
 

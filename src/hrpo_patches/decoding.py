@@ -78,6 +78,10 @@ def check_request(
         raise InputError("generate(thinking=True) needs tokenizer=..., to know which tokens spell the answer marker.")
     thinking = ThinkingConfig.of(backbone.config)
     assert thinking is not None  # thinking_backbone has checked it
+    if getattr(backbone.thinking_residual_Lambda, "disable_adapters", False):
+        raise InputError(
+            "the adapter is switched off, and its thinking weights with it; generate with thinking=False."
+        )
     gates_only = _is_wrapped(backbone, "thinking_residual_Lambda") and not _is_wrapped(backbone, "thinking_projection")
     if thinking.residual == "projection" and gates_only:
         raise InputError(

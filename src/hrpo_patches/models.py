@@ -61,6 +61,31 @@ def smollm2_folder() -> Path:
     return folder
 
 
+def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What to pass as `thinking` to `from_pretrained(source)`: `wanted`, over what the checkpoint's config says.
+
+    Raises:
+        InputError: there is no such model, its family has no patches, or the checkpoint holds thinking weights of
+            another residual or marker.
+    """
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {str(source)!r} could not be loaded: {str(error).splitlines()[0]}") from None
+    if not hasattr(config, "thinking"):
+        raise InputError(
+            f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for the Llama and Qwen2 "
+            f"families only."
+        )
+    saved = config.thinking if isinstance(config.thinking, dict) else {}
+    if saved.get("in_checkpoint"):
+        for key in ("residual", "answer_start"):
+            if key in wanted and saved.get(key, wanted[key]) != wanted[key]:
+                raise InputError(f"{str(source)!r} was trained with {key}={saved[key]!r}, not {wanted[key]!r}.")
+        return saved
+    return saved | wanted
+
+
 def load_model(
     name: str, thinking: ThinkingConfig | None, dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -75,18 +100,16 @@ def load_model(
         InputError: there is no such model, or its family has no patches.
     """
     source: Any = smollm2_folder() if name == SMOLLM2 else name
-    try:
-        config = AutoConfig.from_pretrained(source)
-        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-    except (OSError, ValueError) as error:
-        raise InputError(f"the model {name!r} could not be loaded: {str(error).splitlines()[0]}") from None
-    if not hasattr(config, "thinking"):
-        raise InputError(
-            f"{name!r} is a {config.model_type} model; hrpo_patches has patches for the Llama and Qwen2 families only."
-        )
+    options: Any = thinking_options(source, thinking.to_dict() if thinking is not None else {})
     if dtype is None:
         dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, thinking=options if thinking else False)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {name!r} could not be loaded: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    options = thinking.to_dict() if thinking is not None else False
-    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, thinking=options), tokenizer
+    return model, tokenizer

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.models import thinking_options
 from hrpo_patches.thinking import is_thinking_parameter
 from hrpo_patches.trainer_config import HRPOConfig
 
@@ -22,12 +23,13 @@ def configure(model: Any, args: HRPOConfig) -> None:
     chosen = {"residual": args.residual, "answer_start": args.answer_start}
     if isinstance(model, str):
         init = dict(args.model_init_kwargs or {})
-        args.model_init_kwargs = init | {"thinking": dict(init.get("thinking") or {}) | chosen}
+        thinking = thinking_options(model, dict(init.get("thinking") or {}) | chosen)
+        args.model_init_kwargs = init | {"thinking": thinking}
         return
     base = model.get_base_model() if is_peft_model(model) else model
-    thinking = ThinkingConfig.of(thinking_backbone(base).config)
-    assert thinking is not None  # thinking_backbone has checked it
-    base.config.thinking = thinking.to_dict() | chosen
+    current = ThinkingConfig.of(thinking_backbone(base).config)
+    assert current is not None  # thinking_backbone has checked it
+    base.config.thinking = current.to_dict() | chosen
 
 
 def with_thinking_modules(peft_config: PeftConfig | None, args: HRPOConfig) -> PeftConfig | None:
@@ -60,3 +62,11 @@ def restore_float32(model: nn.Module, before: dict[str, Tensor]) -> None:
         if is_thinking_parameter(name) and parameter.dtype != torch.float32:
             value = before.get(canonical(name), parameter)
             parameter.data = value.to(device=parameter.device, dtype=torch.float32)
+
+
+def freeze_unused(model: nn.Module, args: HRPOConfig) -> None:
+    """Freeze the thinking weights that this run does not use: DDP waits for the gradient of every trainable weight."""
+    used = trained_modules(args.residual) if args.residual is not None else []  # type: ignore[arg-type]
+    for name, parameter in model.named_parameters():
+        if is_thinking_parameter(name) and not set(name.split(".")) & set(used):
+            parameter.requires_grad_(False)

@@ -6,6 +6,7 @@ math-verify's to say.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from math_verify import parse, verify
 
 _LONGEST = 200  # characters of an answer that are read
 _TIMEOUT = 5  # seconds for one answer
+_NUMBER = re.compile(r"\d+(?:,\d{3})*(?:\.\d+)?(?:\s*/\s*\d+)?")
 
 Reward = Callable[..., list[float]]
 
@@ -30,6 +32,9 @@ def is_right(gold: str, answer: str) -> bool:
     """Whether `answer` equals `gold`, also in another notation ("1,000" and "1000", "1/2" and "0.5")."""
     if gold.strip() == answer.strip():
         return bool(gold.strip())
+    # math-verify takes the last of several numbers, which "1 2 3 4 5 6 7" would exploit; LaTeX may hold several.
+    if _NUMBER.search(gold) and "\\" not in answer and len(_NUMBER.findall(answer)) != 1:
+        return False
     # math-verify's timeouts use signals, which only work in the main thread; the length keeps others from hanging.
     timeout = _TIMEOUT if threading.current_thread() is threading.main_thread() else None
     parsed_gold, parsed = (parse(text[:_LONGEST], parsing_timeout=timeout) for text in (gold, answer))

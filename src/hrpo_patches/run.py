@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,9 +14,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.arguments import RunArguments, parse
-from hrpo_patches.checkpoint import load_adapter
+from hrpo_patches.checkpoint import check_same_thinking, load_adapter
 from hrpo_patches.data import Problem, load_problems, prompt_of, split_held_out
-from hrpo_patches.errors import InputError, PatchError
+from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Accuracy, accuracy, greedy_completions, prompt_ids
 from hrpo_patches.marker import marker_table
 from hrpo_patches.models import load_model
@@ -56,11 +54,20 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, A
     """
     problems = load_problems(arguments.dataset, seed=arguments.seed)
     train, held_out = split_held_out(problems, arguments.eval_problems, arguments.seed)
-    config = arguments.trainer_config()
+    try:
+        config = arguments.trainer_config()
+    except (ValueError, ImportError) as error:
+        raise InputError(" ".join(str(error).split())) from None
     set_seed(arguments.seed)
     model, tokenizer = load_model(arguments.model_name, arguments.thinking())
     marker_table(tokenizer, arguments.answer_start)
     rows, held_out_rows = (with_prompts(part, arguments, tokenizer) for part in (train, held_out))
+    needed = config.generation_batch_size // config.num_generations
+    if len(rows) < needed:
+        raise InputError(
+            f"{len(rows)} training problems are too few: one step needs {needed} (per_device_train_batch_size x "
+            f"gradient_accumulation_steps / group_size); lower these, or give more data."
+        )
     peft_config: LoraConfig | None = LoraConfig(
         r=arguments.lora_rank,
         lora_alpha=2 * arguments.lora_rank,
@@ -70,6 +77,7 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, A
     if arguments.adapter is not None:
         if arguments.residual == "none":
             raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
+        check_same_thinking(Path(arguments.adapter), None, arguments.answer_start)
         model = load_adapter(
             model,
             arguments.adapter,
@@ -147,12 +155,3 @@ def _finish(record: dict[str, Any], folder: Path, picture: bool) -> None:
     if table.row_count:
         console.print(table)
     console.print(f"adapter in {folder}; {' and '.join(str(path) for path in written)} in {record['seconds']:.0f} s")
-
-
-def console(entry: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> None:
-    """Run `entry` for a person: what they can mend is one sentence and exit status 2, not a traceback."""
-    try:
-        entry(argv)
-    except (InputError, PatchError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)

@@ -86,9 +86,13 @@ class ThinkingLinear(_ThinkingModule, nn.Linear):
 
     def initial_values(self) -> dict[str, Tensor]:
         generator = _peek_generator(self.role)
-        values = {"weight": torch.empty(self.weight.shape, device="cpu").normal_(0.0, self.std, generator=generator)}
+        values = {
+            "weight": torch.empty(self.weight.shape, device="cpu", dtype=torch.float32).normal_(
+                0.0, self.std, generator=generator
+            )
+        }
         if self.bias is not None:
-            values["bias"] = torch.zeros(self.bias.shape, device="cpu")
+            values["bias"] = torch.zeros(self.bias.shape, device="cpu", dtype=torch.float32)
         return values
 
 
@@ -104,7 +108,9 @@ class ThinkingLambda(_ThinkingModule):
         self.reset_parameters()
 
     def initial_values(self) -> dict[str, Tensor]:
-        uniform = torch.rand(self.Lambda.shape, generator=_peek_generator(self.role), device="cpu")
+        uniform = torch.rand(
+            self.Lambda.shape, generator=_peek_generator(self.role), device="cpu", dtype=torch.float32
+        )
         return {"Lambda": initial_lambda(uniform, self.r_min, self.r_max)}
 
     @torch.no_grad()
@@ -166,12 +172,15 @@ class ThinkingMixin(_Base):
             super()._init_weights(module)
 
     def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        missing = sorted(key for key in loading_info.missing_keys if is_thinking_parameter(key))
+        whole = [key for key, _ in self.named_parameters() if is_thinking_parameter(key)]
+        thinking = ThinkingConfig.of(self.config)
+        claimed = thinking is not None and thinking.in_checkpoint
         super()._adjust_missing_and_unexpected_keys(loading_info)
-        if missing := sorted(key for key in loading_info.missing_keys if is_thinking_parameter(key)):
+        if missing and (claimed or len(missing) < len(whole)):
             raise InputError(
-                f"the checkpoint says that it holds thinking weights, but {', '.join(missing)} is missing; it is "
-                f"damaged or was saved without them. To start them anew, delete 'in_checkpoint' from the thinking "
-                f"entry of its config.json."
+                f"the checkpoint is to hold thinking weights, but {', '.join(missing)} is missing: it is damaged or "
+                f"was saved without. To start all of them anew, load it once with thinking=False and save that."
             )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

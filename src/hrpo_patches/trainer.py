@@ -25,7 +25,13 @@ from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.marker import marker_table
 from hrpo_patches.optim import group_of, regroup
-from hrpo_patches.prepare import configure, float32_copies, restore_float32, with_thinking_modules
+from hrpo_patches.prepare import (
+    configure,
+    float32_copies,
+    freeze_unused,
+    restore_float32,
+    with_thinking_modules,
+)
 from hrpo_patches.replay import Rollout
 from hrpo_patches.trainer_config import HRPOConfig
 
@@ -78,6 +84,7 @@ class HRPOTrainer(GRPOTrainer):
             **kwargs,
         )
         self.add_callback(self._marker_warning)
+        freeze_unused(self.model, args)
         if args.residual is not None:
             restore_float32(self.model, before)
             self._drop_reference_adapter()
@@ -95,14 +102,15 @@ class HRPOTrainer(GRPOTrainer):
         base = self._base_model()
         backbone = thinking_backbone(base)
         marker_table(self._tokenizer, self.args.answer_start, backbone.config.vocab_size)
-        trainable = {group_of(name) for name, p in self.model.named_parameters() if p.requires_grad} - {"base"}
-        needed = {group_of(f"{name}.") for name in trained_modules(self.args.residual)}
-        if frozen := sorted(needed - trainable):
-            raise InputError(
-                f"the thinking weights of group {frozen[0]!r} are frozen; pass peft_config to "
-                f"HRPOTrainer instead of a model that is already wrapped, or load the adapter with "
-                f"hrpo_patches.load_adapter(..., is_trainable=True)."
-            )
+        for name in trained_modules(self.args.residual):
+            module = getattr(backbone, name)
+            saved = not is_peft_model(self.model) or hasattr(module, "modules_to_save")
+            trained = getattr(module, "modules_to_save", module)
+            if not (saved and all(parameter.requires_grad for parameter in trained.parameters())):
+                raise InputError(
+                    f"{name} is frozen, or would not be saved; pass peft_config to HRPOTrainer instead of a wrapped "
+                    f"model, or load the adapter with hrpo_patches.load_adapter(..., is_trainable=True)."
+                )
         with torch.no_grad():
             probe = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
             outputs = self.model(input_ids=probe, output_last_hidden_state=True, use_cache=False)
