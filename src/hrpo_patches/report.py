@@ -13,6 +13,8 @@ PANELS = {
     "projection/weight_norm": ("Size of the projection", "Frobenius norm of W"),
 }
 
+_FLAT = 1e-3  # a smaller change is drawn as a flat line
+
 
 def series(log: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
     """(steps, values) of one metric in a trainer's `log_history`."""
@@ -47,6 +49,9 @@ def draw(record: dict[str, Any], folder: Path) -> Path:
         window = max(1, len(values) // 8)
         means = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
         axes.plot(steps, means, color="tab:blue", linewidth=2, label=f"mean of {window} steps")
+        axes.ticklabel_format(useOffset=False)
+        if max(values) - min(values) < _FLAT:  # or rounding noise would look like a trend
+            axes.set_ylim(values[0] - _FLAT, values[0] + _FLAT)
         axes.grid(alpha=0.3)
         axes.legend(loc="best")
     figure.suptitle(_headline(record))
