@@ -105,7 +105,7 @@ class RunArguments:
         if self.init_projection and self.adapter is None:
             raise InputError("--init_projection goes with --adapter; a fresh adapter has a projection anyway.")
         if self.report and find_spec("matplotlib") is None:
-            raise InputError("--report needs matplotlib; run: pip install 'hrpo-patches[quickstart]'")
+            raise InputError("--report needs matplotlib; run: pip install 'hrpo_patches[quickstart]'")
         self._check_output()
 
     def _check_output(self) -> None:

@@ -95,7 +95,7 @@ def gym_problems(name: str, size: int, seed: int) -> list[Problem]:
         import reasoning_gym
     except ImportError:
         raise InputError(
-            "reasoning_gym:... needs reasoning-gym; run: pip install 'hrpo-patches[quickstart]'"
+            "reasoning_gym:... needs reasoning-gym; run: pip install 'hrpo_patches[quickstart]'"
         ) from None
     generator, _, query = name.partition("?")
     try:
