@@ -31,7 +31,7 @@ def test_a_thinking_checkpoint_is_not_turned_into_another_kind_or_started_anew(t
     model, _ = models.load_model(str(tmp_path), wanted)
     assert model.config.thinking["in_checkpoint"]
     for other in (ThinkingConfig(answer_start="###"), ThinkingConfig(residual="embedding")):
-        with pytest.raises(InputError, match="was trained with"):
+        with pytest.raises(InputError, match="were trained with"):
             models.load_model(str(tmp_path), other)
     weights = {k: v for k, v in load_file(tmp_path / "model.safetensors").items() if "thinking" not in k}
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})

@@ -9,7 +9,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rollouts import TEMPERATURE
 from runs import config, lora, small_trainer
 from tiny import byte_tokenizer, tiny_config, tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import GRPOConfig
 
@@ -263,6 +263,15 @@ def test_a_model_that_cannot_think_is_refused(tmp_path):
         small_trainer(tmp_path, model=str(tmp_path / "gpt2"))
     with pytest.raises(InputError, match="thinking=False"):
         small_trainer(tmp_path, model=tiny_model("llama", thinking=False))
+
+
+def test_a_thinking_checkpoint_is_not_turned_into_another_kind(tmp_path):
+    tiny_model("llama", thinking={"residual": "embedding"}).save_pretrained(tmp_path / "base")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    for model in (loaded, str(tmp_path / "base")):
+        with pytest.raises(InputError, match="trained with residual='embedding', not 'projection'"):
+            small_trainer(tmp_path / "run", model=model)
+    small_trainer(tmp_path / "run", model=loaded, residual="embedding")
 
 
 def test_frozen_thinking_weights_are_refused(tmp_path):

@@ -74,3 +74,12 @@ def check_r_range(r_min: float, r_max: float) -> None:
     """Raise `InputError` unless 0 < r_min < r_max < 1."""
     if not 0 < r_min < r_max < 1:
         raise InputError(f"the decay range needs 0 < r_min < r_max < 1, not r_min={r_min} and r_max={r_max}.")
+
+
+def check_same_kind(saved: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
+    """Raise `InputError` if thinking weights that were `saved` with one residual or marker are wanted with another."""
+    for key in ("residual", "answer_start"):
+        if saved.get("in_checkpoint") and key in wanted and saved[key] != wanted[key]:
+            raise InputError(
+                f"the thinking weights of {what} were trained with {key}={saved[key]!r}, not {wanted[key]!r}."
+            )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.errors import InputError
 
 SMOLLM2 = "smollm2-135m"
@@ -78,12 +78,8 @@ def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
             f"families only."
         )
     saved = config.thinking if isinstance(config.thinking, dict) else {}
-    if saved.get("in_checkpoint"):
-        for key in ("residual", "answer_start"):
-            if key in wanted and saved.get(key, wanted[key]) != wanted[key]:
-                raise InputError(f"{str(source)!r} was trained with {key}={saved[key]!r}, not {wanted[key]!r}.")
-        return saved
-    return saved | wanted
+    check_same_kind(saved, wanted, repr(str(source)))
+    return saved if saved.get("in_checkpoint") else saved | wanted
 
 
 def load_model(

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from hrpo_patches.checkpoint import trained_modules
-from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.models import thinking_options
 from hrpo_patches.thinking import is_thinking_parameter
@@ -29,6 +29,7 @@ def configure(model: Any, args: HRPOConfig) -> None:
     base = model.get_base_model() if is_peft_model(model) else model
     current = ThinkingConfig.of(thinking_backbone(base).config)
     assert current is not None  # thinking_backbone has checked it
+    check_same_kind(current.to_dict(), chosen, "this model")
     base.config.thinking = current.to_dict() | chosen
 
 
