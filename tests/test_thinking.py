@@ -76,11 +76,17 @@ def test_only_masked_positions_among_the_last_k_change(family):
     assert torch.equal(changed, expected)
 
 
-def test_the_blend_compiles_without_a_graph_break(family):
-    backbone = tiny_model(family).model
-    arguments = torch.randn(2, 6, 32), torch.randn(2, 3, 32), torch.tensor([[True, False, False], [False, True, True]])
-    compiled = torch.compile(backbone.blend_thinking, fullgraph=True, backend="eager")
-    torch.testing.assert_close(compiled(*arguments), backbone.blend_thinking(*arguments))
+def test_a_thinking_forward_compiles_without_a_graph_break(family):
+    model = tiny_model(family)
+    arguments = {
+        "input_ids": torch.randint(0, 200, (2, 6)),
+        "thinking_states": torch.randn(2, 3, 32),
+        "thinking_mask": torch.tensor([[True, False, False], [False, True, True]]),
+        "output_last_hidden_state": True,
+        "use_cache": False,
+    }
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**arguments).logits, model(**arguments).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
