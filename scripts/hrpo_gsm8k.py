@@ -6,7 +6,10 @@ from hrpo_patches.console import console
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """`hrpo_patches.run.main`, imported only now, so that a version that does not fit is a sentence, too."""
+    """`hrpo_patches.run.main`, imported only now: after unsloth, and so that errors of version are sentences."""
+    from hrpo_patches.backend import start_backend, wanted_backend
+
+    start_backend(wanted_backend(argv))
     from hrpo_patches.run import main as run
 
     return run(argv)

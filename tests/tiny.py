@@ -29,7 +29,6 @@ def tiny_config(family: str, **options):
     """A config of two layers, d = 32, that fits `byte_tokenizer`."""
     size = len(byte_tokenizer())
     return FAMILIES[family][0](
-        vocab_size=size,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -40,7 +39,7 @@ def tiny_config(family: str, **options):
         bos_token_id=None,
         eos_token_id=size - 2,
         pad_token_id=size - 1,
-        **options,
+        **({"vocab_size": size} | options),
     )
 
 

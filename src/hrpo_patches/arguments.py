@@ -15,6 +15,7 @@ import yaml
 from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
+from hrpo_patches.backend import BACKENDS
 from hrpo_patches.checkpoint import check_same_thinking
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.data import check_examples
@@ -64,6 +65,7 @@ class RunArguments:
         default_factory=list,
         metadata={"help": "Worked examples for the prompt, each a question, a solution and its answer."},
     )
+    backend: str = option("auto", "transformers, unsloth, or auto: unsloth if it is installed and a GPU is there.")
     prompt: str = option("auto", "chat, plain, or auto: chat if the tokenizer has a chat template.")
     output_dir: str = option("runs/hrpo", "Where the run is written; must not hold one yet.")
     max_steps: int = option(-1, "Optimizer steps; -1 goes through the data once.")
@@ -90,6 +92,8 @@ class RunArguments:
         if self.residual not in ("projection", "embedding", "none"):
             raise InputError(f"--residual has to be projection, embedding or none, not {self.residual!r}.")
         self.thinking()
+        if self.backend not in BACKENDS:
+            raise InputError(f"--backend has to be auto, transformers or unsloth, not {self.backend!r}.")
         if self.prompt not in ("auto", "chat", "plain"):
             raise InputError(f"--prompt has to be auto, chat or plain, not {self.prompt!r}.")
         check_examples(self.examples, self.answer_start)
@@ -165,7 +169,7 @@ class RunArguments:
             report_to=self.report_to,
             loss_type="grpo",  # the loss of the published runs: a mean over each completion's tokens
             bf16=cuda and torch.cuda.is_bf16_supported(),
-            gradient_checkpointing=cuda,
+            gradient_checkpointing=cuda and self.backend != "unsloth",  # unsloth's models do their own
             dataloader_pin_memory=cuda,
         )
 

@@ -20,13 +20,16 @@ from hrpo_patches.config import Residual, ThinkingConfig
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.thinking import MODULES
+from hrpo_patches.unsloth_backend import finish_adapter, is_unsloth
 
 THINKING_FILE = "thinking_config.json"
 _PROJECTION = "thinking_projection"
 
 
-def trained_modules(residual: Residual) -> list[str]:
-    """The thinking modules that a run with this residual trains and saves."""
+def trained_modules(residual: str | None) -> list[str]:
+    """The thinking modules that a run with this residual trains and saves; none for plain GRPO."""
+    if residual in (None, "none"):
+        return []
     return [name for name in MODULES if residual == "projection" or name != _PROJECTION]
 
 
@@ -157,6 +160,8 @@ def load_adapter(
     if lost := [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]:
         raise InputError(f"{folder} lacks {lost[0]}: it is damaged, or belongs to another base model.")
     peft_model.generation_config.thinking = True
+    if is_unsloth(model):
+        return finish_adapter(peft_model, is_trainable)
     return peft_model if is_trainable else peft_model.eval()
 
 

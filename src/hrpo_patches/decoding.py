@@ -199,7 +199,9 @@ class ThinkingDecoder:
             thinking_states (B, C, d), thinking_mask (B, C) bool, thinking_ratio (B, C) float32, the mean over d of the
             share a of the embedding, 1 where a position does not think, and thinking_residual.
         """
-        mask = torch.stack(self.masks, dim=1)
+        # unsloth generates in inference mode, whose tensors no backward could use: the replay needs ordinary ones.
+        with torch.inference_mode(False), torch.no_grad():
+            states, mask = torch.stack(self.states, dim=1), torch.stack(self.masks, dim=1)
         tokens = sequences[:, self.prompt_length :]
         chunks = [
             self.backbone.thinking_decay(embedding(chunk, self.embeddings)).mean(-1)
@@ -207,7 +209,7 @@ class ThinkingDecoder:
         ]
         ratio = torch.cat(chunks, dim=1).float()
         return {
-            "thinking_states": torch.stack(self.states, dim=1),
+            "thinking_states": states,
             "thinking_mask": mask,
             "thinking_ratio": torch.where(mask.to(ratio.device), ratio, 1.0),
             "thinking_residual": self.residual,

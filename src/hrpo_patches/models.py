@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.errors import InputError
+from hrpo_patches.unsloth_backend import load_base
 
 SMOLLM2 = "smollm2-135m"
 _END_OF_TURN = "<|im_end|>"
@@ -83,7 +84,11 @@ def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_model(
-    name: str, thinking: ThinkingConfig | None, dtype: torch.dtype | None = None
+    name: str,
+    thinking: ThinkingConfig | None,
+    dtype: torch.dtype | None = None,
+    backend: str = "transformers",
+    max_seq_length: int = 2048,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, which pads on the left.
 
@@ -91,6 +96,8 @@ def load_model(
         name: a hub id, a folder, or "smollm2-135m".
         thinking: how the model thinks; None leaves the thinking modules out.
         dtype: of the base weights; by default bfloat16 on a GPU that has it, else float32.
+        backend: "transformers", or "unsloth" where unsloth was imported first.
+        max_seq_length: the longest prompt and completion, in tokens; unsloth's models are built for it.
 
     Raises:
         InputError: there is no such model, or its family has no patches.
@@ -101,7 +108,11 @@ def load_model(
         dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, thinking=options if thinking else False)
+        options = options if thinking else False
+        if backend == "unsloth":
+            model = load_base(source, options, dtype, max_seq_length)
+        else:
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, thinking=options)
     except InputError:
         raise
     except (OSError, ValueError) as error:

@@ -14,7 +14,7 @@ from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.models import thinking_options
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_patches.thinking import canonical, is_thinking_parameter
 from hrpo_patches.trainer_config import HRPOConfig
 
 
@@ -38,14 +38,9 @@ def with_thinking_modules(peft_config: PeftConfig | None, args: HRPOConfig) -> P
     if peft_config is None:
         return None
     peft_config = copy.deepcopy(peft_config)
-    modules = trained_modules(args.residual)  # type: ignore[arg-type]
+    modules = trained_modules(args.residual)
     peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *modules]))
     return peft_config
-
-
-def canonical(name: str) -> str:
-    """A thinking parameter's name without what PEFT puts around it."""
-    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
 
 
 def float32_copies(model: Any) -> dict[str, Tensor]:
@@ -67,7 +62,7 @@ def restore_float32(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 def freeze_unused(model: nn.Module, args: HRPOConfig) -> None:
     """Freeze the thinking weights that this run does not use: DDP waits for the gradient of every trainable weight."""
-    used = trained_modules(args.residual) if args.residual is not None else []  # type: ignore[arg-type]
+    used = trained_modules(args.residual)
     for name, parameter in model.named_parameters():
         if is_thinking_parameter(name) and not set(name.split(".")) & set(used):
             parameter.requires_grad_(False)

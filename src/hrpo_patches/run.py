@@ -14,7 +14,8 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.arguments import RunArguments, parse
-from hrpo_patches.checkpoint import check_same_thinking, load_adapter
+from hrpo_patches.backend import start_backend
+from hrpo_patches.checkpoint import check_same_thinking, load_adapter, trained_modules
 from hrpo_patches.data import Problem, load_problems, prompt_of, split_held_out
 from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Accuracy, accuracy, greedy_completions, prompt_ids
@@ -23,6 +24,7 @@ from hrpo_patches.models import load_model
 from hrpo_patches.report import draw, write_json
 from hrpo_patches.rewards import answer_reward
 from hrpo_patches.trainer import HRPOTrainer
+from hrpo_patches.unsloth_backend import add_adapter
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -52,6 +54,7 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, A
     Raises:
         InputError: something of the run's data, model, adapter or options cannot work.
     """
+    arguments.backend = start_backend(arguments.backend)
     problems = load_problems(arguments.dataset, seed=arguments.seed)
     train, held_out = split_held_out(problems, arguments.eval_problems, arguments.seed)
     try:
@@ -59,7 +62,10 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, A
     except (ValueError, ImportError) as error:
         raise InputError(" ".join(str(error).split())) from None
     set_seed(arguments.seed)
-    model, tokenizer = load_model(arguments.model_name, arguments.thinking())
+    longest = arguments.max_prompt_length + arguments.max_completion_length
+    model, tokenizer = load_model(
+        arguments.model_name, arguments.thinking(), backend=arguments.backend, max_seq_length=longest
+    )
     marker_table(tokenizer, arguments.answer_start)
     rows, held_out_rows = (with_prompts(part, arguments, tokenizer) for part in (train, held_out))
     needed = config.generation_batch_size // config.num_generations
@@ -68,12 +74,8 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, A
             f"{len(rows)} training problems are too few: one step needs {needed} (per_device_train_batch_size x "
             f"gradient_accumulation_steps / group_size); lower these, or give more data."
         )
-    peft_config: LoraConfig | None = LoraConfig(
-        r=arguments.lora_rank,
-        lora_alpha=2 * arguments.lora_rank,
-        target_modules=LORA_TARGETS,
-        task_type="CAUSAL_LM",
-    )
+    lora = {"r": arguments.lora_rank, "lora_alpha": 2 * arguments.lora_rank, "target_modules": LORA_TARGETS}
+    peft_config: LoraConfig | None = None
     if arguments.adapter is not None:
         if arguments.residual == "none":
             raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
@@ -85,7 +87,10 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, A
             init_projection=arguments.init_projection,
             is_trainable=True,
         )
-        peft_config = None
+    elif arguments.backend == "unsloth":
+        model = add_adapter(model, lora, trained_modules(arguments.residual), arguments.seed)
+    else:
+        peft_config = LoraConfig(**lora, task_type="CAUSAL_LM")
     trainer = HRPOTrainer(
         model,
         answer_reward(arguments.answer_start),

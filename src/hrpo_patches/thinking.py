@@ -37,6 +37,11 @@ def is_thinking_parameter(name: str) -> bool:
     return _MODULE_PATTERN.search(name) is not None
 
 
+def canonical(name: str) -> str:
+    """A thinking parameter's dotted name without what PEFT puts around a trainable copy's."""
+    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+
+
 def initial_lambda(uniform: Tensor, r_min: float, r_max: float) -> Tensor:
     """Λ such that a = λ^r, with λ the point `uniform` (in (0, 1)) of the range from r_min to r_max; float64."""
     inset = 1e-4 + (1 - 2e-4) * uniform.double()  # float32 rounding must not push λ over an edge of the range

@@ -14,7 +14,6 @@ from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from torch import Tensor, nn, optim
 from transformers import Trainer
-from trl import GRPOTrainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
@@ -32,8 +31,12 @@ from hrpo_patches.prepare import (
     restore_float32,
     with_thinking_modules,
 )
+from hrpo_patches.released import released
 from hrpo_patches.replay import Rollout
 from hrpo_patches.trainer_config import HRPOConfig
+from hrpo_patches.unsloth_backend import is_unsloth
+
+GRPOTrainer: Any = released("trl.trainer.grpo_trainer", "GRPOTrainer")
 
 
 class HRPOTrainer(GRPOTrainer):
@@ -211,7 +214,7 @@ class HRPOTrainer(GRPOTrainer):
         compute_aux_loss: bool = False,
         **multimodal: Any,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """TRL's, with the rollout replayed; where TRL's fused LM head cannot run (no GPU), in plain torch."""
+        """TRL's, with the rollout replayed; in plain torch where TRL's fused LM head cannot run."""
         if compute_aux_loss or any(value is not None for value in multimodal.values()):
             raise InputError("HRPOTrainer trains dense text models: images and router losses are not supported.")
         rollout = self._rollout
@@ -221,15 +224,17 @@ class HRPOTrainer(GRPOTrainer):
         logps, entropies = [], []
         for rows in (slice(start, start + size) for start in range(0, len(input_ids), size)):
             thinking = rollout.model_inputs(rows) if rollout is not None else {}
-            score = self._score_fused if self._has_fused_head(input_ids.device) else self._score_plain
+            score = self._score_fused if self._has_fused_head(model) else self._score_plain
             logp, entropy = score(model, input_ids[rows], attention_mask[rows], logits_to_keep, thinking)
             logps.append(logp)
             entropies.append(entropy)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
-    @staticmethod
-    def _has_fused_head(device: torch.device) -> bool:
-        return device.type == "cuda" and trl_utils._ChunkedLogProbFunction is not None
+    def _has_fused_head(self, model: nn.Module) -> bool:
+        # TRL's head calls the backbone itself, past the causal mask that unsloth's causal-LM forward makes for it.
+        on_gpu = self.accelerator.device.type == "cuda"
+        unsloth = is_unsloth(self.accelerator.unwrap_model(model))
+        return on_gpu and trl_utils._ChunkedLogProbFunction is not None and not unsloth
 
     def _score_fused(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-
-from trl import GRPOConfig
+from typing import Any
 
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
+from hrpo_patches.released import released
+
+GRPOConfig: Any = released("trl.trainer.grpo_config", "GRPOConfig")
 
 
 @dataclass

@@ -1,0 +1,71 @@
+"""Puts trained thinking weights into a full model's folder that was written without them; knows files, not models.
+
+Weights stay float32 whatever the rest is in, as everywhere: a 16-bit Λ would round a training run away.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hrpo_patches.errors import InputError
+from hrpo_patches.thinking import is_thinking_parameter
+
+_INDEX = "model.safetensors.index.json"
+
+
+def add_thinking(folder: Path, weights: dict[str, Tensor], thinking: dict[str, Any]) -> None:
+    """Make the checkpoint in `folder` hold exactly these thinking weights, say so in its config, and think by default.
+
+    Args:
+        folder: holds config.json and safetensors, in one file or in shards with an index.
+        weights: by the model's own names (`model.thinking_projection.weight`, ...).
+        thinking: `config.thinking`.
+
+    Raises:
+        InputError: there is no full checkpoint in safetensors.
+    """
+    shards = sorted(folder.glob("model*.safetensors"))
+    if not shards or not (folder / "config.json").is_file():
+        raise InputError(f"{folder} holds no full model in safetensors, so it cannot be given thinking weights.")
+    for shard in shards:
+        _rewrite(shard, weights if shard == shards[-1] else {})
+    if (folder / _INDEX).is_file():
+        _update_index(folder, weights, shards[-1].name)
+    _update_json(folder / "config.json", {"thinking": thinking | {"in_checkpoint": True}})
+    _update_json(folder / "generation_config.json", {"thinking": True})
+
+
+def _rewrite(shard: Path, added: dict[str, Tensor]) -> None:
+    """The file without the thinking weights that it has, and with `added`; left alone where that changes nothing."""
+    with safe_open(shard, framework="pt") as file:
+        stale = any(is_thinking_parameter(key) for key in file.keys())  # noqa: SIM118 - not a dict
+        metadata = file.metadata()
+    if not stale and not added:
+        return
+    kept = {key: value for key, value in load_file(shard).items() if not is_thinking_parameter(key)}
+    fresh = {key: value.detach().cpu().contiguous() for key, value in added.items()}
+    building = shard.with_suffix(".building")
+    save_file(kept | fresh, building, metadata=metadata or {"format": "pt"})
+    os.replace(building, shard)
+
+
+def _update_index(folder: Path, weights: dict[str, Tensor], shard: str) -> None:
+    index = json.loads((folder / _INDEX).read_text())
+    kept = {key: file for key, file in index["weight_map"].items() if not is_thinking_parameter(key)}
+    index["weight_map"] = kept | dict.fromkeys(weights, shard)
+    _write_json(folder / _INDEX, index)
+
+
+def _update_json(path: Path, changes: dict[str, Any]) -> None:
+    _write_json(path, (json.loads(path.read_text()) if path.is_file() else {}) | changes)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
