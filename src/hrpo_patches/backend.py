@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import sys
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 
 from hrpo_patches.errors import InputError, PatchError
@@ -57,7 +56,7 @@ def _obstacle(refuse: bool) -> str | None:
     """Why unsloth cannot be used here, or None; with `refuse`, a version without patches raises its own error."""
     if "unsloth" in sys.modules:
         return None
-    if find_spec("unsloth") is None:
+    if installed_version("unsloth") is None:
         return "unsloth is not installed (pip install 'hrpo_patches[unsloth]')"
     import torch
 

@@ -169,8 +169,8 @@ class PatchFinder:
         if package not in patched_packages():
             return None
         if fullname == package:
-            # PathFinder finds nothing where the package is not installed; Python's own error is the right one then.
-            if PathFinder.find_spec(fullname, path) is not None:
+            # Where the package is not installed, or a folder merely has its name, Python's own error is the right one.
+            if site_of(fullname) is not None:
                 check(fullname)
             return None
         patch = next((patch for patch in patches_for(package) if patch.module == fullname), None)
@@ -191,8 +191,8 @@ def install() -> None:
     early = [patch.module for patch in all_patches() if patch.module in sys.modules]
     if early:
         raise PatchError(
-            f"{early[0]} was imported before hrpo_patches, so it is not patched; "
-            f"put `import hrpo_patches` before the first import of {early[0].partition('.')[0]}."
+            f"{early[-1]} was imported before hrpo_patches, so it is not patched; "
+            f"put `import hrpo_patches` before the first import of {early[-1].partition('.')[0]}."
         )
     for package in patched_packages() & set(sys.modules):
         check(package)

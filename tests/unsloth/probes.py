@@ -61,7 +61,8 @@ def thinking_results(model, tokenizer):
     prompts = ragged(tokenizer).to(model.device)
     for batch, rows in (("batch", slice(None)), ("single", slice(1, 2))):
         chosen = {key: value[rows] for key, value in prompts.items()}
-        out = sample(model, tokenizer, chosen, do_sample=False, temperature=None, top_k=None)
+        greedy = {"do_sample": False, "temperature": None, "top_k": None, "biased": batch == "batch"}
+        out = sample(model, tokenizer, chosen, **greedy)
         real = real_tokens(model, completions(out, chosen).cpu())
         assert out.thinking_residual == "projection" and out.thinking_mask.any()
         results[f"greedy.{batch}.tokens"] = completions(out, chosen)

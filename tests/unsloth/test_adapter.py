@@ -1,0 +1,98 @@
+"""FastLanguageModel's adapters around the thinking modules: float32, trainable, in place, whatever the base is."""
+
+import pytest
+import torch
+from harness import ON_GPU
+from programs import TARGETS
+from probes import replay_inputs, thinking_gradients
+from transformers import Trainer, TrainingArguments
+from unsloth import FastLanguageModel
+
+from hrpo_patches import load_adapter, patch_trainer_optimizer
+from hrpo_patches.thinking import MODULES, is_thinking_parameter
+
+LORA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
+
+
+def adapted(model, modules=MODULES, **options):
+    return FastLanguageModel.get_peft_model(model, **LORA | options, modules_to_save=list(modules))
+
+
+def check(model, dtype):
+    """Four trainable float32 copies beside frozen originals, on the base's device."""
+    named = {name: p for name, p in model.named_parameters() if is_thinking_parameter(name)}
+    assert len(named) == 12
+    for name, parameter in named.items():
+        assert parameter.dtype == torch.float32, name
+        assert parameter.requires_grad == (".modules_to_save." in name), name
+        assert parameter.device == model.device, name
+    assert model.get_input_embeddings().weight.dtype == dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_copies_are_float32_and_trainable_through_every_switch(load, family, dtype):
+    model = adapted(load(f"plain-{family}", dtype, thinking={}))
+    check(model, dtype)
+    FastLanguageModel.for_inference(model)
+    check(model, dtype)
+    FastLanguageModel.for_training(model)
+    check(model, dtype)
+    assert adapted(model) is model  # the same settings again pass through
+    check(model, dtype)
+    with pytest.raises(TypeError, match="new parameters are different"):
+        adapted(model, modules=MODULES[:3])
+
+
+def test_other_modules_are_refused_as_before(load):
+    with pytest.raises(TypeError, match="Module = mlp is not allowed"):
+        adapted(load("llama", torch.float32), modules=["mlp"])
+
+
+def test_a_loaded_adapter_is_ready_to_train_or_frozen(load, tmp_path):
+    trained = adapted(load("plain-llama", torch.bfloat16, thinking={"answer_start": "##"}))
+    with torch.no_grad():
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.01)
+    trained.save_pretrained(tmp_path)
+    for is_trainable in (True, False):
+        base = load("plain-llama", torch.bfloat16, thinking={})
+        again = load_adapter(base, tmp_path, is_trainable=is_trainable)
+        assert again.config.thinking["answer_start"] == "##"
+        if is_trainable:
+            check(again, torch.bfloat16)
+        else:
+            assert not any(parameter.requires_grad for parameter in again.parameters()) and not again.training
+        expected = {
+            name: p for name, p in trained.named_parameters() if ".modules_to_save." in name or "lora_" in name
+        }
+        found = dict(again.named_parameters())
+        assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_one_adamw_step_moves_every_element_of_lambda_that_has_a_gradient(load, tokenizer, tmp_path):
+    model = adapted(load("plain-llama", torch.bfloat16, thinking={}))
+    trainer = Trainer(model, TrainingArguments(tmp_path, report_to=[], use_cpu=not ON_GPU))
+    patch_trainer_optimizer(trainer)
+    optimizer = trainer.create_optimizer()
+    gradients = thinking_gradients(model, replay_inputs(model, tokenizer))
+    Lambda = model.get_base_model().model.thinking_residual_Lambda.modules_to_save.default.Lambda
+    before = Lambda.detach().clone()
+    optimizer.step()
+    moved, has_gradient = Lambda != before, gradients["residual_Lambda.Lambda"] != 0
+    assert has_gradient.float().mean() > 0.9
+    assert torch.equal(moved & has_gradient, has_gradient)
+
+
+def test_gradients_pass_unsloths_gradient_checkpointing(load, tokenizer):
+    gradients = {}
+    for checkpointing in (False, "unsloth"):
+        torch.manual_seed(0)
+        model = adapted(load("llama", torch.float32), use_gradient_checkpointing=checkpointing)
+        FastLanguageModel.for_training(model)
+        assert bool(model.get_base_model().model.gradient_checkpointing) == bool(checkpointing)
+        gradients[checkpointing] = thinking_gradients(model, replay_inputs(model, tokenizer))
+    assert len(gradients[False]) == 6
+    for name, value in gradients[False].items():
+        assert value.norm() > 0
+        torch.testing.assert_close(gradients["unsloth"][name], value, rtol=1e-4, atol=1e-5)

@@ -1,0 +1,51 @@
+"""On unsloth alone: what the rollout sampled is what the replay scores."""
+
+import pytest
+import torch
+from rollouts import ragged, sample, worst
+
+from hrpo_patches.errors import InputError
+
+
+@pytest.fixture
+def model(load, family):
+    return load(family, torch.float32).eval()
+
+
+def test_a_replay_gives_the_rollouts_log_probabilities(model, tokenizer):
+    inputs = ragged(tokenizer)
+    out = sample(model, tokenizer, inputs, max_new_tokens=12, biased=False)
+    assert out.thinking_residual == "projection" and out.thinking_mask.float().mean() > 0.5
+    assert worst(model, out, inputs) < 1e-4
+    shifted = torch.cat([out.thinking_states[:, 1:], out.thinking_states[:, -1:]], 1)
+    assert worst(model, out, inputs, states=shifted) > 0.05
+    assert worst(model, out, inputs, with_mask=False) > 2e-3
+
+
+def test_a_rollouts_states_can_be_trained_on_although_unsloth_generates_in_inference_mode(model, tokenizer):
+    inputs = ragged(tokenizer, ["Hi"])
+    out = sample(model, tokenizer, inputs, max_new_tokens=4, biased=False)
+    model.train()
+    logits = model(
+        out.sequences.clone(), thinking_states=out.thinking_states, thinking_mask=out.thinking_mask, use_cache=False
+    ).logits
+    logits.square().mean().backward()
+    assert model.model.thinking_projection.weight.grad.norm() > 0
+
+
+def test_an_input_that_unsloth_would_cut_is_refused_when_thinking(load, tokenizer):
+    model = load("llama", torch.float32).train()
+    model.model.max_seq_length = 4
+    states, mask = torch.zeros(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)
+    with pytest.raises(InputError, match="6 positions.*max_seq_length=4.*max_seq_length=6"):
+        model(torch.zeros(1, 6, dtype=torch.long), thinking_states=states, thinking_mask=mask)
+
+
+def test_this_unsloth_has_no_captured_decode_step_that_could_skip_the_blend():
+    import inspect
+
+    from unsloth.models import llama
+
+    source = inspect.getsource(llama).lower()
+    assert "take_thinking(self.model, kwargs, q_len)" in source
+    assert not any(word in source for word in ("cudagraph", "cuda_graph", "graph.replay"))

@@ -1,0 +1,134 @@
+"""One optimizer step of the training script through unsloth, beside the same command line through transformers."""
+
+import contextlib
+import io
+import json
+import runpy
+
+import pytest
+import torch
+from programs import ROOT, TARGETS, python
+from rollouts import completions, ragged, real_tokens, sample
+from safetensors.torch import load_file
+
+import hrpo_patches.run
+from hrpo_patches import HRPOTrainer, load_adapter
+from hrpo_patches.thinking import MODULES
+
+SCRIPT = ROOT / "scripts" / "hrpo_gsm8k.py"
+STEP = {
+    "prompt": "plain",
+    "examples": "2+3?\n5 #### 5",
+    "max_steps": 1,
+    "warmup_ratio": 0,
+    "group_size": 2,
+    "per_device_train_batch_size": 2,
+    "gradient_accumulation_steps": 2,
+    "max_prompt_length": 100,
+    "max_completion_length": 8,
+    "lora_rank": 4,
+    "lr": 1e-3,
+    "beta": 0.5,
+    "max_grad_norm": 1,
+    "temperature": 1,
+    "residual_r_min": 0.3,
+    "residual_r_max": 0.6,
+}
+GREEDY_ON_TRANSFORMERS = """
+import hrpo_patches, sys, torch
+from transformers import AutoModelForCausalLM
+from rollouts import ragged, sample
+from safetensors.torch import save_file
+from tiny import byte_tokenizer
+base = AutoModelForCausalLM.from_pretrained(sys.argv[1], thinking={})
+model = hrpo_patches.load_adapter(base, sys.argv[2])
+tokenizer = byte_tokenizer()
+inputs = ragged(tokenizer)
+out = sample(model, tokenizer, inputs, do_sample=False, temperature=None, top_k=None, biased=False)
+tokens = out.sequences[:, inputs["input_ids"].shape[1] :].contiguous()
+save_file({"tokens": tokens, "mask": out.thinking_mask}, sys.argv[3])
+"""
+
+
+def arguments(backend, checkpoints, folder):
+    options = STEP | {
+        "backend": backend,
+        "model_name": checkpoints / "plain-llama",
+        "dataset": folder / "sums.jsonl",
+        "output_dir": folder / backend,
+    }
+    return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def runs(checkpoints, tmp_path_factory):
+    """(folder with a run of each backend, the unsloth run's trainer, what it printed)."""
+    folder = tmp_path_factory.mktemp("runs")
+    rows = [{"question": f"{a}+{b}?", "answer": f"#### {a + b}"} for a in range(1, 5) for b in range(1, 5)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    trainers, printed, make_trainer = [], io.StringIO(), hrpo_patches.run.make_trainer
+
+    def keep(options):
+        made = make_trainer(options)
+        trainers.append(made[0])
+        return made
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+        patch.setattr(hrpo_patches.run, "make_trainer", keep)
+        runpy.run_path(str(SCRIPT))["main"](arguments("unsloth", checkpoints, folder))
+    python(SCRIPT, *arguments("transformers", checkpoints, folder))
+    return folder, trainers[0], printed.getvalue()
+
+
+def adapter(runs, backend):
+    return load_file(runs[0] / backend / "adapter_model.safetensors")
+
+
+def test_everything_that_is_trained_has_changed_and_the_base_has_not(runs, checkpoints):
+    _, trainer, printed = runs
+    assert "backend: unsloth 2026.10.7 (asked for)" in printed
+    assert type(trainer) is HRPOTrainer and trainer.state.global_step == 1
+    base = load_file(checkpoints / "plain-llama" / "model.safetensors")
+    kept = trained = 0
+    for name, parameter in trainer.model.named_parameters():
+        assert torch.isfinite(parameter).all(), name
+        plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+        if plain in base:
+            assert torch.equal(parameter.cpu(), base[plain]) and not parameter.requires_grad, name
+            kept += 1
+        elif ".modules_to_save." in name:
+            original = trainer.model.get_parameter(name.replace("modules_to_save.default", "original_module"))
+            assert not torch.equal(parameter, original) and not original.requires_grad, name
+            trained += 1
+        elif "lora_B" in name:
+            assert parameter.abs().max() > 0, name
+            trained += 1
+    assert kept == len(base) and trained == 6 + 2 * len(TARGETS)
+
+
+def test_both_backends_write_the_same_adapter_and_the_same_log(runs):
+    ours, theirs = (adapter(runs, backend) for backend in ("unsloth", "transformers"))
+    assert ours.keys() == theirs.keys() and sum(any(m in key for m in MODULES) for key in ours) == 6
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype == torch.float32
+        # AdamW's first step is a sign: a gradient near zero may give either, so what is compared is the whole.
+        assert (ours[name] - value).norm() <= 1e-3 * value.norm(), name
+    first, second = (
+        json.loads((runs[0] / b / "report.json").read_text())["log"][0] for b in ("unsloth", "transformers")
+    )
+    for key in ("loss", "kl", "entropy", "grad_norm", "embeds_ratio", "projection/grad_norm"):
+        assert first[key] == pytest.approx(second[key], rel=1e-3, abs=1e-7), key
+    assert first["projection/grad_norm"] > 0 and 0.5 < first["embeds_ratio"] < 0.9
+
+
+def test_the_adapter_gives_the_same_greedy_completions_on_both_backends(runs, checkpoints, load, tokenizer, tmp_path):
+    folder = runs[0] / "unsloth"
+    python("-c", GREEDY_ON_TRANSFORMERS, checkpoints / "plain-llama", folder, tmp_path / "out")
+    theirs = load_file(tmp_path / "out")
+    model = load_adapter(load("plain-llama", torch.float32, thinking={}), folder)
+    inputs = ragged(tokenizer)
+    out = sample(model, tokenizer, inputs, do_sample=False, temperature=None, top_k=None, biased=False)
+    real = real_tokens(model, theirs["tokens"])
+    assert real.sum() > 40 and theirs["mask"].any()
+    assert torch.equal(completions(out, inputs)[real], theirs["tokens"][real])
+    assert torch.equal(out.thinking_mask, theirs["mask"])
