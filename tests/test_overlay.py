@@ -160,3 +160,44 @@ def test_it_is_installed_once():
     before = list(sys.meta_path)
     overlay.install()
     assert sys.meta_path == before
+
+
+@pytest.fixture
+def other_unsloth(tmp_path):
+    """A site folder with unsloth 2026.9.1, of which nothing may be run."""
+    info = tmp_path / "unsloth-2026.9.1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unsloth\nVersion: 2026.9.1\n")
+    (tmp_path / "unsloth").mkdir()
+    (tmp_path / "unsloth" / "__init__.py").write_text("raise SystemExit('the fake was imported')")
+    return tmp_path
+
+
+def test_an_unsloth_without_patches_is_refused_by_name_when_it_is_imported(other_unsloth):
+    result = python("import hrpo_patches, unsloth", other_unsloth)
+    assert result.returncode == 1
+    assert "has patches for unsloth 2026.10.7, but unsloth 2026.9.1 is installed" in last_line(result)
+    assert "run: pip install unsloth==2026.10.7" in last_line(result)
+
+
+def test_an_unsloth_without_patches_is_no_obstacle_to_those_who_do_not_import_it(other_unsloth):
+    assert python("import hrpo_patches, transformers", other_unsloth).returncode == 0
+
+
+def test_status_refuses_an_unsloth_without_patches_by_name(other_unsloth):
+    result = python("from hrpo_patches.__main__ import main; sys.exit(main(['status']))", other_unsloth)
+    lines = [line for line in result.stdout.splitlines() if "unsloth-2026.10.7/" in line]
+    assert result.returncode == 1 and len(lines) == 2
+    for line in lines:
+        assert "2026.9.1" in line and "refused: made for 2026.10.7; run: pip" in line  # then the table folds it
+
+
+def test_a_folder_that_merely_has_the_name_of_a_package_is_not_the_package(tmp_path):
+    (tmp_path / "unsloth").mkdir()
+    result = python("import hrpo_patches, unsloth; print(list(unsloth.__path__))", tmp_path)
+    assert result.returncode == 0 and str(tmp_path) in result.stdout
+
+
+def test_patches_that_come_after_unsloth_are_an_error_with_the_remedy():
+    code = "import types; sys.modules['unsloth.save'] = types.ModuleType('unsloth.save'); import hrpo_patches"
+    assert "put `import hrpo_patches` before the first import of unsloth" in last_line(python("import sys; " + code))
