@@ -17,8 +17,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hrpo_patches.config import ThinkingConfig
-from hrpo_patches.models import SMOLLM2, load_model
+from hrpo_patches.backend import start_backend
+from hrpo_patches.errors import InputError, PatchError
 
 KINDS = ("stock", "projection", "embedding")
 
@@ -40,13 +40,21 @@ def tokens_a_second(model, tokenizer, inputs, kind, length):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model_name", default=SMOLLM2, help="hub id, folder, or smollm2-135m")
+    parser.add_argument("--backend", default="transformers", help="auto, transformers or unsloth")
+    parser.add_argument("--model_name", default="smollm2-135m", help="hub id, folder, or smollm2-135m")
     parser.add_argument("--batch", type=int, default=8, help="sequences decoded at once")
     parser.add_argument("--tokens", type=int, default=64, help="new tokens a sequence")
     parser.add_argument("--rounds", type=int, default=9, help="rounds, each with all three kinds")
     parser.add_argument("--out", type=Path, default=None, help="also write the numbers to this JSON file")
     args = parser.parse_args()
-    model, tokenizer = load_model(args.model_name, ThinkingConfig())
+    try:
+        backend = start_backend(args.backend)
+    except (InputError, PatchError) as error:
+        parser.error(str(error))
+    from hrpo_patches.config import ThinkingConfig  # transformers comes after unsloth
+    from hrpo_patches.models import load_model
+
+    model, tokenizer = load_model(args.model_name, ThinkingConfig(), backend=backend)
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     prompts = [f"Tell me a story of {n} animals and what they learned." for n in range(2, 2 + args.batch)]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
@@ -56,7 +64,9 @@ def main():
     for n in track(range(args.rounds), description="Decoding"):
         order = KINDS[n % 3 :] + KINDS[: n % 3]
         rounds.append({kind: tokens_a_second(model, tokenizer, inputs, kind, args.tokens) for kind in order})
-    table = Table(title=f"{args.model_name}, batch {args.batch}, {args.tokens} tokens, {args.rounds} rounds")
+    table = Table(
+        title=f"{args.model_name}, {backend}, batch {args.batch}, {args.tokens} tokens, {args.rounds} rounds"
+    )
     for column in ("generate", "tokens/s (median)", "of stock (median)", "of stock (range)"):
         table.add_column(column)
     record = {"rounds": rounds, "ratios": {}}
@@ -69,7 +79,7 @@ def main():
     Console().print(table)
     if args.out:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-        versions = {"torch": torch.__version__, "transformers": version("transformers"), "device": device}
+        versions = {"torch": torch.__version__, backend: version(backend), "device": device}
         record |= {"environment": versions | {"threads": torch.get_num_threads()}, "title": table.title}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,6 +1,6 @@
 """Run as a program: one backend computes on tiny checkpoints; what it saves is compared with another backend's.
 
-    python probe.py OUT.safetensors transformers|unsloth|unpatched FOLDER
+    python probe.py OUT.safetensors transformers|unsloth|unpatched FOLDER [float32|bfloat16]
 
 FOLDER holds llama/ and qwen2/ with thinking weights, and plain-llama/ and plain-qwen2/ without.
 """
@@ -19,7 +19,8 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-DTYPE = torch.float32
+DTYPE = getattr(torch, sys.argv[4] if len(sys.argv) > 4 else "float32")
+torch.use_deterministic_algorithms(DEVICE == "cuda", warn_only=True)  # bit for bit means nothing otherwise
 
 
 def load(name):

@@ -67,7 +67,7 @@ def thinking_results(model, tokenizer):
         assert out.thinking_residual == "projection" and out.thinking_mask.any()
         results[f"greedy.{batch}.tokens"] = completions(out, chosen)
         results[f"greedy.{batch}.mask"] = out.thinking_mask
-        results[f"greedy.{batch}.states"] = out.thinking_states.cpu() * real.unsqueeze(-1)
+        results[f"greedy.{batch}.states"] = out.thinking_states.cpu().float() * real.unsqueeze(-1)
     return results
 
 

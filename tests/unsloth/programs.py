@@ -25,7 +25,8 @@ def environment():
     """This process's, with the tests' helpers importable and the devices not yet stubbed."""
     stubbed = ("UNSLOTH_ALLOW_CPU", "UNSLOTH_COMPILE_DISABLE", "TRITON_INTERPRET", "TORCHDYNAMO_DISABLE")
     kept = {name: value for name, value in os.environ.items() if name not in stubbed}
-    return kept | {"PYTHONPATH": os.pathsep.join([str(HERE), str(HERE.parent)])}
+    path = [str(HERE), str(HERE.parent), *filter(None, [kept.get("PYTHONPATH")])]
+    return kept | {"PYTHONPATH": os.pathsep.join(path)}
 
 
 def python(*arguments):

@@ -70,18 +70,44 @@ def test_a_loaded_adapter_is_ready_to_train_or_frozen(load, tmp_path):
         assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_one_adamw_step_moves_every_element_of_lambda_that_has_a_gradient(load, tokenizer, tmp_path):
-    model = adapted(load("plain-llama", torch.bfloat16, thinking={}))
+def lambda_gradient(model, dtype, tokenizer):
+    """Λ with its gradient. Triton's interpreter multiplies bf16 wrongly, so there only the blend is run, in torch."""
+    if dtype == torch.float16 or ON_GPU:
+        thinking_gradients(model, replay_inputs(model, tokenizer))
+    else:
+        states = torch.randn(1, 8, model.config.hidden_size)
+        embeds = model.get_input_embeddings()(torch.arange(8)[None])
+        assert embeds.dtype == torch.bfloat16
+        backbone = model.get_base_model().model
+        backbone.blend_thinking(embeds, states, torch.ones(1, 8).bool()).float().square().sum().backward()
+    return model.get_base_model().model.thinking_residual_Lambda.modules_to_save.default.Lambda
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_adamw_step_moves_every_element_of_lambda_that_has_a_gradient(load, tokenizer, tmp_path, dtype):
+    model = adapted(load("plain-llama", dtype, thinking={}))
     trainer = Trainer(model, TrainingArguments(tmp_path, report_to=[], use_cpu=not ON_GPU))
     patch_trainer_optimizer(trainer)
     optimizer = trainer.create_optimizer()
-    gradients = thinking_gradients(model, replay_inputs(model, tokenizer))
-    Lambda = model.get_base_model().model.thinking_residual_Lambda.modules_to_save.default.Lambda
-    before = Lambda.detach().clone()
+    Lambda = lambda_gradient(model, dtype, tokenizer)
+    before, has_gradient = Lambda.detach().clone(), Lambda.grad != 0
     optimizer.step()
-    moved, has_gradient = Lambda != before, gradients["residual_Lambda.Lambda"] != 0
-    assert has_gradient.float().mean() > 0.9
-    assert torch.equal(moved & has_gradient, has_gradient)
+    assert torch.isfinite(Lambda.grad).all() and has_gradient.float().mean() > 0.9
+    assert torch.equal(Lambda != before, has_gradient)
+
+
+def test_gradients_pass_the_fused_lora_kernels(load, family, tokenizer):
+    """A float32 base takes none of them, and is what agrees with transformers; a float16 base takes them all."""
+    gradients = {}
+    for dtype in (torch.float32, torch.float16):
+        model = adapted(load(family, dtype))
+        FastLanguageModel.for_training(model)
+        mlp = model.get_base_model().model.layers[0].mlp
+        assert ("apply_lora_mlp" in mlp.forward.__name__) == (dtype == torch.float16)
+        gradients[dtype] = thinking_gradients(model, replay_inputs(model, tokenizer))
+    for name, value in gradients[torch.float32].items():
+        difference = (gradients[torch.float16][name] - value).norm() / value.norm()
+        assert value.norm() > 0 and difference < 0.02, (name, difference)
 
 
 def test_gradients_pass_unsloths_gradient_checkpointing(load, tokenizer):
