@@ -160,7 +160,7 @@ def load_adapter(
     if lost := [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]:
         raise InputError(f"{folder} lacks {lost[0]}: it is damaged, or belongs to another base model.")
     peft_model.generation_config.thinking = True
-    if is_unsloth(model):
+    if is_unsloth(model) and hasattr(model, "max_seq_length"):  # loaded by unsloth, not merely beside it
         return finish_adapter(peft_model, is_trainable)
     return peft_model if is_trainable else peft_model.eval()
 

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.errors import InputError
 from hrpo_patches.models import thinking_options
 from hrpo_patches.thinking import canonical, is_thinking_parameter
 from hrpo_patches.trainer_config import HRPOConfig
+from hrpo_patches.unsloth_backend import is_unsloth
 
 
 def configure(model: Any, args: HRPOConfig) -> None:
@@ -33,10 +35,19 @@ def configure(model: Any, args: HRPOConfig) -> None:
     base.config.thinking = current.to_dict() | chosen
 
 
-def with_thinking_modules(peft_config: PeftConfig | None, args: HRPOConfig) -> PeftConfig | None:
-    """A copy of `peft_config` whose `modules_to_save` names the thinking modules that this run trains."""
+def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: HRPOConfig) -> PeftConfig | None:
+    """A copy of `peft_config` whose `modules_to_save` names the thinking modules that this run trains.
+
+    Raises:
+        InputError: the model is unsloth's, which has to make its adapters itself.
+    """
     if peft_config is None:
         return None
+    if not isinstance(model, str) and is_unsloth(model):
+        raise InputError(
+            "this model runs unsloth's forward, which needs an adapter that unsloth made; leave peft_config out, and "
+            "wrap the model with FastLanguageModel.get_peft_model(model, ..., modules_to_save=[...])."
+        )
     peft_config = copy.deepcopy(peft_config)
     modules = trained_modules(args.residual)
     peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *modules]))

@@ -75,7 +75,7 @@ class HRPOTrainer(GRPOTrainer):
                     f"{used[0]} generates outside of one thinking turn; leave it out, or set residual=None."
                 )
             configure(model, args)
-            peft_config = with_thinking_modules(peft_config, args)
+            peft_config = with_thinking_modules(model, peft_config, args)
         before = float32_copies(model) if args.residual is not None else {}
         super().__init__(
             model,

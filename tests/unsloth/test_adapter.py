@@ -1,5 +1,8 @@
 """FastLanguageModel's adapters around the thinking modules: float32, trainable, in place, whatever the base is."""
 
+import json
+import shutil
+
 import pytest
 import torch
 from harness import ON_GPU
@@ -59,6 +62,7 @@ def test_a_loaded_adapter_is_ready_to_train_or_frozen(load, tmp_path):
         base = load("plain-llama", torch.bfloat16, thinking={})
         again = load_adapter(base, tmp_path, is_trainable=is_trainable)
         assert again.config.thinking["answer_start"] == "##"
+        assert "apply_lora_mlp" in again.get_base_model().model.layers[0].mlp.forward.__name__
         if is_trainable:
             check(again, torch.bfloat16)
         else:
@@ -68,6 +72,19 @@ def test_a_loaded_adapter_is_ready_to_train_or_frozen(load, tmp_path):
         }
         found = dict(again.named_parameters())
         assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_an_adapter_that_unsloth_loads_itself_is_ready_too(checkpoints, tmp_path):
+    """A base as it comes from the hub: its config has never heard of thinking."""
+    base = shutil.copytree(checkpoints / "plain-llama", tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    del config["thinking"]
+    (base / "config.json").write_text(json.dumps(config))
+    options = {"max_seq_length": 256, "dtype": torch.bfloat16, "load_in_4bit": False}
+    adapted(FastLanguageModel.from_pretrained(str(base), **options)[0]).save_pretrained(tmp_path / "adapter")
+    model, _ = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), **options)
+    check(model, torch.bfloat16)
+    assert adapted(model) is model
 
 
 def lambda_gradient(model, dtype, tokenizer):

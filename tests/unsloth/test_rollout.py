@@ -33,6 +33,18 @@ def test_a_rollouts_states_can_be_trained_on_although_unsloth_generates_in_infer
     assert model.model.thinking_projection.weight.grad.norm() > 0
 
 
+def test_a_state_that_is_handed_over_keeps_its_own_gradient(model, tokenizer):
+    """Otherwise unsloth's final norm may write the gradient that it passes on over the one that it was given."""
+    model.train()
+    out = model(**ragged(tokenizer, ["Hi", "Hello"]), use_cache=False, output_last_hidden_state=True)
+    out.last_hidden_state.retain_grad()
+    out.logits.retain_grad()
+    out.logits.square().mean().backward()
+    expected = out.logits.grad @ model.lm_head.weight
+    assert expected.norm() > 0
+    torch.testing.assert_close(out.last_hidden_state.grad, expected, rtol=1e-4, atol=1e-7)
+
+
 def test_an_input_that_unsloth_would_cut_is_refused_when_thinking(load, tokenizer):
     model = load("llama", torch.float32).train()
     model.model.max_seq_length = 4
