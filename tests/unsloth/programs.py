@@ -35,3 +35,8 @@ def python(*arguments):
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 0, f"{arguments}\n{done.stdout}\n{done.stderr}"
     return done.stdout + done.stderr
+
+
+def odd_reward(completions, **_):
+    """A reward that differs within a group of a random model's completions; none of them ever answers."""
+    return [float(sum(completion.encode()) % 2) for completion in completions]

@@ -11,7 +11,7 @@ import torch
 import trl
 from harness import ON_GPU
 from peft import LoraConfig
-from programs import ROOT, TARGETS, python
+from programs import ROOT, TARGETS, odd_reward, python
 from rollouts import completions, ragged, real_tokens, sample
 from safetensors.torch import load_file
 from trl.trainer import utils as trl_utils
@@ -40,6 +40,12 @@ STEP = {
     "residual_r_min": 0.3,
     "residual_r_max": 0.6,
 }
+WITH_ODD_REWARD = """
+import hrpo_patches.run, runpy, sys
+from programs import odd_reward
+hrpo_patches.run.answer_reward = lambda marker: odd_reward
+runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
+"""
 GREEDY_ON_TRANSFORMERS = """
 import hrpo_patches, sys, torch
 from transformers import AutoModelForCausalLM
@@ -87,8 +93,9 @@ def runs(request, checkpoints, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(hrpo_patches.backend, "_said", [])
         patch.setattr(hrpo_patches.run, "make_trainer", keep)
+        patch.setattr(hrpo_patches.run, "answer_reward", lambda marker: odd_reward)
         runpy.run_path(str(SCRIPT))["main"](arguments("unsloth", request.param, checkpoints, folder))
-    python(SCRIPT, *arguments("transformers", request.param, checkpoints, folder))
+    python("-c", WITH_ODD_REWARD, SCRIPT, *arguments("transformers", request.param, checkpoints, folder))
     return folder, trainers[0], printed.getvalue(), request.param
 
 
@@ -112,7 +119,7 @@ def test_everything_that_is_trained_has_changed_and_the_base_has_not(runs, check
             original = trainer.model.get_parameter(name.replace("modules_to_save.default", "original_module"))
             assert not torch.equal(parameter, original) and not original.requires_grad, name
             trained += 1
-        elif "lora_B" in name:
+        elif "lora_B.default" in name:
             assert parameter.abs().max() > 0, name
             trained += 1
     thinking = {"projection": 6, "embedding": 5, "none": 0}[residual]
@@ -121,7 +128,7 @@ def test_everything_that_is_trained_has_changed_and_the_base_has_not(runs, check
 
 def test_both_backends_write_the_same_adapter_and_the_same_log(runs):
     ours, theirs = (adapter(runs, backend) for backend in ("unsloth", "transformers"))
-    assert ours.keys() == theirs.keys() and len(ours) > 2 * 2 * len(TARGETS)
+    assert ours.keys() == theirs.keys() and len(ours) >= 2 * 2 * len(TARGETS)
     for name, value in theirs.items():
         assert ours[name].dtype == value.dtype == torch.float32
         # AdamW's first step is a sign: a gradient near zero may give either, so what is compared is the whole.
@@ -129,7 +136,7 @@ def test_both_backends_write_the_same_adapter_and_the_same_log(runs):
     first, second = (
         json.loads((runs[0] / b / "report.json").read_text())["log"][0] for b in ("unsloth", "transformers")
     )
-    assert first.keys() == second.keys() and first["grad_norm"] > 0
+    assert first.keys() == second.keys() and first["grad_norm"] > 0 and first["reward_std"] > 0
     for key in set(first) - {"step_time"}:
         assert first[key] == pytest.approx(second[key], rel=1e-3, abs=1e-6), key
     if runs[3] != "none":
