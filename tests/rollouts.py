@@ -33,7 +33,7 @@ def completions(out, inputs):
 def real_tokens(model, tokens):
     """(B, C) bool: completion tokens up to and including the first end token."""
     ends = model.config.eos_token_id
-    ended = torch.isin(tokens, torch.tensor(ends)).long()
+    ended = torch.isin(tokens, torch.tensor(ends, device=tokens.device)).long()
     return ended.cumsum(1) - ended == 0
 
 

@@ -47,7 +47,7 @@ def copies(model):
     named = {name: p for name, p in model.named_parameters() if ".modules_to_save." in name}
     short = {n.removeprefix("base_model.model.").replace(".modules_to_save.default", ""): p for n, p in named.items()}
     assert len(short) == 6
-    return short
+    return {name: value.detach().cpu() for name, value in short.items()}
 
 
 def test_a_saved_adapter_holds_them_and_the_marker(trained, tmp_path):
@@ -66,10 +66,10 @@ def test_a_merged_model_holds_them_in_float32_and_thinks_by_default(trained, tok
         assert torch.equal(seen[name], value) and seen[name].dtype == torch.float32, name
     layer = trained.get_base_model().model.layers[0].mlp.up_proj
     merged = layer.base_layer.weight + layer.get_delta_weight("default")
-    torch.testing.assert_close(seen["model.layers.0.mlp.up_proj.weight"], merged, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(seen["model.layers.0.mlp.up_proj.weight"], merged.cpu(), rtol=1e-3, atol=1e-3)
     again, _ = FastLanguageModel.from_pretrained(str(tmp_path / "merged"), 256, torch.bfloat16, load_in_4bit=False)
     for name, value in copies(trained).items():
-        assert torch.equal(again.get_parameter(name), value), name
+        assert torch.equal(again.get_parameter(name).cpu(), value), name
     assert again.config.thinking["answer_start"] == "##"
 
 

@@ -151,7 +151,7 @@ def test_the_adapter_gives_the_same_greedy_completions_on_both_backends(runs, ch
     python("-c", GREEDY_ON_TRANSFORMERS, checkpoints / "plain-llama", folder, tmp_path / "out")
     theirs = load_file(tmp_path / "out")
     model = load_adapter(load("plain-llama", torch.float32, thinking={}), folder)
-    inputs = ragged(tokenizer)
+    inputs = ragged(tokenizer).to(model.device)
     out = sample(model, tokenizer, inputs, do_sample=False, temperature=None, top_k=None, biased=False)
     real = real_tokens(model, theirs["tokens"])
     assert real.sum() > 40 and theirs["mask"].any()
