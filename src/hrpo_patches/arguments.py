@@ -17,7 +17,7 @@ from trl import TrlParser
 
 from hrpo_patches.backend import BACKENDS
 from hrpo_patches.checkpoint import check_same_thinking
-from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.config import VARIANT, ThinkingConfig
 from hrpo_patches.data import check_examples
 from hrpo_patches.errors import InputError
 from hrpo_patches.trainer_config import HRPOConfig
@@ -60,6 +60,11 @@ class RunArguments:
 
     dataset: str = option("openai/gsm8k", "Hub id, path of a .jsonl file, or reasoning_gym:NAME?option=value.")
     residual: str = option("projection", "What a thinking position is blended with: projection, embedding or none.")
+    projection_layers: int = option(1, "Linear layers of the projection: 1, or 2 with SiLU between.")
+    projection_hidden: int | None = option(None, "Width between two layers; by default the hidden size.")
+    projection_norm: bool = option(False, "A LayerNorm after the projection.")
+    projection_dropout: float = option(0.0, "Dropout of the projected vector, in the loss only.")
+    residual_scale: str = option("unit", "Norm of the residual: unit, or embedding for that of the mean embedding.")
     answer_start: str = option("####", "The text that ends the thinking and starts the answer.")
     examples: list[str] = field(
         default_factory=list,
@@ -83,9 +88,13 @@ class RunArguments:
 
     def thinking(self) -> ThinkingConfig | None:
         """How the model is to think; None for plain GRPO."""
+        variant = {name: getattr(self, name) for name in VARIANT}
         if self.residual == "none":
+            if used := [name for name, value in variant.items() if value != getattr(ThinkingConfig, name)]:
+                raise InputError(f"--{used[0]} is about the projection; it does not go with --residual none.")
             return None
-        return ThinkingConfig(self.residual, self.answer_start, self.residual_r_min, self.residual_r_max)  # type: ignore[arg-type]
+        limits = {"r_min": self.residual_r_min, "r_max": self.residual_r_max}
+        return ThinkingConfig(self.residual, self.answer_start, **limits, **variant)  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raise `InputError` for whatever can be known to be wrong before any work."""
@@ -136,7 +145,7 @@ class RunArguments:
             raise InputError(f"{checkpoint} is no checkpoint: trainer_state.json does not exist there.")
         if holds and checkpoint.resolve().parent != folder.resolve():
             raise InputError(f"{folder} already holds another run than the checkpoint {checkpoint}.")
-        check_same_thinking(checkpoint, self.residual, self.answer_start)
+        check_same_thinking(checkpoint, self.residual, self.thinking())
 
     def trainer_config(self) -> HRPOConfig:
         """The trainer's arguments."""

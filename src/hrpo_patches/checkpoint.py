@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from hrpo_patches.config import Residual, ThinkingConfig
+from hrpo_patches.config import VARIANT, Residual, ThinkingConfig
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.thinking import MODULES
@@ -61,14 +61,18 @@ def read_thinking(folder: Path) -> dict[str, Any]:
     return record
 
 
-def check_same_thinking(folder: Path, residual: str | None, answer_start: str) -> None:
-    """Raise `InputError` unless what `folder` holds was trained with this residual (if given) and marker."""
+def check_same_thinking(folder: Path, residual: str | None, wanted: ThinkingConfig | None) -> None:
+    """Raise `InputError` unless what `folder` holds was trained with this residual (if given) and as `wanted`."""
     saved = read_thinking(folder) if (folder / THINKING_FILE).is_file() else None
     was = saved["residual"] if saved is not None else "none"
     if residual is not None and was != residual:
         raise InputError(f"{folder} was trained with --residual {was}, not {residual}.")
-    if saved is not None and saved["answer_start"] != answer_start:
-        raise InputError(f"{folder} was trained with --answer_start {saved['answer_start']!r}, not {answer_start!r}.")
+    if saved is None or wanted is None:
+        return
+    for name in ("answer_start", *(VARIANT if was == wanted.residual == "projection" else ())):
+        value = saved.get(name, getattr(ThinkingConfig, name))
+        if value != getattr(wanted, name):
+            raise InputError(f"{folder} was trained with --{name} {value!r}, not {getattr(wanted, name)!r}.")
 
 
 def _read_record(folder: Path, held: set[str]) -> dict[str, Any]:
@@ -136,8 +140,13 @@ def load_adapter(
         model = AutoModelForCausalLM.from_pretrained(model)
     backbone = thinking_backbone(model)
     _check_hidden_size(folder, record, model)
-    options = {key: record[key] for key in ("answer_start", "r_min", "r_max", "init_std") if key in record}
-    model.config.thinking = ThinkingConfig.from_dict(options | {"residual": residual}).to_dict()
+    options = {key: record[key] for key in ThinkingConfig.__dataclass_fields__ if key in record}
+    if residual != "projection" and _drop_variant(options):
+        held.discard(_PROJECTION)  # a projection of another kind, which this residual has no use for
+        weights = {key: value for key, value in weights.items() if f".{_PROJECTION}." not in key}
+    thinking = ThinkingConfig.from_dict(options | {"residual": residual})
+    backbone.reshape_projection(thinking)
+    model.config.thinking = thinking.to_dict()
 
     prefix = f"base_model.model.{model.base_model_prefix}."
     modules = sorted(held | set(trained_modules(residual)))
@@ -151,7 +160,7 @@ def load_adapter(
     _check_complete(folder, weights, expected)
 
     config = PeftConfig.from_pretrained(str(folder))
-    config.modules_to_save = sorted(set(config.modules_to_save or []) | set(modules))
+    config.modules_to_save = sorted((set(config.modules_to_save or []) - {_PROJECTION}) | set(modules))
     config.inference_mode = not is_trainable
     peft_model = get_peft_model(model, config)
     result = set_peft_model_state_dict(peft_model, weights)
@@ -163,6 +172,12 @@ def load_adapter(
     if is_unsloth(model) and hasattr(model, "max_seq_length"):  # loaded by unsloth, not merely beside it
         return finish_adapter(peft_model, is_trainable)
     return peft_model if is_trainable else peft_model.eval()
+
+
+def _drop_variant(options: dict[str, Any]) -> bool:
+    """Take the projection's variant out of `options`; whether it was one with weights of its own."""
+    kind = {name: options.pop(name, getattr(ThinkingConfig, name)) for name in VARIANT}
+    return kind["projection_layers"] != 1 or kind["projection_norm"]
 
 
 def _check_hidden_size(folder: Path, record: dict[str, Any], model: PreTrainedModel) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 from hrpo_patches.errors import InputError
 
 Residual = Literal["projection", "embedding"]
+Scale = Literal["unit", "embedding"]
 
 
 @dataclass
@@ -21,6 +22,13 @@ class ThinkingConfig:
         r_min, r_max: the range that the decay at a fully open gate starts in, 0 < r_min < r_max < 1.
         init_std: the standard deviation of the projection's initial weights. It sets no scale, for the residual is
             normalised; the start is smooth because r_min is near 1.
+        projection_layers: 1, one linear layer, as published; 2, two of them with SiLU between.
+        projection_hidden: the width between two layers; by default the hidden size.
+        projection_norm: whether a LayerNorm follows the projection.
+        projection_dropout: the share of the projected vector that is dropped in a training forward, and only there: a
+            rollout, and the log-probabilities of a forward without gradients, see none.
+        residual_scale: the norm of the projected residual. "unit": 1; "embedding": that of the mean input embedding.
+        embedding_norm: that norm, the mean over the vocabulary, once it has been measured.
         in_checkpoint: set by `save_pretrained`; a checkpoint that says so and lacks a thinking weight does not load.
 
     Raises:
@@ -32,6 +40,12 @@ class ThinkingConfig:
     r_min: float = 0.99
     r_max: float = 0.999
     init_std: float = 0.001
+    projection_layers: int = 1
+    projection_hidden: int | None = None
+    projection_norm: bool = False
+    projection_dropout: float = 0.0
+    residual_scale: Scale = "unit"
+    embedding_norm: float | None = None
     in_checkpoint: bool = False
 
     def __post_init__(self) -> None:
@@ -42,6 +56,30 @@ class ThinkingConfig:
         check_r_range(self.r_min, self.r_max)
         if not self.init_std > 0:
             raise InputError(f"init_std has to be above 0, not {self.init_std!r}.")
+        self._check_projection()
+
+    def _check_projection(self) -> None:
+        if self.projection_layers not in (1, 2):
+            raise InputError(f"projection_layers has to be 1 or 2, not {self.projection_layers!r}.")
+        if self.projection_hidden is not None and self.projection_layers == 1:
+            raise InputError("projection_hidden is the width between two layers; it needs projection_layers=2.")
+        if self.projection_hidden is not None and not self.projection_hidden > 0:
+            raise InputError(f"projection_hidden has to be above 0, not {self.projection_hidden!r}.")
+        if not isinstance(self.projection_norm, bool):
+            raise InputError(f"projection_norm has to be True or False, not {self.projection_norm!r}.")
+        if not 0 <= self.projection_dropout < 1:
+            raise InputError(f"projection_dropout has to be from 0 to below 1, not {self.projection_dropout!r}.")
+        if self.residual_scale not in get_args(Scale):
+            raise InputError(f"residual_scale has to be one of {get_args(Scale)}, not {self.residual_scale!r}.")
+        if self.embedding_norm is not None and not self.embedding_norm > 0:
+            raise InputError(f"embedding_norm has to be above 0, not {self.embedding_norm!r}.")
+        if self.residual != "projection" and (used := [name for name in VARIANT if self._differs(name)]):
+            raise InputError(
+                f"{used[0]} is about the projection; it does not go with residual={self.residual!r}, leave it out."
+            )
+
+    def _differs(self, name: str) -> bool:
+        return bool(getattr(self, name) != getattr(type(self), name))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ThinkingConfig:
@@ -70,6 +108,9 @@ class ThinkingConfig:
         return asdict(self)
 
 
+VARIANT = ("projection_layers", "projection_hidden", "projection_norm", "projection_dropout", "residual_scale")
+
+
 def check_r_range(r_min: float, r_max: float) -> None:
     """Raise `InputError` unless 0 < r_min < r_max < 1."""
     if not 0 < r_min < r_max < 1:
@@ -78,8 +119,7 @@ def check_r_range(r_min: float, r_max: float) -> None:
 
 def check_same_kind(saved: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     """Raise `InputError` if thinking weights that were `saved` with one residual or marker are wanted with another."""
-    for key in ("residual", "answer_start"):
-        if saved.get("in_checkpoint") and key in wanted and saved[key] != wanted[key]:
-            raise InputError(
-                f"the thinking weights of {what} were trained with {key}={saved[key]!r}, not {wanted[key]!r}."
-            )
+    for key in ("residual", "answer_start", *VARIANT):
+        was = saved.get(key, getattr(ThinkingConfig, key))
+        if saved.get("in_checkpoint") and key in wanted and was != wanted[key]:
+            raise InputError(f"the thinking weights of {what} were trained with {key}={was!r}, not {wanted[key]!r}.")

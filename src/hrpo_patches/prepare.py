@@ -32,7 +32,7 @@ def configure(model: Any, args: HRPOConfig) -> None:
     current = ThinkingConfig.of(thinking_backbone(base).config)
     assert current is not None  # thinking_backbone has checked it
     check_same_kind(current.to_dict(), chosen, "this model")
-    base.config.thinking = current.to_dict() | chosen
+    base.config.thinking = ThinkingConfig.from_dict(current.to_dict() | chosen).to_dict()
 
 
 def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: HRPOConfig) -> PeftConfig | None:

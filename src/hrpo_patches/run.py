@@ -79,7 +79,7 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, A
     if arguments.adapter is not None:
         if arguments.residual == "none":
             raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
-        check_same_thinking(Path(arguments.adapter), None, arguments.answer_start)
+        check_same_thinking(Path(arguments.adapter), None, arguments.thinking())
         model = load_adapter(
             model,
             arguments.adapter,

@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from transformers import initialization as init
+from torch.nn.functional import dropout
 
-from hrpo_patches.config import Residual, ThinkingConfig, check_r_range
+from hrpo_patches.config import Residual, ThinkingConfig
 from hrpo_patches.errors import InputError
+from hrpo_patches.modules import ThinkingLambda, ThinkingLinear, ThinkingModule, make_projection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
 else:
     _Base = object
 
-DECAY_SCALE = 8.0  # c in a = exp(-c * softplus(-Lambda) * r)
 EPS = 1e-8
 MODULES = (
     "thinking_projection",
@@ -40,98 +40,6 @@ def is_thinking_parameter(name: str) -> bool:
 def canonical(name: str) -> str:
     """A thinking parameter's dotted name without what PEFT puts around a trainable copy's."""
     return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
-
-
-def initial_lambda(uniform: Tensor, r_min: float, r_max: float) -> Tensor:
-    """Λ such that a = λ^r, with λ the point `uniform` (in (0, 1)) of the range from r_min to r_max; float64."""
-    inset = 1e-4 + (1 - 2e-4) * uniform.double()  # float32 rounding must not push λ over an edge of the range
-    lam = r_min + (r_max - r_min) * inset
-    return -torch.log(torch.expm1(-torch.log(lam) / DECAY_SCALE))
-
-
-def _peek_generator(role: str) -> torch.Generator:
-    """A generator that follows the global seed and state but does not advance them: base weights stay as in stock."""
-    with torch.random.fork_rng(devices=[]):
-        seed = torch.randint(2**62, (), device="cpu").item()
-    return torch.Generator().manual_seed((int(seed) + sum(role.encode())) % 2**63)
-
-
-class _ThinkingModule(nn.Module):
-    """A module that starts from `initial_values` on every way to life and never falls below float32."""
-
-    role: str
-
-    def initial_values(self) -> dict[str, Tensor]:
-        """Fresh values on the CPU for each parameter, by name."""
-        raise NotImplementedError  # pragma: no cover - each subclass has its own
-
-    @torch.no_grad()
-    def reset_parameters(self) -> None:
-        """Draw fresh values. A parameter that was loaded from a checkpoint is left alone (transformers' own flag)."""
-        for name, value in self.initial_values().items():
-            parameter = getattr(self, name)
-            init.copy_(parameter, value.to(device=parameter.device, dtype=parameter.dtype))
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        # `model.to(torch.bfloat16)` must not round these weights: AdamW's steps on them are smaller than a bf16 ulp.
-        def keep_float32(tensor: Tensor) -> Tensor:
-            out = fn(tensor)
-            rounded = out.is_floating_point() and out.dtype.itemsize < 4 <= tensor.dtype.itemsize
-            return tensor.to(out.device) if rounded else out
-
-        return super()._apply(keep_float32, recurse)
-
-
-class ThinkingLinear(_ThinkingModule, nn.Linear):
-    """A square float32 linear layer with weights ~ N(0, std²) and a zero bias, if any."""
-
-    def __init__(self, size: int, bias: bool, std: float, role: str) -> None:
-        self.std, self.role = std, role
-        super().__init__(size, size, bias=bias, dtype=torch.float32)
-
-    def initial_values(self) -> dict[str, Tensor]:
-        generator = _peek_generator(self.role)
-        values = {
-            "weight": torch.empty(self.weight.shape, device="cpu", dtype=torch.float32).normal_(
-                0.0, self.std, generator=generator
-            )
-        }
-        if self.bias is not None:
-            values["bias"] = torch.zeros(self.bias.shape, device="cpu", dtype=torch.float32)
-        return values
-
-
-class ThinkingLambda(_ThinkingModule):
-    """The learned decay: r (..., d) in (0, 1) -> a (..., d) = exp(-c * softplus(-Lambda) * r)."""
-
-    role = "thinking_residual_Lambda"
-
-    def __init__(self, size: int, r_min: float, r_max: float) -> None:
-        super().__init__()
-        self.r_min, self.r_max = r_min, r_max
-        self.Lambda = nn.Parameter(torch.empty(size, dtype=torch.float32))
-        self.reset_parameters()
-
-    def initial_values(self) -> dict[str, Tensor]:
-        uniform = torch.rand(
-            self.Lambda.shape, generator=_peek_generator(self.role), device="cpu", dtype=torch.float32
-        )
-        return {"Lambda": initial_lambda(uniform, self.r_min, self.r_max)}
-
-    @torch.no_grad()
-    def reset_lambda_parameters(self, r_min: float, r_max: float) -> None:
-        """Draw Λ anew so that a = λ^r with λ ~ U(r_min, r_max), also where Λ came from a checkpoint.
-
-        Raises:
-            InputError: unless 0 < r_min < r_max < 1.
-        """
-        check_r_range(r_min, r_max)
-        self.r_min, self.r_max = r_min, r_max
-        for value in self.initial_values().values():
-            self.Lambda.copy_(value)
-
-    def forward(self, r: Tensor) -> Tensor:
-        return torch.exp(-DECAY_SCALE * nn.functional.softplus(-self.Lambda) * r)
 
 
 def projection_residual(projected: Tensor) -> Tensor:
@@ -160,7 +68,7 @@ class ThinkingMixin(_Base):
         config.thinking = thinking.to_dict()
         size = config.hidden_size
         std = getattr(config, "initializer_range", None) or 0.02
-        self.thinking_projection = ThinkingLinear(size, False, thinking.init_std, "thinking_projection")
+        self.thinking_projection = make_projection(size, thinking)
         self.thinking_residual_gate_r = ThinkingLinear(size, True, std, "thinking_residual_gate_r")
         self.thinking_residual_gate_i = ThinkingLinear(size, True, std, "thinking_residual_gate_i")
         self.thinking_residual_Lambda = ThinkingLambda(size, thinking.r_min, thinking.r_max)
@@ -170,8 +78,15 @@ class ThinkingMixin(_Base):
         if not thinking.in_checkpoint:
             self._keys_to_ignore_on_load_missing = {_MODULE_PATTERN.pattern}
 
+    def reshape_projection(self, thinking: ThinkingConfig) -> None:
+        """Give the model the kind of projection that `thinking` describes: a fresh one, unless it has that kind."""
+        fresh = make_projection(self.config.hidden_size, thinking)
+        current = {name: p.shape for name, p in self.thinking_projection.named_parameters()}
+        if current != {name: p.shape for name, p in fresh.named_parameters()}:
+            self.thinking_projection = fresh.to(self.thinking_residual_Lambda.Lambda.device)
+
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, _ThinkingModule):
+        if isinstance(module, ThinkingModule):
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -216,6 +131,26 @@ class ThinkingMixin(_Base):
             blended = a * e + torch.sqrt(1 - a.square() + EPS) * gated
         return blended.to(embeds.dtype), a
 
+    def projected_residual(self, states: Tensor) -> Tensor:
+        """s (..., d) in float32, from hidden states (..., d); with dropout only where a gradient is wanted."""
+        thinking = self.config.thinking
+        with torch.autocast(states.device.type, enabled=False):
+            projected = self.thinking_projection(states.to(self.thinking_residual_Lambda.Lambda.dtype))
+            rate = thinking.get("projection_dropout", 0.0)
+            if rate and self.training and torch.is_grad_enabled():
+                projected = dropout(projected, rate)
+            residual = projection_residual(projected)
+        return residual * self.embedding_norm() if thinking.get("residual_scale") == "embedding" else residual
+
+    @torch.no_grad()
+    def embedding_norm(self) -> float:
+        """The mean norm of the input embeddings, measured when it is first asked for and kept in `config.thinking`."""
+        if self.config.thinking.get("embedding_norm") is None:
+            table = self.get_input_embeddings().weight
+            norms = [rows.float().norm(dim=-1) for rows in table.split(4096)]
+            self.config.thinking["embedding_norm"] = torch.cat(norms).mean().item()
+        return self.config.thinking["embedding_norm"]
+
     def blend_thinking(
         self, embeds: Tensor, states: Tensor | None, mask: Tensor | None, residual: Residual | None = None
     ) -> Tensor:
@@ -245,8 +180,6 @@ class ThinkingMixin(_Base):
         head, tail = embeds[:, :-width], embeds[:, -width:]
         states = states.to(embeds.device)
         if (residual or self.config.thinking["residual"]) == "projection":
-            with torch.autocast(embeds.device.type, enabled=False):
-                states = states.to(self.thinking_residual_Lambda.Lambda.dtype)
-                states = projection_residual(self.thinking_projection(states))
+            states = self.projected_residual(states)
         blended, _ = self.thinking_residual(tail, states)
         return torch.cat([head, torch.where(mask.to(embeds.device).unsqueeze(-1), blended, tail)], dim=1)

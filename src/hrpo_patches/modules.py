@@ -1,0 +1,144 @@
+"""The modules that a model family gains: float32, with a start of their own; knows tensors, nothing of a blend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import initialization as init
+
+from hrpo_patches.config import ThinkingConfig, check_r_range
+
+DECAY_SCALE = 8.0  # c in a = exp(-c * softplus(-Lambda) * r)
+
+
+def initial_lambda(uniform: Tensor, r_min: float, r_max: float) -> Tensor:
+    """Λ such that a = λ^r, with λ the point `uniform` (in (0, 1)) of the range from r_min to r_max; float64."""
+    inset = 1e-4 + (1 - 2e-4) * uniform.double()  # float32 rounding must not push λ over an edge of the range
+    lam = r_min + (r_max - r_min) * inset
+    return -torch.log(torch.expm1(-torch.log(lam) / DECAY_SCALE))
+
+
+def _peek_generator(role: str) -> torch.Generator:
+    """A generator that follows the global seed and state but does not advance them: base weights stay as in stock."""
+    with torch.random.fork_rng(devices=[]):
+        seed = torch.randint(2**62, (), device="cpu").item()
+    return torch.Generator().manual_seed((int(seed) + sum(role.encode())) % 2**63)
+
+
+class ThinkingModule(nn.Module):
+    """A module that starts from `initial_values` on every way to life and never falls below float32."""
+
+    role: str
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Fresh values on the CPU for each parameter, by name."""
+        raise NotImplementedError  # pragma: no cover - each subclass has its own
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draw fresh values. A parameter that was loaded from a checkpoint is left alone (transformers' own flag)."""
+        for name, value in self.initial_values().items():
+            parameter = getattr(self, name)
+            init.copy_(parameter, value.to(device=parameter.device, dtype=parameter.dtype))
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        # `model.to(torch.bfloat16)` must not round these weights: AdamW's steps on them are smaller than a bf16 ulp.
+        def keep_float32(tensor: Tensor) -> Tensor:
+            out = fn(tensor)
+            rounded = out.is_floating_point() and out.dtype.itemsize < 4 <= tensor.dtype.itemsize
+            return tensor.to(out.device) if rounded else out
+
+        return super()._apply(keep_float32, recurse)
+
+
+class ThinkingLinear(ThinkingModule, nn.Linear):
+    """A float32 linear layer, square by default, with weights ~ N(0, std²) and a zero bias, if any."""
+
+    def __init__(self, size: int, bias: bool, std: float, role: str, out: int | None = None) -> None:
+        self.std, self.role = std, role
+        super().__init__(size, out or size, bias=bias, dtype=torch.float32)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        generator = _peek_generator(self.role)
+        values = {
+            "weight": torch.empty(self.weight.shape, device="cpu", dtype=torch.float32).normal_(
+                0.0, self.std, generator=generator
+            )
+        }
+        if self.bias is not None:
+            values["bias"] = torch.zeros(self.bias.shape, device="cpu", dtype=torch.float32)
+        return values
+
+
+class ThinkingNorm(ThinkingModule, nn.LayerNorm):
+    """A float32 LayerNorm."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, dtype=torch.float32)
+
+    def initial_values(self) -> dict[str, Tensor]:
+        ones = torch.ones(self.weight.shape, device="cpu", dtype=torch.float32)
+        return {"weight": ones, "bias": torch.zeros_like(ones)}
+
+
+class ThinkingProjection(nn.Module):
+    """The projection's variants, h (..., d) -> (..., d): one or two linear layers, SiLU between, LayerNorm after."""
+
+    def __init__(self, size: int, thinking: ThinkingConfig) -> None:
+        super().__init__()
+        role = "thinking_projection"
+        if thinking.projection_layers == 1:
+            self.layers = nn.Sequential(ThinkingLinear(size, False, thinking.init_std, role))
+        else:
+            hidden = thinking.projection_hidden or size
+            self.layers = nn.Sequential(
+                ThinkingLinear(size, False, size**-0.5, f"{role}.0", hidden),  # SiLU near 0 would be linear
+                nn.SiLU(),
+                ThinkingLinear(hidden, False, thinking.init_std, f"{role}.1", size),
+            )
+        self.norm = ThinkingNorm(size) if thinking.projection_norm else nn.Identity()
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.norm(self.layers(hidden))
+
+
+def make_projection(size: int, thinking: ThinkingConfig) -> nn.Module:
+    """`thinking_projection`: a bare linear layer unless the config asks for a variant with weights of its own."""
+    if thinking.projection_layers == 1 and not thinking.projection_norm:
+        return ThinkingLinear(size, False, thinking.init_std, "thinking_projection")
+    return ThinkingProjection(size, thinking)
+
+
+class ThinkingLambda(ThinkingModule):
+    """The learned decay: r (..., d) in (0, 1) -> a (..., d) = exp(-c * softplus(-Lambda) * r)."""
+
+    role = "thinking_residual_Lambda"
+
+    def __init__(self, size: int, r_min: float, r_max: float) -> None:
+        super().__init__()
+        self.r_min, self.r_max = r_min, r_max
+        self.Lambda = nn.Parameter(torch.empty(size, dtype=torch.float32))
+        self.reset_parameters()
+
+    def initial_values(self) -> dict[str, Tensor]:
+        uniform = torch.rand(
+            self.Lambda.shape, generator=_peek_generator(self.role), device="cpu", dtype=torch.float32
+        )
+        return {"Lambda": initial_lambda(uniform, self.r_min, self.r_max)}
+
+    @torch.no_grad()
+    def reset_lambda_parameters(self, r_min: float, r_max: float) -> None:
+        """Draw Λ anew so that a = λ^r with λ ~ U(r_min, r_max), also where Λ came from a checkpoint.
+
+        Raises:
+            InputError: unless 0 < r_min < r_max < 1.
+        """
+        check_r_range(r_min, r_max)
+        self.r_min, self.r_max = r_min, r_max
+        for value in self.initial_values().values():
+            self.Lambda.copy_(value)
+
+    def forward(self, r: Tensor) -> Tensor:
+        return torch.exp(-DECAY_SCALE * nn.functional.softplus(-self.Lambda) * r)
