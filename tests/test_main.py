@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+from tiny import tiny_config
+
 from hrpo_patches import __main__ as cli
 from hrpo_patches import overlay
 
@@ -40,3 +42,14 @@ def test_checkout_and_refresh_are_commands(tmp_path, capsys):
     assert "llama.patch" in capsys.readouterr().out
     assert cli.main(["checkout", str(tmp_path / "tree")]) == 2
     assert "error: " in capsys.readouterr().err
+
+
+def test_info_is_a_command_and_its_errors_are_sentences(tmp_path, capsys):
+    tiny_config("qwen2").save_pretrained(tmp_path)
+    assert cli.main(["info", str(tmp_path), "--projection_layers", "2", "--projection_hidden", "48"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{2 * 32 * 48:,}" in shown and "times the projection" in shown
+    assert cli.main(["info", str(tmp_path), "--projection_hidden", "48"]) == 2
+    assert "error: projection_hidden is the width between two layers" in capsys.readouterr().err
+    assert cli.main(["info", str(tmp_path / "nowhere")]) == 2
+    assert "could not be loaded" in capsys.readouterr().err

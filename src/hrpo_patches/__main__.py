@@ -1,4 +1,4 @@
-"""`python -m hrpo_patches`: what is patched, and the maintainer's two commands for the diffs; knows no models."""
+"""`python -m hrpo_patches`: what is patched, what thinking costs, and the maintainer's two commands for the diffs."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from rich.table import Table
 
 from hrpo_patches import export, overlay
 from hrpo_patches.errors import InputError, PatchError
+
+PROJECTION = ("projection_layers", "projection_hidden", "projection_norm")
 
 
 def state_of(patch: overlay.Patch) -> str:
@@ -48,6 +50,17 @@ def status(load: bool) -> int:
     return int(any(state.startswith("refused") for _, state in states))
 
 
+def info(arguments: argparse.Namespace) -> int:
+    """Print what thinking adds to a model."""
+    from hrpo_patches.config import ThinkingConfig
+    from hrpo_patches.info import costs, table_of
+
+    options = {name: getattr(arguments, name) for name in PROJECTION}
+    rows = costs(arguments.model, ThinkingConfig(**options))
+    Console(width=None if sys.stdout.isatty() else 120).print(table_of(rows, arguments.model))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m hrpo_patches", description=__doc__)
@@ -59,8 +72,15 @@ def main(argv: list[str] | None = None) -> int:
     again = commands.add_parser("refresh", help="regenerate the diffs from an edited folder")
     again.add_argument("folder", type=Path)
     again.add_argument("--into", type=Path, default=None, help="where the diffs go (default: the project's patches/)")
+    costs = commands.add_parser("info", help="show what thinking adds to a model: parameters, multiply-adds a token")
+    costs.add_argument("model", help="hub id, folder, config.json, or smollm2-135m; no weights are loaded")
+    costs.add_argument("--projection_layers", type=int, default=1, help="1, or 2 with SiLU between (default: 1)")
+    costs.add_argument("--projection_hidden", type=int, default=None, help="width between two (default: hidden size)")
+    costs.add_argument("--projection_norm", action="store_true", help="with a LayerNorm after the projection")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command == "info":
+            return info(arguments)
         if arguments.command == "status":
             return status(arguments.load)
         if arguments.command == "checkout":

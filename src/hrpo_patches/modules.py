@@ -39,6 +39,8 @@ class ThinkingModule(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Draw fresh values. A parameter that was loaded from a checkpoint is left alone (transformers' own flag)."""
+        if all(parameter.is_meta for parameter in self.parameters(recurse=False)):
+            return  # a shape without values: `info`, or from_pretrained before it has read any
         for name, value in self.initial_values().items():
             parameter = getattr(self, name)
             init.copy_(parameter, value.to(device=parameter.device, dtype=parameter.dtype))
