@@ -1,9 +1,10 @@
-"""`python -m hrpo_patches`: what is patched, what thinking costs, and the maintainer's two commands for the diffs."""
+"""`python -m hrpo_patches`: the commands; knows their flags, and leaves the work to others."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 
@@ -61,37 +62,72 @@ def info(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def written(paths: list[Path]) -> int:
+    """Print what a command wrote."""
+    print("\n".join(str(path) for path in paths))
+    return 0
+
+
+def merge(arguments: argparse.Namespace) -> int:
+    """Make a full model of an adapter."""
+    from hrpo_patches.merge import merge as run
+
+    return written([run(arguments.adapter, arguments.destination, arguments.base)])
+
+
+def convert(arguments: argparse.Namespace) -> int:
+    """Make a published HRPO adapter one of ours."""
+    from hrpo_patches.merge import convert as run
+
+    return written([run(arguments.source, arguments.destination, arguments.residual, arguments.answer_start)])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The commands, each with the function that does it."""
+    top = argparse.ArgumentParser(prog="python -m hrpo_patches", description=__doc__)
+    commands = top.add_subparsers(dest="command", required=True)
+
+    def command(name: str, text: str, run: Callable[[argparse.Namespace], int]) -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=text, description=text)
+        one.set_defaults(run=run)
+        return one
+
+    one = command(
+        "status", "show every patch and whether it is applied, fits, or is refused", lambda a: status(a.load)
+    )
+    one.add_argument("--load", action="store_true", help="import the patched modules first (takes seconds)")
+    one = command("info", "show what thinking adds to a model: parameters, multiply-adds a token", info)
+    one.add_argument("model", help="hub id, folder, config.json, or smollm2-135m; no weights are loaded")
+    one.add_argument("--projection_layers", type=int, default=1, help="1, or 2 with SiLU between (default: 1)")
+    one.add_argument("--projection_hidden", type=int, default=None, help="width between two (default: hidden size)")
+    one.add_argument("--projection_norm", action="store_true", help="with a LayerNorm after the projection")
+    one = command("merge", "make a full model, which thinks by default, of an adapter and its base", merge)
+    one.add_argument("adapter", type=Path, help="the folder of a trained adapter")
+    one.add_argument("destination", type=Path, help="the full model's folder; must not exist")
+    one.add_argument("--base", default=None, help="the base model (default: the one that the adapter names)")
+    one = command("convert", "make a published HRPO adapter (LoRA, gates, Lambda) say how it thinks", convert)
+    one.add_argument("source", type=Path, help="the folder of the published adapter")
+    one.add_argument("destination", type=Path, help="the new adapter's folder; must not exist")
+    text = "embedding: what it was trained with; projection: with a fresh projection, to be trained further"
+    one.add_argument("--residual", choices=("projection", "embedding"), required=True, help=text)
+    one.add_argument("--answer_start", default="####", help="the marker that it was trained with (default: ####)")
+    text = "for maintainers: write the patched upstream files into a folder, to be edited"
+    command("checkout", text, lambda a: written(export.checkout(a.folder))).add_argument("folder", type=Path)
+    text = "for maintainers: regenerate the diffs from an edited folder"
+    one = command("refresh", text, lambda a: written(export.refresh(a.folder, a.into)))
+    one.add_argument("folder", type=Path)
+    one.add_argument("--into", type=Path, default=None, help="where the diffs go (default: the project's patches/)")
+    return top
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    parser = argparse.ArgumentParser(prog="python -m hrpo_patches", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True)
-    shown = commands.add_parser("status", help="show every patch and whether it is applied, fits, or is refused")
-    shown.add_argument("--load", action="store_true", help="import the patched modules first (takes seconds)")
-    tree = commands.add_parser("checkout", help="write the patched upstream files into a folder, to be edited")
-    tree.add_argument("folder", type=Path)
-    again = commands.add_parser("refresh", help="regenerate the diffs from an edited folder")
-    again.add_argument("folder", type=Path)
-    again.add_argument("--into", type=Path, default=None, help="where the diffs go (default: the project's patches/)")
-    costs = commands.add_parser("info", help="show what thinking adds to a model: parameters, multiply-adds a token")
-    costs.add_argument("model", help="hub id, folder, config.json, or smollm2-135m; no weights are loaded")
-    costs.add_argument("--projection_layers", type=int, default=1, help="1, or 2 with SiLU between (default: 1)")
-    costs.add_argument("--projection_hidden", type=int, default=None, help="width between two (default: hidden size)")
-    costs.add_argument("--projection_norm", action="store_true", help="with a LayerNorm after the projection")
-    arguments = parser.parse_args(argv)
+    arguments = parser().parse_args(argv)
     try:
-        if arguments.command == "info":
-            return info(arguments)
-        if arguments.command == "status":
-            return status(arguments.load)
-        if arguments.command == "checkout":
-            written = export.checkout(arguments.folder)
-        else:
-            written = export.refresh(arguments.folder, arguments.into)
+        return int(arguments.run(arguments))
     except (InputError, PatchError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print("\n".join(str(path) for path in written))
-    return 0
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hrpo_patches.config import VARIANT, Residual, ThinkingConfig
 from hrpo_patches.decoding import thinking_backbone
@@ -39,13 +39,17 @@ def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
     thinking = ThinkingConfig.of(base.config)
     if thinking is None:
         raise InputError("the model was built with config.thinking=False; there is no thinking to save.")
-    record = thinking.to_dict() | {
-        "hidden_size": base.config.hidden_size,
-        "modules": trained_modules(thinking.residual),
-    }
+    write_thinking(thinking, base.config.hidden_size, base.generation_config, folder)
+
+
+def write_thinking(
+    thinking: ThinkingConfig, hidden_size: int, generation_config: GenerationConfig, folder: str | Path
+) -> None:
+    """The two files of `save_thinking`, for an adapter whose base model is not at hand."""
+    record = thinking.to_dict() | {"hidden_size": hidden_size, "modules": trained_modules(thinking.residual)}
     record.pop("in_checkpoint")
     (Path(folder) / THINKING_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
-    generation = copy.deepcopy(base.generation_config)
+    generation = copy.deepcopy(generation_config)
     generation.thinking = True
     generation._from_model_config = False  # or loading it would take its fields for a model's
     generation.save_pretrained(folder)

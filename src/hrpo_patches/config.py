@@ -111,6 +111,16 @@ class ThinkingConfig:
 VARIANT = ("projection_layers", "projection_hidden", "projection_norm", "projection_dropout", "residual_scale")
 
 
+NEEDS_US = " (needs: import hrpo_patches)"  # after a merged model's type; stock transformers prints it when it refuses
+
+
+def plain_model_type(model_config: dict[str, Any]) -> dict[str, Any]:
+    """Called by `PreTrainedConfig.get_config_dict`: a merged model's config with the model type that it stands for."""
+    if str(model_config.get("model_type", "")).endswith(NEEDS_US):
+        return model_config | {"model_type": model_config["model_type"].removesuffix(NEEDS_US)}
+    return model_config
+
+
 def check_r_range(r_min: float, r_max: float) -> None:
     """Raise `InputError` unless 0 < r_min < r_max < 1."""
     if not 0 < r_min < r_max < 1:

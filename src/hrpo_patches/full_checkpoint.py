@@ -14,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hrpo_patches.config import NEEDS_US
 from hrpo_patches.errors import InputError
 from hrpo_patches.thinking import is_thinking_parameter
 
@@ -39,6 +40,13 @@ def add_thinking(folder: Path, weights: dict[str, Tensor], thinking: dict[str, A
     if (folder / _INDEX).is_file():
         _update_index(folder, weights, shards[-1].name)
     _update_json(folder / "config.json", {"thinking": thinking | {"in_checkpoint": True}})
+    mark(folder)
+
+
+def mark(folder: Path) -> None:
+    """Make the full model in `folder` think by default, and stock transformers refuse it instead of not thinking."""
+    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    _update_json(folder / "config.json", {"model_type": kind.removesuffix(NEEDS_US) + NEEDS_US})
     _update_json(folder / "generation_config.json", {"thinking": True})
 
 
