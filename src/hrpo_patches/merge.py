@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
 
 from hrpo_patches.checkpoint import load_adapter, read_thinking, trained_modules, write_thinking
 from hrpo_patches.config import ThinkingConfig
@@ -22,6 +22,7 @@ from hrpo_patches.models import SMOLLM2, smollm2_folder, thinking_options
 from hrpo_patches.modules import make_projection
 from hrpo_patches.thinking import MODULES
 
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PREFIX = "base_model.model.model."
 
 
@@ -46,6 +47,17 @@ def _read_config(adapter: Path) -> PeftConfig:
     return PeftConfig.from_pretrained(str(adapter))
 
 
+def _tokenizer_of(adapter: Path, base: Any) -> PreTrainedTokenizerBase:
+    """The adapter's tokenizer, else the base's. For a folder without one, transformers may make an empty one up."""
+    for place in (adapter, base):
+        if not Path(place).is_dir() or any((Path(place) / name).is_file() for name in _VOCABULARIES):
+            try:
+                return AutoTokenizer.from_pretrained(place)
+            except (OSError, ValueError):
+                continue
+    raise InputError(f"neither {adapter} nor {base} has a tokenizer, which knows what spells the marker.")
+
+
 def merge(adapter: Path, destination: Path, base: str | None = None) -> Path:
     """Write the full model that the adapter and its base make, in the base's dtype; thinking weights stay float32.
 
@@ -65,12 +77,7 @@ def merge(adapter: Path, destination: Path, base: str | None = None) -> Path:
         raise InputError(f"{adapter} does not say which base model it belongs to; name it with --base.")
     source = smollm2_folder() if source == SMOLLM2 else source
     thinking_options(source, {})  # says what is wrong with the base
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(adapter if (adapter / "tokenizer_config.json").is_file() else source)
-    except (OSError, ValueError):
-        raise InputError(
-            f"neither {adapter} nor {source} has a tokenizer, which knows what spells the marker."
-        ) from None
+    tokenizer = _tokenizer_of(adapter, source)
     with _whole_or_nothing(destination) as folder:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", thinking={})
         merged: Any = load_adapter(model, adapter).merge_and_unload()
