@@ -12,11 +12,10 @@ from typing import Any
 
 import torch
 import yaml
-from transformers.trainer_utils import get_last_checkpoint
 from trl import TrlParser
 
 from hrpo_patches.backend import BACKENDS
-from hrpo_patches.checkpoint import check_same_thinking
+from hrpo_patches.checkpoint import check_same_thinking, last_checkpoint
 from hrpo_patches.config import VARIANT, ThinkingConfig
 from hrpo_patches.data import check_examples
 from hrpo_patches.errors import InputError
@@ -136,10 +135,10 @@ class RunArguments:
 
     def _check_resume(self, folder: Path, holds: bool) -> None:
         if self.resume_from_checkpoint == "latest":
-            last = get_last_checkpoint(str(folder)) if holds else None
+            last = last_checkpoint(folder) if holds else None
             if last is None:
                 raise InputError(f"{folder} holds no checkpoint to resume from.")
-            self.resume_from_checkpoint = last
+            self.resume_from_checkpoint = str(last)
         checkpoint = Path(self.resume_from_checkpoint or "")
         if not (checkpoint / "trainer_state.json").is_file():
             raise InputError(f"{checkpoint} is no checkpoint: trainer_state.json does not exist there.")

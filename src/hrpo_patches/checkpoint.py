@@ -55,6 +55,18 @@ def write_thinking(
     generation.save_pretrained(folder)
 
 
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run; a save that was cut short is passed over, which is said."""
+    numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())  # the last file that a save writes
+            return path
+        except (OSError, ValueError):
+            print(f"{path} is incomplete, as a save that was cut short leaves it: passed over.")
+    return None
+
+
 def read_thinking(folder: Path) -> dict[str, Any]:
     """The thinking that `save_thinking` wrote into `folder`; an `InputError` if the file is damaged."""
     try:

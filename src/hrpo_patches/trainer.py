@@ -18,7 +18,7 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
 
-from hrpo_patches.callbacks import MarkerWarning
+from hrpo_patches.callbacks import EpochOrder, MarkerWarning
 from hrpo_patches.checkpoint import save_thinking, trained_modules
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
@@ -68,7 +68,7 @@ class HRPOTrainer(GRPOTrainer):
         if not isinstance(args, HRPOConfig):
             raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
         self._rollout: Rollout | None = None
-        self._marker_warning = MarkerWarning(args)
+        self._marker_warning, self._epoch_order = MarkerWarning(args), EpochOrder()
         if args.residual is not None:
             if used := [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]:
                 raise InputError(
@@ -87,6 +87,7 @@ class HRPOTrainer(GRPOTrainer):
             **kwargs,
         )
         self.add_callback(self._marker_warning)
+        self.add_callback(self._epoch_order)
         freeze_unused(self.model, args)
         if args.residual is not None:
             restore_float32(self.model, before)
@@ -268,6 +269,10 @@ class HRPOTrainer(GRPOTrainer):
         fresh = self.optimizer is None
         optimizer = super().create_optimizer(model)
         return regroup(self, optimizer, self.args.learning_rates) if fresh and self.args.residual else optimizer
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._epoch_order.sampler = super()._get_train_sampler(dataset)
+        return self._epoch_order.sampler
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
