@@ -49,12 +49,12 @@ def main():
     args = parser.parse_args()
     try:
         backend = start_backend(args.backend)
+        from hrpo_patches.config import ThinkingConfig  # transformers comes after unsloth
+        from hrpo_patches.models import load_model
+
+        model, tokenizer = load_model(args.model_name, ThinkingConfig(), backend=backend)
     except (InputError, PatchError) as error:
         parser.error(str(error))
-    from hrpo_patches.config import ThinkingConfig  # transformers comes after unsloth
-    from hrpo_patches.models import load_model
-
-    model, tokenizer = load_model(args.model_name, ThinkingConfig(), backend=backend)
     model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
     prompts = [f"Tell me a story of {n} animals and what they learned." for n in range(2, 2 + args.batch)]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)

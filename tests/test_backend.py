@@ -57,6 +57,7 @@ def test_auto_takes_unsloth_where_it_is_installed_and_a_gpu_is_there(installed, 
     [
         (None, True, "unsloth is not installed"),
         ("2026.10.7", False, "no GPU is there"),
+        ("2026.9.1", False, "patches for 2026.10.7, but 2026.9.1 is installed"),
         ("2026.9.1", True, "patches for 2026.10.7, but 2026.9.1 is installed"),
         ("2026.10.7", True, "transformers was imported first"),
     ],

@@ -173,3 +173,19 @@ def test_an_adapter_brings_its_kind_of_projection_to_a_base_that_has_another(tmp
     with pytest.raises(InputError, match="was trained with --projection_"):
         check_same_thinking(tmp_path, None, wanted)
     check_same_thinking(tmp_path, None, ThinkingConfig(**options))
+
+
+def test_weights_are_fresh_until_they_are_trained_or_loaded(tmp_path, family):
+    from hrpo_patches.modules import ThinkingModule
+
+    options = {"projection_layers": 2, "projection_norm": True}
+    drawn = tiny_model(family, thinking=options)
+    parts = [part for part in drawn.modules() if isinstance(part, ThinkingModule)]
+    assert len(parts) == 6 and all(part.is_fresh() for part in parts)
+    with torch.no_grad():
+        for part in parts:
+            next(part.parameters()).add_(1e-4)
+    assert not any(part.is_fresh() for part in parts)
+    drawn.save_pretrained(tmp_path / "trained")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
+    assert not any(part.is_fresh() for part in loaded.modules() if isinstance(part, ThinkingModule))

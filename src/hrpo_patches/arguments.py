@@ -195,7 +195,7 @@ def parse(argv: list[str] | None) -> RunArguments:
     Raises:
         InputError: the config file is missing or has an unknown key, or an argument cannot work.
     """
-    parser = TrlParser(RunArguments)
+    parser = TrlParser(RunArguments, allow_abbrev=False)  # or --back would be read here and not by wanted_backend
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="A YAML file with any of these options; flags win over it."
     )

@@ -58,16 +58,16 @@ def _obstacle(refuse: bool) -> str | None:
         return None
     if installed_version("unsloth") is None:
         return "unsloth is not installed (pip install 'hrpo_patches[unsloth]')"
-    import torch
-
-    if not torch.cuda.is_available():
-        return "no GPU is there"
     try:
         check("unsloth")
     except PatchError as error:
         if refuse:
             raise
         return str(error)
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU is there"
     if "transformers" in sys.modules:
         return "transformers was imported first; import unsloth, or call start_backend, before it"
     return None

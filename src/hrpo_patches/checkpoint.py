@@ -20,7 +20,7 @@ from hrpo_patches.config import VARIANT, Residual, ThinkingConfig
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.thinking import MODULES
-from hrpo_patches.unsloth_backend import finish_adapter, is_unsloth
+from hrpo_patches.unsloth_backend import finish_adapter, is_unsloth, refuse_stranger
 
 THINKING_FILE = "thinking_config.json"
 _PROJECTION = "thinking_projection"
@@ -152,6 +152,7 @@ def load_adapter(
             f"{folder} has no thinking_projection (it was trained with the embedding residual); load it with "
             f"residual='embedding', or start a new projection with init_projection=True (--init_projection)."
         )
+    refuse_stranger(model)
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model)
     backbone = thinking_backbone(model)
@@ -185,7 +186,7 @@ def load_adapter(
     if lost := [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]:
         raise InputError(f"{folder} lacks {lost[0]}: it is damaged, or belongs to another base model.")
     peft_model.generation_config.thinking = True
-    if is_unsloth(model) and hasattr(model, "max_seq_length"):  # loaded by unsloth, not merely beside it
+    if is_unsloth(model):
         return finish_adapter(peft_model, is_trainable)
     return peft_model if is_trainable else peft_model.eval()
 

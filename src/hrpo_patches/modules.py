@@ -27,10 +27,17 @@ def _peek_generator(role: str) -> torch.Generator:
     return torch.Generator().manual_seed((int(seed) + sum(role.encode())) % 2**63)
 
 
+def _sample(values: Tensor) -> Tensor:
+    """Some 64 of the values, float32 on the CPU: a step of any optimizer changes at least one of them."""
+    flat = values.flatten()
+    return flat[:: max(1, flat.numel() // 64)].to("cpu", torch.float32, copy=True)
+
+
 class ThinkingModule(nn.Module):
     """A module that starts from `initial_values` on every way to life and never falls below float32."""
 
     role: str
+    fresh: dict[str, Tensor]
 
     def initial_values(self) -> dict[str, Tensor]:
         """Fresh values on the CPU for each parameter, by name."""
@@ -41,9 +48,18 @@ class ThinkingModule(nn.Module):
         """Draw fresh values. A parameter that was loaded from a checkpoint is left alone (transformers' own flag)."""
         if all(parameter.is_meta for parameter in self.parameters(recurse=False)):
             return  # a shape without values: `info`, or from_pretrained before it has read any
+        self.fresh = {}
         for name, value in self.initial_values().items():
             parameter = getattr(self, name)
             init.copy_(parameter, value.to(device=parameter.device, dtype=parameter.dtype))
+            self.fresh[name] = _sample(value)
+
+    def is_fresh(self) -> bool:
+        """Whether the weights are still the ones that were drawn: neither trained nor loaded."""
+        if not hasattr(self, "fresh"):
+            return False
+        named = self.named_parameters(recurse=False)
+        return all(torch.equal(self.fresh[name], _sample(parameter.detach())) for name, parameter in named)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         # `model.to(torch.bfloat16)` must not round these weights: AdamW's steps on them are smaller than a bf16 ulp.

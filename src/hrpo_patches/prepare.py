@@ -17,11 +17,12 @@ from hrpo_patches.errors import InputError
 from hrpo_patches.models import thinking_options
 from hrpo_patches.thinking import canonical, is_thinking_parameter
 from hrpo_patches.trainer_config import HRPOConfig
-from hrpo_patches.unsloth_backend import is_unsloth
+from hrpo_patches.unsloth_backend import is_unsloth, refuse_stranger
 
 
 def configure(model: Any, args: HRPOConfig) -> None:
     """Write the run's residual and marker to the model's config, or to the arguments that will load the model."""
+    refuse_stranger(model)
     chosen = {"residual": args.residual, "answer_start": args.answer_start}
     if isinstance(model, str):
         init = dict(args.model_init_kwargs or {})

@@ -24,7 +24,7 @@ from hrpo_patches.models import load_model
 from hrpo_patches.report import draw, write_json
 from hrpo_patches.rewards import answer_reward
 from hrpo_patches.trainer import HRPOTrainer
-from hrpo_patches.unsloth_backend import add_adapter
+from hrpo_patches.unsloth_backend import add_adapter, is_unsloth, resume_training
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -104,8 +104,9 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, A
 
 def evaluate(trainer: HRPOTrainer, held_out: list[dict[str, Any]], arguments: RunArguments, title: str) -> Accuracy:
     """Greedy accuracy of the trainer's model, thinking as it is trained to."""
+    model = trainer.accelerator.unwrap_model(trainer.model)
     texts = greedy_completions(
-        trainer.accelerator.unwrap_model(trainer.model),
+        model,
         trainer._tokenizer,
         [row["prompt"] for row in held_out],
         arguments.max_completion_length,
@@ -113,6 +114,8 @@ def evaluate(trainer: HRPOTrainer, held_out: list[dict[str, Any]], arguments: Ru
         batch_size=arguments.eval_batch_size,
         title=title,
     )
+    if is_unsloth(model):
+        resume_training(model)
     return accuracy(texts, [row["answer"] for row in held_out], arguments.answer_start)
 
 

@@ -39,7 +39,7 @@ def is_thinking_parameter(name: str) -> bool:
 
 def canonical(name: str) -> str:
     """A thinking parameter's dotted name without what PEFT puts around a trainable copy's."""
-    return name.removeprefix("base_model.model.").replace(".modules_to_save.default", "")
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))
 
 
 def projection_residual(projected: Tensor) -> Tensor:

@@ -10,21 +10,53 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
+from hrpo_patches.errors import InputError
 from hrpo_patches.thinking import is_thinking_parameter
 
 
 def is_unsloth(model: nn.Module) -> bool:
     """Whether `model` (a causal language model, or PEFT around one) runs unsloth's forward."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "unsloth" in sys.modules and type(base).forward.__module__.startswith("unsloth.")
+    return is_unsloth_class(type(base))
+
+
+def is_unsloth_class(kind: type) -> bool:
+    """Whether unsloth has put its forward into this model class."""
+    return "unsloth" in sys.modules and kind.forward.__module__.startswith("unsloth.")  # type: ignore[attr-defined]
+
+
+def refuse_stranger(model: Any) -> None:
+    """Raise `InputError` for a model that runs unsloth's forward but was not loaded by unsloth, or would not be.
+
+    Loading one model through unsloth changes the classes of transformers for the whole process.
+    """
+    if isinstance(model, str):
+        stranger = any(is_unsloth_class(kind) for kind in (LlamaForCausalLM, Qwen2ForCausalLM))
+    else:
+        stranger = is_unsloth(model) and not hasattr(model, "max_seq_length")
+    if stranger:
+        raise InputError(
+            "unsloth has changed the classes of transformers in this process, so a model that it did not load does "
+            "not run; load it with FastLanguageModel.from_pretrained and pass that."
+        )
 
 
 def load_base(source: Any, thinking: dict[str, Any] | bool, dtype: torch.dtype, max_seq_length: int) -> Any:
-    """The base model, with thinking modules unless `thinking` is False; `max_seq_length` is prompt and completion."""
+    """The base model, with thinking modules unless `thinking` is False; `max_seq_length` is prompt and completion.
+
+    Raises:
+        InputError: that is more than the model has positions for.
+    """
     from unsloth import FastLanguageModel
 
+    positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", max_seq_length)
+    if max_seq_length > positions:  # unsloth would scale its RoPE, and train another model
+        raise InputError(
+            f"prompt and completion may take {max_seq_length} tokens, and the model has {positions} positions; lower "
+            f"--max_prompt_length or --max_completion_length."
+        )
     model, _ = FastLanguageModel.from_pretrained(
         str(source), max_seq_length=max_seq_length, dtype=dtype, load_in_4bit=False, thinking=thinking
     )
@@ -42,6 +74,14 @@ def add_adapter(model: Any, options: dict[str, Any], modules_to_save: list[str],
         use_gradient_checkpointing="unsloth",
         random_state=seed,
     )
+
+
+def resume_training(model: Any) -> None:
+    """After a `generate` in evaluation mode: unsloth's training mode again, with its gradient checkpointing."""
+    from unsloth import FastLanguageModel
+
+    kind = getattr(model, "_unsloth_gradient_checkpointing", "unsloth")
+    FastLanguageModel.for_training(model, use_gradient_checkpointing=kind)
 
 
 def finish_adapter(model: PreTrainedModel, is_trainable: bool) -> Any:

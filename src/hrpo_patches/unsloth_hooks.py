@@ -37,6 +37,8 @@ def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> tuple[A
     return thinking
 
 
-def is_thinking_module(name: Any) -> bool:
-    """Whether an entry of `modules_to_save` names one of the four thinking modules."""
-    return isinstance(name, str) and name.rpartition(".")[2] in MODULES
+def is_thinking_module(name: Any, model: Any = None) -> bool:
+    """Whether an entry of `modules_to_save` names one of the four thinking modules, and one that `model` has."""
+    if not isinstance(name, str) or name.rpartition(".")[2] not in MODULES:
+        return False
+    return model is None or any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules())

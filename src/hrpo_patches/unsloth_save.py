@@ -16,7 +16,9 @@ from hrpo_patches.checkpoint import save_thinking
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
 from hrpo_patches.full_checkpoint import add_thinking
-from hrpo_patches.thinking import canonical, is_thinking_parameter
+from hrpo_patches.modules import ThinkingModule
+from hrpo_patches.thinking import MODULES, is_thinking_parameter
+from hrpo_patches.unsloth_hooks import is_thinking_module
 
 _REFUSED = (
     "push_to_hub_merged",
@@ -28,86 +30,121 @@ _REFUSED = (
     "save_pretrained_ggml",
     "push_to_hub_ggml",
 )
-_MERGE_OPTIONS = {"dtype", "max_shard_size", "maximum_memory_usage", "tags", "temporary_location", "token"}
+_ORIGINAL = "_unsloth_original_"
+_MERGE_OPTIONS = {
+    "dtype",
+    "max_shard_size",
+    "maximum_memory_usage",
+    "tags",
+    "safe_serialization",
+    "temporary_location",
+    "token",
+}
 
 
 def trained_thinking(model: Any) -> dict[str, Tensor]:
-    """The thinking weights that a save has to keep, by the base model's names; none for modules never trained."""
-    named = [(name, p) for name, p in model.named_parameters() if is_thinking_parameter(name)]
-    adapted = {canonical(name): p for name, p in named if ".modules_to_save." in name}
+    """The thinking weights that a save has to keep, by the base model's names; none where all are as they were drawn.
+
+    Raises:
+        InputError: several adapters are active, or none, so that it is not clear whose weights they are.
+    """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    thinking = ThinkingConfig.of(base.config) if hasattr(base.config, "thinking") else None
-    if not adapted and not (thinking is not None and thinking.in_checkpoint):
-        return {}
-    originals = {canonical(name).replace(".original_module", ""): p for name, p in named}
-    return originals | adapted
+    found: dict[str, Tensor] = {}
+    trained = False
+    for name, module in base.named_modules():
+        if name.rpartition(".")[2] not in MODULES:
+            continue
+        if hasattr(module, "modules_to_save"):
+            active = module.active_adapters
+            if len(active) != 1 or active[0] not in module.modules_to_save:
+                raise InputError(f"{name} has the active adapters {active}; one has to be set to be saved or merged.")
+            module, trained = module.modules_to_save[active[0]], True
+        trained |= not all(part.is_fresh() for part in module.modules() if isinstance(part, ThinkingModule))
+        found |= {f"{name}.{parameter}": value for parameter, value in module.named_parameters()}
+    return found if trained else {}
 
 
 def guard_saving(model: Any) -> None:
-    """Called by unsloth whenever it has given `model` (also a PEFT model, also a tokenizer) its saving methods."""
-    if not hasattr(model, "named_parameters") or not any(
-        is_thinking_parameter(n) for n, _ in model.named_parameters()
-    ):
+    """Called by unsloth whenever it has given `model` (also a PEFT model, also a tokenizer) its saving methods.
+
+    Raises:
+        InputError: the model's adapter was trained with thinking modules that the model has no place for.
+    """
+    if not hasattr(model, "named_parameters"):
         return
-    for name in _REFUSED:
-        if hasattr(model, name):
-            setattr(model, name, MethodType(_refusing(name, getattr(model, name)), model))
-    if hasattr(model, "save_pretrained_merged"):
-        model.save_pretrained_merged = MethodType(_merged(model.save_pretrained_merged), model)
-    if not hasattr(model.save_pretrained, "keeps_thinking"):
-        model.save_pretrained = MethodType(_adapter(model.save_pretrained), model)
+    _check_places(model)
+    if not any(is_thinking_parameter(name) for name, _ in model.named_parameters()):
+        return
+    for name in (*_REFUSED, "save_pretrained_merged", "save_pretrained"):
+        method = getattr(model, name, None)
+        if method is None or hasattr(method, "keeps_thinking"):
+            continue
+        # Kept on the model, where a deep copy finds its own; a closure would save the model that was copied.
+        setattr(model, _ORIGINAL + name, method)
+        function = {"save_pretrained_merged": _merged, "save_pretrained": _adapter}.get(name) or _refusing(name)
+        setattr(model, name, MethodType(function, model))
 
 
-def _refusing(name: str, original: Any) -> Any:
+def _check_places(model: Any) -> None:
+    places = {path for path, module in model.named_modules() if hasattr(module, "modules_to_save")}
+    for config in getattr(model, "peft_config", {}).values():
+        for entry in filter(is_thinking_module, config.modules_to_save or []):
+            if not any(f".{path}".endswith(f".{entry}") for path in places):
+                raise InputError(
+                    f"the adapter holds {entry}, and this base was built with config.thinking=False; load the base "
+                    f"with thinking={{}} and the adapter with hrpo_patches.load_adapter."
+                )
+
+
+def _original(model: Any, name: str) -> Any:
+    return getattr(model, _ORIGINAL + name)
+
+
+def _refusing(name: str) -> Any:
     def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
         if trained_thinking(self):
             raise InputError(
                 f"{name} cannot keep the thinking weights, so nothing was written. Use save_pretrained for the "
                 f"adapter or save_pretrained_merged(folder, tokenizer, save_method='merged_16bit') for a full model."
             )
-        return original(*args, **kwargs)
+        return _original(self, name)(*args, **kwargs)
 
+    refuse.keeps_thinking = True  # type: ignore[attr-defined]
     return refuse
 
 
-def _merged(original: Any) -> Any:
-    def save(
-        self: Any,
-        save_directory: Any,
-        tokenizer: Any = None,
-        save_method: str = "merged_16bit",
-        *args: Any,
-        **kwargs: Any,
-    ) -> Any:
-        weights = trained_thinking(self)
-        kind = save_method.lower().replace(" ", "_")
-        if weights and (kind not in ("merged_16bit", "lora") or args or set(kwargs) - _MERGE_OPTIONS):
-            raise InputError(
-                f"save_pretrained_merged(save_method={save_method!r}) with these options cannot keep the thinking "
-                f"weights, so nothing was written. Use save_method='merged_16bit' or 'lora', with no other options "
-                f"than {', '.join(sorted(_MERGE_OPTIONS))}."
-            )
-        result = original(save_directory, tokenizer, save_method, *args, **kwargs)
-        if weights and kind == "merged_16bit":
-            thinking = ThinkingConfig.of(
-                self.get_base_model().config if hasattr(self, "get_base_model") else self.config
-            )
-            assert thinking is not None  # it has thinking weights
-            add_thinking(Path(save_directory), weights, thinking.to_dict())
-        elif weights:
-            save_thinking(self, save_directory)
-        return result
-
-    return save
+def _merged(
+    self: Any, save_directory: Any, tokenizer: Any = None, save_method: str = "merged_16bit", *args: Any, **kwargs: Any
+) -> Any:
+    weights = trained_thinking(self)
+    kind = save_method.lower().replace(" ", "_")
+    used = {name for name, value in kwargs.items() if value or (name == "safe_serialization" and value is False)}
+    lossy = kind not in ("merged_16bit", "lora") or any(args) or used - _MERGE_OPTIONS
+    if weights and (lossy or kwargs.get("safe_serialization", True) is False):
+        raise InputError(
+            f"save_pretrained_merged(save_method={save_method!r}) with these options cannot keep the thinking "
+            f"weights, so nothing was written. Use save_method='merged_16bit' or 'lora', with no other options "
+            f"than {', '.join(sorted(_MERGE_OPTIONS))}."
+        )
+    result = _original(self, "save_pretrained_merged")(save_directory, tokenizer, save_method, *args, **kwargs)
+    if weights and kind == "merged_16bit":
+        thinking = ThinkingConfig.of(self.get_base_model().config if hasattr(self, "get_base_model") else self.config)
+        assert thinking is not None  # it has thinking weights
+        add_thinking(Path(save_directory), weights, thinking.to_dict())
+    elif weights:
+        save_thinking(self, save_directory)
+    return result
 
 
-def _adapter(original: Any) -> Any:
-    def save(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        result = original(save_directory, *args, **kwargs)
-        if hasattr(self, "get_base_model") and trained_thinking(self):
-            save_thinking(self, save_directory)
-        return result
+def _adapter(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    adapted = hasattr(self, "get_base_model") and trained_thinking(self)
+    if adapted and (kwargs.get("safe_serialization", True) is False or (args and args[0] is False)):
+        raise InputError("a pickled adapter is not read again, so nothing was written; leave safe_serialization out.")
+    result = _original(self, "save_pretrained")(save_directory, *args, **kwargs)
+    if adapted:
+        save_thinking(self, save_directory)
+    return result
 
-    save.__name__ = original.__name__  # unsloth wraps again whatever has another name than its own wrapper
-    save.keeps_thinking = True  # type: ignore[attr-defined]
-    return save
+
+_merged.keeps_thinking = _adapter.keeps_thinking = True  # type: ignore[attr-defined]
+_adapter.__name__ = "unsloth_model_save_pretrained"  # unsloth wraps again whatever has another name

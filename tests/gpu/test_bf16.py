@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from harness import ON_GPU
-from probes import replay_inputs, thinking_gradients
+from probes import LENGTH, thinking_gradients
 from programs import HERE, ROOT, TARGETS, python
 from rollouts import ragged, replayed_logps, sample, sampled_logps
 from safetensors.torch import load_file
@@ -56,35 +56,50 @@ def test_a_bf16_replay_is_close_and_a_shifted_one_is_not(load, family, tokenizer
 
 
 @only_on_gpu
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_copies_are_float32_on_a_quantized_base(load, bits, tmp_path, checkpoints):
-    kind = {"load_in_4bit": bits == 4, "load_in_8bit": bits == 8}
-    model, _ = FastLanguageModel.from_pretrained(str(checkpoints / "plain-llama"), 256, None, thinking={}, **kind)
+def test_the_copies_are_float32_on_a_4_bit_base(checkpoints):
+    model, _ = FastLanguageModel.from_pretrained(str(checkpoints / "plain-llama"), 256, load_in_4bit=True, thinking={})
     assert model.model.thinking_projection.weight.dtype == torch.float32
     model = FastLanguageModel.get_peft_model(model, r=4, target_modules=TARGETS, modules_to_save=list(MODULES))
     check(model, model.get_input_embeddings().weight.dtype)
 
 
+WIDE = """
+import hrpo_patches, sys, torch
+from tiny import byte_tokenizer
+from transformers import LlamaConfig, LlamaForCausalLM
+torch.manual_seed(0)
+config = LlamaConfig(vocab_size=288, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
+                     max_position_embeddings=1024, thinking={"r_min": 0.3, "r_max": 0.6})
+LlamaForCausalLM(config).save_pretrained(sys.argv[1])
+byte_tokenizer().save_pretrained(sys.argv[1])
+"""
+
+
 @only_on_gpu
-def test_gradients_pass_the_offloaded_checkpoints(checkpoints, tokenizer):
-    """From 512 positions on, unsloth keeps checkpoints in pinned host memory."""
-    gradients = {}
+def test_gradients_pass_the_offloaded_checkpoints(tmp_path):
+    """From 512 positions and 2 MB on, unsloth keeps checkpoints in pinned host memory, in 16 bits."""
+    python("-c", WIDE, tmp_path)
+    length, gradients = 600, {}
     for checkpointing in (False, "unsloth"):
         torch.manual_seed(0)
         model, _ = FastLanguageModel.from_pretrained(
-            str(checkpoints / "llama"),
-            1024,
-            torch.float32,
-            load_in_4bit=False,
-            use_gradient_checkpointing=checkpointing,
+            str(tmp_path), 1024, torch.bfloat16, load_in_4bit=False, use_gradient_checkpointing=checkpointing
         )
         model = FastLanguageModel.get_peft_model(
             model, r=4, target_modules=TARGETS, modules_to_save=list(MODULES), use_gradient_checkpointing=checkpointing
         )
         FastLanguageModel.for_training(model)
-        gradients[checkpointing] = thinking_gradients(model, replay_inputs(model, tokenizer))
+        generator = torch.Generator().manual_seed(0)
+        inputs = {
+            "input_ids": torch.randint(0, 200, (4, length), generator=generator).to(model.device),
+            "attention_mask": torch.ones(4, length, dtype=torch.long, device=model.device),
+            "thinking_states": torch.randn(4, LENGTH, 512, generator=generator).to(model.device),
+            "thinking_mask": torch.ones(4, LENGTH, dtype=torch.bool, device=model.device),
+            "thinking_residual": "projection",
+        }
+        gradients[checkpointing] = thinking_gradients(model, inputs)
     for name, value in gradients[False].items():
-        assert value.norm() > 0 and relative(gradients["unsloth"][name], value) < 1e-3, name
+        assert value.norm() > 0 and relative(gradients["unsloth"][name], value) < 0.05, name
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +122,7 @@ def test_twenty_steps_train_the_projection(checkpoints, problems, tmp_path, back
         "output_dir": tmp_path / "run",
         "max_steps": 20,
         "gradient_accumulation_steps": 1,
+        "max_prompt_length": 100,
         "max_completion_length": 24,
         "lora_rank": 4,
         "beta": 0.5,

@@ -16,7 +16,10 @@ import hrpo_patches, sys
 from tiny import FAMILIES, byte_tokenizer, tiny_model
 for family in FAMILIES:
     for name, thinking in ((family, {THINKING}), ("plain-" + family, False)):
-        tiny_model(family, thinking=thinking, **{OPTIONS}).save_pretrained(sys.argv[1] + "/" + name)
+        model = tiny_model(family, thinking=thinking, **{OPTIONS})
+        if not thinking:  # as on the hub: no word of thinking, and so the modules by default
+            del model.config.thinking
+        model.save_pretrained(sys.argv[1] + "/" + name)
         byte_tokenizer().save_pretrained(sys.argv[1] + "/" + name)
 """
 

@@ -1,8 +1,5 @@
 """FastLanguageModel's adapters around the thinking modules: float32, trainable, in place, whatever the base is."""
 
-import json
-import shutil
-
 import pytest
 import torch
 from harness import ON_GPU
@@ -12,7 +9,9 @@ from transformers import Trainer, TrainingArguments
 from unsloth import FastLanguageModel
 
 from hrpo_patches import load_adapter, patch_trainer_optimizer
+from hrpo_patches.errors import InputError
 from hrpo_patches.thinking import MODULES, is_thinking_parameter
+from hrpo_patches.unsloth_backend import load_base
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
 
@@ -49,6 +48,22 @@ def test_the_copies_are_float32_and_trainable_through_every_switch(load, family,
 def test_other_modules_are_refused_as_before(load):
     with pytest.raises(TypeError, match="Module = mlp is not allowed"):
         adapted(load("llama", torch.float32), modules=["mlp"])
+    with pytest.raises(TypeError, match="Module = foo.thinking_projection is not allowed"):
+        adapted(load("llama", torch.float32), modules=["foo.thinking_projection"])
+    with pytest.raises(TypeError, match="Module = thinking_projection is not allowed"):
+        adapted(load("llama", torch.float32, thinking=False), modules=["thinking_projection"])
+    adapted(load("llama", torch.float32), modules=["model.thinking_projection"])
+
+
+def test_a_model_by_name_is_refused_once_unsloth_has_changed_the_classes(load, checkpoints, tmp_path):
+    adapted(load("plain-llama", torch.float32, thinking={})).save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="load it with FastLanguageModel.from_pretrained"):
+        load_adapter(str(checkpoints / "plain-llama"), tmp_path)
+
+
+def test_more_positions_than_the_model_has_are_refused(checkpoints):
+    with pytest.raises(InputError, match="may take 257 tokens, and the model has 256 positions"):
+        load_base(checkpoints / "llama", {}, torch.float32, 257)
 
 
 def test_a_loaded_adapter_is_ready_to_train_or_frozen(load, tmp_path):
@@ -65,6 +80,7 @@ def test_a_loaded_adapter_is_ready_to_train_or_frozen(load, tmp_path):
         assert "apply_lora_mlp" in again.get_base_model().model.layers[0].mlp.forward.__name__
         if is_trainable:
             check(again, torch.bfloat16)
+            assert again.get_base_model().model.gradient_checkpointing
         else:
             assert not any(parameter.requires_grad for parameter in again.parameters()) and not again.training
         expected = {
@@ -75,11 +91,8 @@ def test_a_loaded_adapter_is_ready_to_train_or_frozen(load, tmp_path):
 
 
 def test_an_adapter_that_unsloth_loads_itself_is_ready_too(checkpoints, tmp_path):
-    """A base as it comes from the hub: its config has never heard of thinking."""
-    base = shutil.copytree(checkpoints / "plain-llama", tmp_path / "base")
-    config = json.loads((base / "config.json").read_text())
-    del config["thinking"]
-    (base / "config.json").write_text(json.dumps(config))
+    """On a base as it comes from the hub: its config has never heard of thinking."""
+    base = checkpoints / "plain-llama"
     options = {"max_seq_length": 256, "dtype": torch.bfloat16, "load_in_4bit": False}
     adapted(FastLanguageModel.from_pretrained(str(base), **options)[0]).save_pretrained(tmp_path / "adapter")
     model, _ = FastLanguageModel.from_pretrained(str(tmp_path / "adapter"), **options)

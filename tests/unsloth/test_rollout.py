@@ -44,6 +44,19 @@ def test_a_gradient_that_is_given_to_a_state_stays_the_givers(model, tokenizer):
     assert torch.equal(given, before) and model.model.norm.weight.grad.norm() > 0
 
 
+def test_every_way_that_the_forward_ends_hands_the_state_over(model, tokenizer, monkeypatch):
+    inputs = ragged(tokenizer, ["Hi"]).to(model.device)
+    asked = {"use_cache": False, "output_last_hidden_state": True}
+    with torch.no_grad():
+        expected = model(**inputs, **asked).last_hidden_state
+        assert model(**inputs, use_cache=False).last_hidden_state is None
+        fused = model(**inputs, labels=inputs["input_ids"], **asked)
+        monkeypatch.setenv("UNSLOTH_RETURN_HIDDEN_STATES", "1")
+        headless = model(**inputs, **asked)
+    assert torch.equal(fused.last_hidden_state, expected)
+    assert torch.equal(headless.last_hidden_state, expected)
+
+
 def test_an_input_that_unsloth_would_cut_is_refused_when_thinking(load, tokenizer):
     model = load("llama", torch.float32).train()
     model.model.max_seq_length = 4

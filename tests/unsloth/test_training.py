@@ -36,6 +36,7 @@ STEP = {
     "lr": 1e-3,
     "beta": 0.5,
     "max_grad_norm": 1,
+    "eval_problems": 1,
     "temperature": 1,
     "residual_r_min": 0.3,
     "residual_r_max": 0.6,
@@ -107,6 +108,7 @@ def test_everything_that_is_trained_has_changed_and_the_base_has_not(runs, check
     _, trainer, printed, residual = runs
     assert "backend: unsloth 2026.10.7 (asked for)" in printed
     assert type(trainer) is HRPOTrainer and trainer.state.global_step == 1
+    assert trainer.model.get_base_model().model.gradient_checkpointing  # evaluating before has not switched it off
     base = load_file(checkpoints / "plain-llama" / "model.safetensors")
     kept = trained = 0
     for name, parameter in trainer.model.named_parameters():
