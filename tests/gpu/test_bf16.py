@@ -68,8 +68,8 @@ import hrpo_patches, sys, torch
 from tiny import byte_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM
 torch.manual_seed(0)
-config = LlamaConfig(vocab_size=288, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=8,
-                     max_position_embeddings=1024, thinking={"r_min": 0.3, "r_max": 0.6})
+config = LlamaConfig(vocab_size=288, hidden_size=512, intermediate_size=512, num_hidden_layers=2,
+                     num_attention_heads=8, max_position_embeddings=1024, thinking={"r_min": 0.3, "r_max": 0.6})
 LlamaForCausalLM(config).save_pretrained(sys.argv[1])
 byte_tokenizer().save_pretrained(sys.argv[1])
 """
