@@ -42,4 +42,4 @@ def python(*arguments):
 
 def odd_reward(completions, **_):
     """A reward that differs within a group of a random model's completions; none of them ever answers."""
-    return [float(sum(completion.encode()) % 2) for completion in completions]
+    return [sum(completion.encode()) % 7 / 7 for completion in completions]
