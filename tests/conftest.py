@@ -6,19 +6,10 @@ from pathlib import Path
 import hrpo_patches  # isort: skip - before transformers
 import pytest
 import torch
-from tiny import FAMILIES, byte_tokenizer
+from shared_fixtures import family, tokenizer
 
 assert hrpo_patches.__version__
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return byte_tokenizer()
-
-
-@pytest.fixture(params=list(FAMILIES))
-def family(request):
-    return request.param
+__all__ = ["family", "tokenizer"]
 
 
 @pytest.fixture(scope="session")

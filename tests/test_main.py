@@ -27,6 +27,15 @@ def test_status_after_loading_says_applied():
             assert cli.state_of(patch) == "applied"
 
 
+def test_a_module_that_cannot_be_imported_is_a_line_and_not_a_traceback(monkeypatch, capsys):
+    def no_gpu(module):
+        raise NotImplementedError("you need a GPU")
+
+    monkeypatch.setattr(cli, "import_module", no_gpu)
+    assert cli.main(["status", "--load"]) == 0
+    assert "could not be imported: you need a GPU" in capsys.readouterr().out
+
+
 def test_status_says_what_is_refused_and_fails(monkeypatch, capsys):
     patch = next(p for p in overlay.all_patches() if p.package == "transformers")
     old = patch._replace(version="5.16.0")

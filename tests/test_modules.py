@@ -182,6 +182,8 @@ def test_weights_are_fresh_until_they_are_trained_or_loaded(tmp_path, family):
     drawn = tiny_model(family, thinking=options)
     parts = [part for part in drawn.modules() if isinstance(part, ThinkingModule)]
     assert len(parts) == 6 and all(part.is_fresh() for part in parts)
+    drawn.model.thinking_residual_Lambda.reset_lambda_parameters(0.3, 0.6)
+    assert drawn.model.thinking_residual_Lambda.is_fresh()
     with torch.no_grad():
         for part in parts:
             next(part.parameters()).add_(1e-4)

@@ -34,15 +34,24 @@ def state_of(patch: overlay.Patch) -> str:
     return "not yet imported (fits)"
 
 
+def load_patched() -> dict[str, str]:
+    """Import the patched modules, unsloth's first as it wants; by module, why one could not be imported."""
+    failed = {}
+    for patch in sorted(export.installed_patches(), key=lambda patch: patch.package, reverse=True):
+        try:
+            import_module(patch.module)
+        except Exception as error:  # unsloth raises all kinds where there is no GPU
+            failed[patch.module] = f"could not be imported: {str(error).splitlines()[0]}"
+    return failed
+
+
 def status(load: bool) -> int:
     """Print a line for every target; with `load`, import the patched modules first. Returns 1 if any is refused."""
-    if load:
-        for patch in export.installed_patches():
-            import_module(patch.module)
+    failed = load_patched() if load else {}
     table = Table(title="hrpo_patches")
     for column in ("package", "installed", "patch", "target", "state"):
         table.add_column(column, overflow="fold")
-    states = [(patch, state_of(patch)) for patch in overlay.all_patches()]
+    states = [(patch, failed.get(patch.module) or state_of(patch)) for patch in overlay.all_patches()]
     for patch, state in states:
         installed = overlay.installed_version(patch.package) or "-"
         name = f"{patch.file.parent.name}/{patch.file.name}"

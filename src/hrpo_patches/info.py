@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from hrpo_patches.config import ThinkingConfig
-from hrpo_patches.errors import InputError
-from hrpo_patches.models import SMOLLM2, smollm2_folder
+from hrpo_patches.models import SMOLLM2, read_config, smollm2_folder
 from hrpo_patches.thinking import MODULES, is_thinking_parameter
 
 
@@ -47,15 +45,7 @@ def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
     Raises:
         InputError: there is no such model, or its family has no patches.
     """
-    try:
-        config: Any = AutoConfig.from_pretrained(smollm2_folder() if source == SMOLLM2 else _folder_of(source))
-    except (OSError, ValueError) as error:
-        raise InputError(f"the config of {source!r} could not be loaded: {str(error).splitlines()[0]}") from None
-    if not hasattr(config, "thinking"):
-        raise InputError(
-            f"{source!r} is a {config.model_type} model; hrpo_patches has patches for the Llama and Qwen2 families "
-            f"only."
-        )
+    config = read_config(smollm2_folder() if source == SMOLLM2 else _folder_of(source))
     config.thinking = thinking.to_dict()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -62,13 +62,8 @@ def smollm2_folder() -> Path:
     return folder
 
 
-def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What to pass as `thinking` to `from_pretrained(source)`: `wanted`, over what the checkpoint's config says.
-
-    Raises:
-        InputError: there is no such model, its family has no patches, or the checkpoint holds thinking weights of
-            another residual or marker.
-    """
+def read_config(source: Any) -> Any:
+    """The config of a model that can think; an `InputError` if there is none, or its family has no patches."""
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -78,6 +73,17 @@ def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
             f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for the Llama and Qwen2 "
             f"families only."
         )
+    return config
+
+
+def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What to pass as `thinking` to `from_pretrained(source)`: `wanted`, over what the checkpoint's config says.
+
+    Raises:
+        InputError: there is no such model, its family has no patches, or the checkpoint holds thinking weights of
+            another residual or marker.
+    """
+    config = read_config(source)
     saved = config.thinking if isinstance(config.thinking, dict) else {}
     check_same_kind(saved, wanted, repr(str(source)))
     return saved if saved.get("in_checkpoint") else saved | wanted

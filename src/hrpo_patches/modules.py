@@ -155,8 +155,9 @@ class ThinkingLambda(ThinkingModule):
         """
         check_r_range(r_min, r_max)
         self.r_min, self.r_max = r_min, r_max
-        for value in self.initial_values().values():
+        for name, value in self.initial_values().items():
             self.Lambda.copy_(value)
+            self.fresh = {name: _sample(value)}
 
     def forward(self, r: Tensor) -> Tensor:
         return torch.exp(-DECAY_SCALE * nn.functional.softplus(-self.Lambda) * r)

@@ -1,6 +1,6 @@
 """Models and adapters through unsloth's FastLanguageModel; knows unsloth's names, nothing of training.
 
-Only `is_unsloth` may be called where unsloth is not installed.
+Where unsloth is not installed, only the questions may be asked: `is_unsloth`, `is_unsloth_class`, `refuse_stranger`.
 """
 
 from __future__ import annotations

@@ -118,9 +118,9 @@ def _merged(
 ) -> Any:
     weights = trained_thinking(self)
     kind = save_method.lower().replace(" ", "_")
-    used = {name for name, value in kwargs.items() if value or (name == "safe_serialization" and value is False)}
-    lossy = kind not in ("merged_16bit", "lora") or any(args) or used - _MERGE_OPTIONS
-    if weights and (lossy or kwargs.get("safe_serialization", True) is False):
+    others = any(args) or {name for name, value in kwargs.items() if value} - _MERGE_OPTIONS
+    pickled = kwargs.get("safe_serialization", True) is False
+    if weights and (kind not in ("merged_16bit", "lora") or others or pickled):
         raise InputError(
             f"save_pretrained_merged(save_method={save_method!r}) with these options cannot keep the thinking "
             f"weights, so nothing was written. Use save_method='merged_16bit' or 'lora', with no other options "

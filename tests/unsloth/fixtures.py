@@ -2,7 +2,9 @@
 
 import pytest
 from programs import MAKE_CHECKPOINTS, python
-from tiny import FAMILIES, byte_tokenizer
+from shared_fixtures import family, tokenizer
+
+__all__ = ["checkpoints", "family", "load", "tokenizer"]
 
 
 @pytest.fixture(scope="session")
@@ -11,16 +13,6 @@ def checkpoints(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkpoints")
     python("-c", MAKE_CHECKPOINTS, folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return byte_tokenizer()
-
-
-@pytest.fixture(params=list(FAMILIES))
-def family(request):
-    return request.param
 
 
 @pytest.fixture
