@@ -1,7 +1,5 @@
 """HRPOTrainer: the new path is taken, gets a gradient and changes; the reference does not think; misuse is refused."""
 
-import logging
-
 import pytest
 import torch
 from datasets import Dataset
@@ -9,7 +7,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from rollouts import TEMPERATURE
 from runs import config, lora, small_trainer
 from tiny import byte_tokenizer, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, TrainerCallback
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import GRPOConfig
 
@@ -24,14 +22,14 @@ RESIDUALS = ["projection", "embedding"]
 
 def watch_gradients(trainer):
     """A dict that the next optimizer step fills with each trainable parameter's gradient."""
-    gradients, record = {}, trainer._record_weights
+    gradients = {}
 
-    def wrapper():
-        gradients.update({n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad})
-        gradients.update({n: g.clone() for n, g in gradients.items() if g is not None})
-        record()
+    class Watch(TrainerCallback):
+        def on_pre_optimizer_step(self, args, state, control, **kwargs):
+            gradients.update({n: p.grad for n, p in trainer.model.named_parameters() if p.requires_grad})
+            gradients.update({n: g.clone() for n, g in gradients.items() if g is not None})
 
-    trainer._record_weights = wrapper
+    trainer.add_callback(Watch())
     return gradients
 
 
@@ -305,23 +303,6 @@ def test_arguments_that_do_not_think_are_refused(tmp_path):
         HRPOTrainer(tiny_model("llama"), args=GRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
     with pytest.raises(InputError, match="rollout_func generates outside"):
         HRPOTrainer(tiny_model("llama"), args=config(tmp_path), rollout_func=lambda prompts: {})
-
-
-def test_the_marker_warning_is_said_once_after_twenty_steps_with_a_remedy(tmp_path, caplog):
-    trainer = small_trainer(tmp_path, answer_start="</answer>", max_steps=24)
-    with caplog.at_level(logging.WARNING, logger="hrpo_patches"):
-        trainer.train()
-    said = [record.getMessage() for record in caplog.records if "answer marker" in record.getMessage()]
-    assert len(said) == 1
-    assert "'</answer>'" in said[0] and "worked example" in said[0] and "cut at 10 tokens" in said[0]
-
-
-def test_the_marker_warning_stays_silent_when_a_marker_was_seen(tmp_path, caplog):
-    trainer = small_trainer(tmp_path, max_steps=21)
-    trainer._marker_warning.count(1)
-    with caplog.at_level(logging.WARNING, logger="hrpo_patches"):
-        trainer.train()
-    assert "answer marker" not in caplog.text
 
 
 def test_a_model_given_by_name_gets_its_thinking_from_the_arguments(tmp_path):

@@ -69,3 +69,11 @@ def test_sample_is_the_loop_for_greedy_and_sampling():
         "_sample"
     }
     assert inspect.isfunction(GenerationMixin._sample)
+
+
+def test_a_callback_sees_the_gradients_before_the_step_and_the_log_line_before_the_reporters():
+    step = inspect.getsource(Trainer._run_epoch)
+    order = ["_clip_grad_norm(", "on_pre_optimizer_step(", "self.optimizer.step()", "_maybe_log_save_evaluate("]
+    assert [step.index(name) for name in order] == sorted(step.index(name) for name in order)
+    log = inspect.getsource(Trainer.log)
+    assert log.index("log_history.append(output)") < log.index("on_log(self.args, self.state, self.control, logs)")

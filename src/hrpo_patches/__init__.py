@@ -17,9 +17,11 @@ _HOMES = {
     "HRPOConfig": "trainer_config",
     "HRPOTrainer": "trainer",
     "InputError": "errors",
+    "NonFiniteError": "errors",
     "PatchError": "errors",
     "ThinkingConfig": "config",
     "load_adapter": "checkpoint",
+    "monitor_thinking": "monitor",
     "patch_trainer_optimizer": "optim",
 }
 
@@ -27,16 +29,19 @@ __all__ = [
     "HRPOConfig",
     "HRPOTrainer",
     "InputError",
+    "NonFiniteError",
     "PatchError",
     "ThinkingConfig",
     "load_adapter",
+    "monitor_thinking",
     "patch_trainer_optimizer",
 ]
 
 if TYPE_CHECKING:
     from hrpo_patches.checkpoint import load_adapter
     from hrpo_patches.config import ThinkingConfig
-    from hrpo_patches.errors import InputError, PatchError
+    from hrpo_patches.errors import InputError, NonFiniteError, PatchError
+    from hrpo_patches.monitor import monitor_thinking
     from hrpo_patches.optim import patch_trainer_optimizer
     from hrpo_patches.trainer import HRPOTrainer
     from hrpo_patches.trainer_config import HRPOConfig

@@ -6,13 +6,13 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hrpo_patches.errors import InputError, PatchError
+from hrpo_patches.errors import InputError, NonFiniteError, PatchError
 
 
 def console(entry: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> None:
     """Run `entry` for a person: what they can mend is one sentence and exit status 2, not a traceback."""
     try:
         entry(argv)
-    except (InputError, PatchError) as error:
+    except (InputError, NonFiniteError, PatchError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

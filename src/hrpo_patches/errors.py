@@ -1,4 +1,4 @@
-"""The two errors that this package raises on purpose; knows nothing else."""
+"""The three errors that this package raises on purpose; knows nothing else."""
 
 
 class InputError(ValueError):
@@ -7,3 +7,7 @@ class InputError(ValueError):
 
 class PatchError(ImportError):
     """An upstream package cannot be patched; the message names package, version, file, hunk and the remedy."""
+
+
+class NonFiniteError(FloatingPointError):
+    """A training step is not finite; it was not taken, and the message says where its inputs are."""

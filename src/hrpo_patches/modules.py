@@ -161,3 +161,7 @@ class ThinkingLambda(ThinkingModule):
 
     def forward(self, r: Tensor) -> Tensor:
         return torch.exp(-DECAY_SCALE * nn.functional.softplus(-self.Lambda) * r)
+
+    def decay(self) -> Tensor:
+        """λ (d,), the share of an embedding that is left at a fully open gate: a = λ^r."""
+        return torch.exp(-DECAY_SCALE * nn.functional.softplus(-self.Lambda))

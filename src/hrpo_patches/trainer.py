@@ -2,7 +2,7 @@
 
 It overrides only what differs from TRL: the constructor (which modules are trained, and that they stay float32), the
 generation of one turn (keeps the states), the scoring of a batch (carries them along), the log-probabilities (replays
-them), the optimizer (its groups), the training step (two more metrics) and the save (two more files).
+them), the optimizer (its groups), the order of the data and the save (two more files).
 """
 
 from __future__ import annotations
@@ -18,12 +18,13 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
 
-from hrpo_patches.callbacks import EpochOrder, MarkerWarning
 from hrpo_patches.checkpoint import save_thinking, trained_modules
 from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.epoch_order import EpochOrder
 from hrpo_patches.errors import InputError
 from hrpo_patches.marker import marker_table
-from hrpo_patches.optim import group_of, regroup
+from hrpo_patches.monitor import ThinkingMonitor
+from hrpo_patches.optim import regroup
 from hrpo_patches.prepare import (
     configure,
     float32_copies,
@@ -68,7 +69,7 @@ class HRPOTrainer(GRPOTrainer):
         if not isinstance(args, HRPOConfig):
             raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
         self._rollout: Rollout | None = None
-        self._marker_warning, self._epoch_order = MarkerWarning(args), EpochOrder()
+        self._epoch_order = EpochOrder()
         if args.residual is not None:
             if used := [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]:
                 raise InputError(
@@ -86,7 +87,6 @@ class HRPOTrainer(GRPOTrainer):
             peft_config=peft_config,
             **kwargs,
         )
-        self.add_callback(self._marker_warning)
         self.add_callback(self._epoch_order)
         freeze_unused(self.model, args)
         if args.residual is not None:
@@ -95,6 +95,9 @@ class HRPOTrainer(GRPOTrainer):
             self._check_model()
             self.generation_config.thinking = True
             self.generation_config.return_dict_in_generate = True
+        self.monitor: ThinkingMonitor | None = None
+        if args.monitor:
+            self.monitor = ThinkingMonitor(self.accelerator.unwrap_model(self.model), args).first_in(self)
 
     def _drop_reference_adapter(self) -> None:
         # The KL reference is the base model with adapters off, also where training goes on from an adapter.
@@ -146,9 +149,7 @@ class HRPOTrainer(GRPOTrainer):
             completion_ids, logprobs = self._think(prompt_ids), None
         texts = self._tokenizer.batch_decode(completion_ids)
         marked = torch.tensor([self.args.answer_start in text for text in texts], device=self.accelerator.device)
-        marked = self.accelerator.gather(marked).float()
-        self._record("marker_rate", marked.mean())
-        self._marker_warning.count(int(marked.sum()))
+        self._record("marker_rate", self.accelerator.gather(marked).float().mean())
         return completion_ids, logprobs
 
     def _think(self, prompt_ids: list) -> list:
@@ -273,25 +274,6 @@ class HRPOTrainer(GRPOTrainer):
     def _get_train_sampler(self, dataset: Any = None) -> Any:
         self._epoch_order.sampler = super()._get_train_sampler(dataset)
         return self._epoch_order.sampler
-
-    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any) -> Tensor:
-        loss = super().training_step(model, inputs, num_items_in_batch)
-        if self.args.residual is not None and self.accelerator.sync_gradients:
-            self._record_weights()
-        return loss
-
-    def _record_weights(self) -> None:
-        """Norms before clipping. A sharded gradient (DeepSpeed, FSDP) is nobody's to see here and is left out."""
-        for name, parameter in self.model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if group_of(name) == "projection" and name.endswith("weight"):
-                self._record("projection/weight_norm", parameter.detach().norm())
-                if parameter.grad is not None:
-                    self._record("projection/grad_norm", parameter.grad.norm())
-            elif group_of(name) == "Lambda":
-                self._record("Lambda/min", parameter.detach().min())
-                self._record("Lambda/max", parameter.detach().max())
 
     def _record_ratios(self, ratio: Tensor, mask: Tensor) -> None:
         """embeds_ratio: mean a; hidden_ratio: mean sqrt(1 - a²); over thinking positions, a averaged over d."""

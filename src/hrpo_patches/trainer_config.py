@@ -28,6 +28,10 @@ class HRPOConfig(GRPOConfig):
     lr_residual_gate: float = field(default=1e-4, metadata={"help": "Learning rate of the two gates."})
     lr_residual_Lambda: float = field(default=1e-3, metadata={"help": "Learning rate of Lambda."})
     lr_thinking_projection: float = field(default=1e-4, metadata={"help": "Learning rate of thinking_projection."})
+    monitor: bool = field(
+        default=True,
+        metadata={"help": "Measure thinking at every log line, warn early, keep all lines in monitor.jsonl."},
+    )
 
     def __post_init__(self) -> None:
         if self.residual == "none":

@@ -1,0 +1,69 @@
+"""A run's log as JSON lines, whole also after a kill; knows rows and a file, nothing of what they mean."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+from hrpo_patches.errors import InputError
+
+LOG_FILE = "monitor.jsonl"
+
+Row = dict[str, Any]
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a log. A last line without its end, which a power failure can leave, is passed over.
+
+    Raises:
+        InputError: a line is no JSON object.
+    """
+    whole, newline, _ = path.read_text().rpartition("\n")
+    rows = []
+    for number, line in enumerate(whole.split("\n") if newline else [], 1):
+        try:
+            rows.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            raise InputError(f"line {number} of {path} is no JSON object: the file is damaged.") from None
+    return rows
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
+
+
+class RunLog:
+    """`monitor.jsonl` in a run's folder: one object a line, each with its "step"; the first says what the run is."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / LOG_FILE
+
+    def begin(self, step: int, header: Row) -> None:
+        """Start the log, or go on with it after `step`: later rows belong to steps that are taken again.
+
+        Raises:
+            InputError: a run from the start finds another run's log.
+        """
+        if step == 0 and self.path.exists():
+            raise InputError(f"{self.path} holds another run's log; give another output_dir, or move it away.")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [row for row in read_rows(self.path) if row["step"] <= step] if self.path.exists() else []
+        rows = kept or [{"step": 0, "run": header}]
+        building = self.path.with_suffix(".new")
+        building.write_text("".join(self._line(row) for row in rows))
+        building.replace(self.path)
+
+    def write(self, row: Row) -> None:
+        """Append one row, in one call of the operating system."""
+        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, self._line(row).encode())
+        finally:
+            os.close(file)
+
+    @staticmethod
+    def _line(row: Row) -> str:
+        return json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) + "\n"
