@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from textwrap import shorten
 
 from rich.console import Console
 from rich.table import Table
@@ -73,7 +74,8 @@ def info(arguments: argparse.Namespace) -> int:
 
 def written(paths: list[Path]) -> int:
     """Print what a command wrote."""
-    print("\n".join(str(path) for path in paths))
+    for path in paths:
+        print(path)
     return 0
 
 
@@ -89,6 +91,37 @@ def convert(arguments: argparse.Namespace) -> int:
     from hrpo_patches.merge import convert as run
 
     return written([run(arguments.source, arguments.destination, arguments.residual, arguments.answer_start)])
+
+
+def report(arguments: argparse.Namespace) -> int:
+    """Draw runs side by side."""
+    from hrpo_patches.report import read_runs, table, write_report
+
+    paths = write_report(arguments.runs, arguments.out)
+    print(table(read_runs(arguments.runs)))
+    return written(paths)
+
+
+def think(arguments: argparse.Namespace) -> int:
+    """Show one completion, token by token."""
+    from hrpo_patches import think as inside
+    from hrpo_patches.models import open_model
+
+    if arguments.png is not None:
+        inside.check_png(arguments.png)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    with console.status("loading"):
+        model, tokenizer = open_model(arguments.model, arguments.base)
+    chat = tokenizer.chat_template is not None and not arguments.plain
+    prompt = [{"role": "user", "content": arguments.prompt}] if chat else arguments.prompt
+    with console.status("thinking"):
+        numbers = (arguments.max_new_tokens, arguments.temperature, arguments.top, arguments.seed)
+        thoughts = inside.think(model, tokenizer, prompt, *numbers)
+    title = shorten(f"{arguments.model}: {arguments.prompt}", 100, placeholder=" …")
+    console.print(inside.table_of(thoughts, title))
+    if inside.is_untrained(model):
+        console.print("The thinking weights are fresh, not trained: the residuals mean nothing yet.")
+    return written([inside.draw(thoughts, title, arguments.png)] if arguments.png is not None else [])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -120,6 +153,22 @@ def parser() -> argparse.ArgumentParser:
     text = "embedding: what it was trained with; projection: with a fresh projection, to be trained further"
     one.add_argument("--residual", choices=("projection", "embedding"), required=True, help=text)
     one.add_argument("--answer_start", default="####", help="the marker that it was trained with (default: ####)")
+    one = command("report", "draw training runs side by side into a PNG, and put them into a Markdown table", report)
+    one.add_argument(
+        "runs", type=Path, nargs="+", metavar="RUN_DIR", help="the --output_dir of a run, also unfinished"
+    )
+    text = "where they go, without the ending; must not exist (default: report, for report.png and report.md)"
+    one.add_argument("--out", type=Path, default=Path("report"), help=text)
+    one = command("think", "show one completion: each token's a, its residual's nearest words, the entropy", think)
+    one.add_argument("model", help="an adapter's folder, a merged model, a hub id, or smollm2-135m")
+    one.add_argument("--prompt", required=True, help="the question")
+    one.add_argument("--plain", action="store_true", help="as it is, without the tokenizer's chat template")
+    one.add_argument("--max_new_tokens", type=int, default=64, help="where the completion is cut (default: 64)")
+    one.add_argument("--temperature", type=float, default=0.0, help="of the sampling (default: 0, greedy)")
+    one.add_argument("--seed", type=int, default=42, help="of the sampling (default: 42)")
+    one.add_argument("--top", type=int, default=3, help="words for each residual (default: 3)")
+    one.add_argument("--base", default=None, help="the base model (default: the one that the adapter names)")
+    one.add_argument("--png", type=Path, default=None, help="draw it into this file, too; must not exist")
     text = "for maintainers: write the patched upstream files into a folder, to be edited"
     command("checkout", text, lambda a: written(export.checkout(a.folder))).add_argument("folder", type=Path)
     text = "for maintainers: regenerate the diffs from an edited folder"

@@ -19,6 +19,7 @@ from hrpo_patches.checkpoint import check_same_thinking, last_checkpoint
 from hrpo_patches.config import VARIANT, ThinkingConfig
 from hrpo_patches.data import check_examples
 from hrpo_patches.errors import InputError
+from hrpo_patches.report import require_matplotlib
 from hrpo_patches.trainer_config import HRPOConfig
 
 
@@ -116,8 +117,8 @@ class RunArguments:
             raise InputError(f"--report_to {self.report_to} is not installed; run: pip install {self.report_to}")
         if self.init_projection and self.adapter is None:
             raise InputError("--init_projection goes with --adapter; a fresh adapter has a projection anyway.")
-        if self.report and find_spec("matplotlib") is None:
-            raise InputError("--report needs matplotlib; run: pip install 'hrpo_patches[quickstart]'")
+        if self.report:
+            require_matplotlib("--report")
         self._check_output()
 
     def _check_output(self) -> None:

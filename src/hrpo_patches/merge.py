@@ -10,19 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hrpo_patches.checkpoint import load_adapter, read_thinking, trained_modules, write_thinking
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
 from hrpo_patches.full_checkpoint import mark
-from hrpo_patches.models import SMOLLM2, smollm2_folder, thinking_options
+from hrpo_patches.models import base_of, read_adapter_config, tokenizer_of
 from hrpo_patches.modules import make_projection
 from hrpo_patches.thinking import MODULES
 
-_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PREFIX = "base_model.model.model."
 
 
@@ -41,23 +39,6 @@ def _whole_or_nothing(destination: Path) -> Iterator[Path]:
         shutil.rmtree(building, ignore_errors=True)
 
 
-def _read_config(adapter: Path) -> PeftConfig:
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"{adapter} holds no adapter: adapter_config.json is missing.")
-    return PeftConfig.from_pretrained(str(adapter))
-
-
-def _tokenizer_of(adapter: Path, base: Any) -> PreTrainedTokenizerBase:
-    """The adapter's tokenizer, else the base's. For a folder without one, transformers may make an empty one up."""
-    for place in (adapter, base):
-        if not Path(place).is_dir() or any((Path(place) / name).is_file() for name in _VOCABULARIES):
-            try:
-                return AutoTokenizer.from_pretrained(place)
-            except (OSError, ValueError):
-                continue
-    raise InputError(f"neither {adapter} nor {base} has a tokenizer, which knows what spells the marker.")
-
-
 def merge(adapter: Path, destination: Path, base: str | None = None) -> Path:
     """Write the full model that the adapter and its base make, in the base's dtype; thinking weights stay float32.
 
@@ -72,12 +53,8 @@ def merge(adapter: Path, destination: Path, base: str | None = None) -> Path:
     Raises:
         InputError: the destination exists, there is no such base, or the adapter does not load.
     """
-    source: Any = base or _read_config(adapter).base_model_name_or_path
-    if not source:
-        raise InputError(f"{adapter} does not say which base model it belongs to; name it with --base.")
-    source = smollm2_folder() if source == SMOLLM2 else source
-    thinking_options(source, {})  # says what is wrong with the base
-    tokenizer = _tokenizer_of(adapter, source)
+    source = base_of(adapter, base)
+    tokenizer = tokenizer_of(adapter, source)
     with _whole_or_nothing(destination) as folder:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", thinking={})
         merged: Any = load_adapter(model, adapter).merge_and_unload()
@@ -100,7 +77,7 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
     Raises:
         InputError: the destination exists, weights are missing or pickled, or the adapter already says how it thinks.
     """
-    config = _read_config(source)
+    config = read_adapter_config(source)
     thinking = ThinkingConfig(residual, answer_start)  # type: ignore[arg-type]
     if not (source / "adapter_model.safetensors").is_file():
         raise InputError(f"{source} holds no adapter_model.safetensors; pickled weights are not read.")

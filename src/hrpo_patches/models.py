@@ -13,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hrpo_patches.checkpoint import load_adapter
 from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.errors import InputError
 from hrpo_patches.unsloth_backend import load_base
 
 SMOLLM2 = "smollm2-135m"
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _END_OF_TURN = "<|im_end|>"
 
 
@@ -126,3 +129,55 @@ def load_model(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return model, tokenizer
+
+
+def read_adapter_config(adapter: Path) -> PeftConfig:
+    """PEFT's config of the adapter in a folder; an `InputError` if there is none."""
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"{adapter} holds no adapter: adapter_config.json is missing.")
+    return PeftConfig.from_pretrained(str(adapter))
+
+
+def base_of(adapter: Path, base: str | None = None) -> Any:
+    """Where to load an adapter's base model from: `base`, or else the one that the adapter names.
+
+    Raises:
+        InputError: no adapter there, it names no base, or the base cannot be loaded.
+    """
+    source: Any = base or read_adapter_config(adapter).base_model_name_or_path
+    if not source:
+        raise InputError(f"{adapter} does not say which base model it belongs to; name it with --base.")
+    source = smollm2_folder() if source == SMOLLM2 else source
+    thinking_options(source, {})  # says what is wrong with the base
+    return source
+
+
+def tokenizer_of(adapter: Path, base: Any) -> PreTrainedTokenizerBase:
+    """The adapter's tokenizer, else the base's. For a folder without one, transformers may make an empty one up."""
+    for place in (adapter, base):
+        if not Path(place).is_dir() or any((Path(place) / name).is_file() for name in _VOCABULARIES):
+            try:
+                return AutoTokenizer.from_pretrained(place)
+            except (OSError, ValueError):
+                continue
+    raise InputError(f"neither {adapter} nor {base} has a tokenizer, which knows what spells the marker.")
+
+
+def open_model(name: str, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model to look at or to evaluate, and its tokenizer: an adapter's folder, a merged model, or any base model.
+
+    Raises:
+        InputError: as `load_model`, `load_adapter` and `base_of`.
+    """
+    if not (Path(name) / "adapter_config.json").is_file():
+        if base is not None:
+            raise InputError(f"{name} is no adapter, so it has no base model; leave --base out.")
+        said = ThinkingConfig.of(read_config(smollm2_folder() if name == SMOLLM2 else name))
+        model, tokenizer = load_model(name, said or ThinkingConfig())
+        return model.eval(), tokenizer
+    source = base_of(Path(name), base)
+    model, _ = load_model(str(source), ThinkingConfig())
+    tokenizer = tokenizer_of(Path(name), source)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return load_adapter(model, name), tokenizer

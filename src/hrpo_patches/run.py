@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset
 from peft import LoraConfig
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase, set_seed
 
@@ -21,7 +22,7 @@ from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Accuracy, accuracy, greedy_completions, prompt_ids
 from hrpo_patches.marker import marker_table
 from hrpo_patches.models import load_model
-from hrpo_patches.report import draw, write_json
+from hrpo_patches.report import draw, read_run, write_json
 from hrpo_patches.rewards import answer_reward
 from hrpo_patches.trainer import HRPOTrainer
 from hrpo_patches.unsloth_backend import add_adapter, is_unsloth, resume_training
@@ -148,8 +149,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 def _finish(record: dict[str, Any], folder: Path, picture: bool) -> None:
     written = [write_json(record, folder)]
+    run = read_run(folder)
     if picture:
-        written.append(draw(record, folder))
+        written.append(draw([run], folder / "report.png"))
     table = Table(title=record["title"])
     for column in ("", "greedy accuracy", "standard error", "problems"):
         table.add_column(column)
@@ -162,4 +164,6 @@ def _finish(record: dict[str, Any], folder: Path, picture: bool) -> None:
     console = Console()
     if table.row_count:
         console.print(table)
+    for text in run.warnings:
+        console.print(f"[bold]warning:[/bold] {escape(text)}")
     console.print(f"adapter in {folder}; {' and '.join(str(path) for path in written)} in {record['seconds']:.0f} s")
