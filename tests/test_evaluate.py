@@ -5,6 +5,7 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches.evaluate import Accuracy, accuracy, greedy_completions
+from hrpo_patches.tasks import task_named
 
 
 def test_batches_sorted_by_length_change_no_answer():
@@ -18,7 +19,8 @@ def test_batches_sorted_by_length_change_no_answer():
 
 
 def test_accuracy_and_its_standard_error():
-    result = accuracy(["#### 1", "#### 2", "3", "#### 4"], ["1", "2", "3", "5"], "####")
+    problems = [{"question": "?", "answer": [gold]} for gold in ("1", "2", "3", "5")]
+    result = accuracy(task_named("gsm8k"), problems, ["#### 1", "#### 2", "3", "#### 4"], "####")
     assert (result.right, result.total, result.mean) == (2, 4, 0.5)
     assert result.standard_error == pytest.approx(0.25)
     assert str(Accuracy(91, 200)) == "0.455 ± 0.035 (91 of 200)"

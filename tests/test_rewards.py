@@ -4,8 +4,14 @@ import threading
 
 import pytest
 
-from hrpo_patches.data import load_problems
-from hrpo_patches.rewards import answer_of, answer_reward, grade, is_right
+from hrpo_patches.rewards import answer_of, answer_reward, format_reward, grade
+from hrpo_patches.tasks import task_named
+
+GSM8K = task_named("gsm8k")
+
+
+def problem(gold):
+    return {"question": "?", "answer": [gold]}
 
 
 @pytest.mark.parametrize(
@@ -38,13 +44,25 @@ from hrpo_patches.rewards import answer_of, answer_reward, grade, is_right
     ],
 )
 def test_a_completion_is_graded(completion, gold, reward):
-    assert grade(completion, gold, "####") == reward
+    assert grade(GSM8K, problem(gold), completion, "####") == reward
 
 
 def test_the_reward_reads_texts_and_conversations():
-    reward = answer_reward("####")
-    assert reward(["#### 7", "#### 8"], answer=["7", "7"], prompts=None) == [1.0, 0.0]
-    assert reward([[{"role": "assistant", "content": "#### 7"}]], answer=["7"]) == [1.0]
+    reward = answer_reward(GSM8K, "####")
+    columns = {"question": ["?", "?"], "answer": [["7"], ["7"]], "trainer_state": None}
+    assert reward(["#### 7", "#### 8"], prompts=["?", "?"], **columns) == [1.0, 0.0]
+    conversation = [[{"role": "assistant", "content": "#### 7"}]]
+    assert reward(conversation, question=["?"], answer=[["7"]]) == [1.0]
+
+
+def test_any_of_several_golds_is_right():
+    reward = answer_reward(task_named("nq"), "####")
+    assert reward(["#### the UK"] * 2, question=["?"] * 2, answer=[["Britain", "UK"], ["Britain"]]) == [1.0, 0.0]
+
+
+def test_the_reward_for_the_format_asks_for_the_marker_once_and_something_after_it():
+    completions = ["#### 7", "7", "#### 7 #### 7", "####\n", [{"role": "assistant", "content": "so #### x"}]]
+    assert format_reward("####")(completions, answer=None) == [1.0, 0.0, 0.0, 0.0, 1.0]
 
 
 def test_the_answer_is_the_first_line_after_the_marker():
@@ -54,17 +72,7 @@ def test_the_answer_is_the_first_line_after_the_marker():
 
 def test_grading_works_outside_of_the_main_thread():
     results = []
-    thread = threading.Thread(target=lambda: results.append(grade("#### 1,000", "1000", "####")))
+    thread = threading.Thread(target=lambda: results.append(grade(GSM8K, problem("1000"), "#### 1,000", "####")))
     thread.start()
     thread.join()
     assert results == [1.0]
-
-
-@pytest.mark.shared_data
-def test_the_gold_answers_of_gsm8k_are_right_and_their_neighbours_wrong(shared_data):
-    answers = [row["answer"] for row in load_problems(str(shared_data / "gsm8k" / "test.jsonl"))]
-    assert len(answers) == 1319
-    for gold, other in zip(answers, answers[1:] + answers[:1], strict=True):
-        assert is_right(gold, f"{gold}.0" if "." not in gold else gold)
-        if gold.replace(",", "") != other.replace(",", ""):
-            assert not is_right(gold, other), (gold, other)

@@ -17,7 +17,7 @@ from trl import TrlParser
 from hrpo_patches.backend import BACKENDS
 from hrpo_patches.checkpoint import check_same_thinking, last_checkpoint
 from hrpo_patches.config import VARIANT, ThinkingConfig
-from hrpo_patches.data import check_examples
+from hrpo_patches.data import examples_of, find_task
 from hrpo_patches.errors import InputError
 from hrpo_patches.report import require_matplotlib
 from hrpo_patches.trainer_config import HRPOConfig
@@ -58,7 +58,15 @@ class RunArguments:
     max_completion_length: int = option(1024, "Completions are cut at so many tokens.")
     seed: int = option(42, "Seed of everything random.")
 
-    dataset: str = option("openai/gsm8k", "Hub id, path of a .jsonl file, or reasoning_gym:NAME?option=value.")
+    task: str = option(
+        "gsm8k", "What is asked and how answers are graded: a task's name, or reasoning_gym:NAME?option=value."
+    )
+    dataset: str | None = option(
+        None, "Hub id, .jsonl file or folder with the problems; by default where the task has them."
+    )
+    corpus: str | None = option(None, "File or folder of documents for questions that come without.")
+    format_reward: float = option(0.0, "Weight of a reward for the marker alone, beside the answer's of 1.")
+    shots: int = option(0, "How many of the task's worked examples the prompt shows.")
     residual: str = option("projection", "What a thinking position is blended with: projection, embedding or none.")
     projection_layers: int = option(1, "Linear layers of the projection: 1, or 2 with SiLU between.")
     projection_hidden: int | None = option(None, "Width between two layers; by default the hidden size.")
@@ -105,7 +113,9 @@ class RunArguments:
             raise InputError(f"--backend has to be auto, transformers or unsloth, not {self.backend!r}.")
         if self.prompt not in ("auto", "chat", "plain"):
             raise InputError(f"--prompt has to be auto, chat or plain, not {self.prompt!r}.")
-        check_examples(self.examples, self.answer_start)
+        examples_of(find_task(self.task, self.dataset, size=1), self.answer_start, self.shots, self.examples)
+        if self.format_reward < 0:
+            raise InputError(f"--format_reward has to be 0 or more, not {self.format_reward}.")
         for name in ("lora_rank", "temperature", "max_prompt_length", "max_completion_length", "eval_batch_size"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} has to be above 0, not {getattr(self, name)}.")
@@ -170,6 +180,7 @@ class RunArguments:
             per_device_train_batch_size=self.per_device_train_batch_size,
             max_completion_length=self.max_completion_length,
             seed=self.seed,
+            reward_weights=[1.0, self.format_reward] if self.format_reward else None,
             max_steps=self.max_steps,
             num_train_epochs=1,
             save_steps=self.save_steps,

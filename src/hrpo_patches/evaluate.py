@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.rewards import grade
+from hrpo_patches.tasks import Problem, Task
 
 Prompt = str | list[dict[str, str]]
 
@@ -89,6 +91,7 @@ def greedy_completions(
     return texts
 
 
-def accuracy(completions: list[str], golds: list[str], marker: str) -> Accuracy:
+def accuracy(task: Task, problems: Sequence[Problem], completions: list[str], marker: str) -> Accuracy:
     """How many completions the reward finds right."""
-    return Accuracy(int(sum(grade(c, gold, marker) for c, gold in zip(completions, golds, strict=True))), len(golds))
+    verdicts = [grade(task, problem, text, marker) for problem, text in zip(problems, completions, strict=True)]
+    return Accuracy(int(sum(verdicts)), len(verdicts))

@@ -17,13 +17,14 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from hrpo_patches.arguments import RunArguments, parse
 from hrpo_patches.backend import start_backend
 from hrpo_patches.checkpoint import check_same_thinking, load_adapter, trained_modules
-from hrpo_patches.data import Problem, load_problems, prompt_of, split_held_out
+from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of, split_held_out
 from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Accuracy, accuracy, greedy_completions, prompt_ids
 from hrpo_patches.marker import marker_table
 from hrpo_patches.models import load_model
 from hrpo_patches.report import draw, read_run, write_json
-from hrpo_patches.rewards import answer_reward
+from hrpo_patches.rewards import answer_reward, format_reward
+from hrpo_patches.tasks import Problem, Task
 from hrpo_patches.trainer import HRPOTrainer
 from hrpo_patches.unsloth_backend import add_adapter, is_unsloth, resume_training
 
@@ -31,15 +32,16 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", 
 
 
 def with_prompts(
-    problems: list[Problem], arguments: RunArguments, tokenizer: PreTrainedTokenizerBase
+    task: Task, problems: list[Problem], arguments: RunArguments, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """The problems with their prompts; those whose prompt is too long are left out, which is said."""
     chat = arguments.prompt == "chat" or (arguments.prompt == "auto" and tokenizer.chat_template is not None)
     if chat and tokenizer.chat_template is None:
         raise InputError(f"--prompt chat needs a chat template, and {arguments.model_name} has none.")
-    marker, examples, longest = arguments.answer_start, arguments.examples, arguments.max_prompt_length
+    marker, longest = arguments.answer_start, arguments.max_prompt_length
+    examples = examples_of(task, marker, arguments.shots, arguments.examples)
     rows: list[dict[str, Any]] = [
-        {**problem, "prompt": prompt_of(problem["question"], marker, examples, chat)} for problem in problems
+        {**problem, "prompt": prompt_of(task, problem["question"], marker, examples, chat)} for problem in problems
     ]
     fitting = [row for row in rows if len(prompt_ids(tokenizer, row["prompt"])) <= longest]
     if rows and not fitting:
@@ -49,14 +51,15 @@ def with_prompts(
     return fitting
 
 
-def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, Any]]]:
-    """The trainer of a run, and its held-out problems (which may be none).
+def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
+    """The trainer of a run, its task, and its held-out problems (which may be none).
 
     Raises:
         InputError: something of the run's data, model, adapter or options cannot work.
     """
     arguments.backend = start_backend(arguments.backend)
-    problems = load_problems(arguments.dataset, seed=arguments.seed)
+    task = find_task(arguments.task, arguments.dataset, seed=arguments.seed)
+    problems = load_problems(task, arguments.dataset, "train", arguments.corpus)
     train, held_out = split_held_out(problems, arguments.eval_problems, arguments.seed)
     try:
         config = arguments.trainer_config()
@@ -68,7 +71,7 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, A
         arguments.model_name, arguments.thinking(), backend=arguments.backend, max_seq_length=longest
     )
     marker_table(tokenizer, arguments.answer_start)
-    rows, held_out_rows = (with_prompts(part, arguments, tokenizer) for part in (train, held_out))
+    rows, held_out_rows = (with_prompts(task, part, arguments, tokenizer) for part in (train, held_out))
     needed = config.generation_batch_size // config.num_generations
     if len(rows) < needed:
         raise InputError(
@@ -92,18 +95,19 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, list[dict[str, A
         model = add_adapter(model, lora, trained_modules(arguments.residual), arguments.seed)
     else:
         peft_config = LoraConfig(**lora, task_type="CAUSAL_LM")
+    form = [format_reward(arguments.answer_start)] if arguments.format_reward else []
     trainer = HRPOTrainer(
         model,
-        answer_reward(arguments.answer_start),
+        [answer_reward(task, arguments.answer_start), *form],
         config,
         Dataset.from_list(rows),
         processing_class=tokenizer,
         peft_config=peft_config,
     )
-    return trainer, held_out_rows
+    return trainer, task, held_out_rows
 
 
-def evaluate(trainer: HRPOTrainer, held_out: list[dict[str, Any]], arguments: RunArguments, title: str) -> Accuracy:
+def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], arguments: RunArguments, title: str) -> Accuracy:
     """Greedy accuracy of the trainer's model, thinking as it is trained to."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     texts = greedy_completions(
@@ -117,7 +121,7 @@ def evaluate(trainer: HRPOTrainer, held_out: list[dict[str, Any]], arguments: Ru
     )
     if is_unsloth(model):
         resume_training(model)
-    return accuracy(texts, [row["answer"] for row in held_out], arguments.answer_start)
+    return accuracy(task, held_out, texts, arguments.answer_start)
 
 
 def _record(accuracy_: Accuracy) -> dict[str, Any]:
@@ -131,16 +135,17 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         InputError: before any training, if the run cannot work.
     """
     arguments = parse(argv)
-    trainer, held_out = make_trainer(arguments)
+    trainer, task, held_out = make_trainer(arguments)
     started = time.monotonic()
-    title = f"{arguments.model_name}, {arguments.residual}, {arguments.dataset.partition('?')[0]}"
+    source = (arguments.dataset or "").partition("?")[0]
+    title = ", ".join(dict.fromkeys(filter(None, (arguments.model_name, arguments.residual, task.name, source))))
     record: dict[str, Any] = {"title": title, "arguments": asdict(arguments)}
     if held_out:
-        record["before"] = _record(evaluate(trainer, held_out, arguments, "Answering before"))
+        record["before"] = _record(evaluate(trainer, task, held_out, arguments, "Answering before"))
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if held_out:
-        record["after"] = _record(evaluate(trainer, held_out, arguments, "Answering after"))
+        record["after"] = _record(evaluate(trainer, task, held_out, arguments, "Answering after"))
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
     if trainer.accelerator.is_main_process:
         _finish(record, Path(arguments.output_dir), arguments.report)

@@ -44,7 +44,7 @@ STEP = {
 WITH_ODD_REWARD = """
 import hrpo_patches.run, runpy, sys
 from programs import odd_reward
-hrpo_patches.run.answer_reward = lambda marker: odd_reward
+hrpo_patches.run.answer_reward = lambda task, marker: odd_reward
 runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
 """
 GREEDY_ON_TRANSFORMERS = """
@@ -94,7 +94,7 @@ def runs(request, checkpoints, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
         patch.setattr(hrpo_patches.backend, "_said", [])
         patch.setattr(hrpo_patches.run, "make_trainer", keep)
-        patch.setattr(hrpo_patches.run, "answer_reward", lambda marker: odd_reward)
+        patch.setattr(hrpo_patches.run, "answer_reward", lambda task, marker: odd_reward)
         runpy.run_path(str(SCRIPT))["main"](arguments("unsloth", request.param, checkpoints, folder))
     python("-c", WITH_ODD_REWARD, SCRIPT, *arguments("transformers", request.param, checkpoints, folder))
     return folder, trainers[0], printed.getvalue(), request.param

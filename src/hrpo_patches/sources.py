@@ -1,0 +1,65 @@
+"""Reads the rows of a data set, from a file, a folder or the hub; knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from datasets import load_dataset
+
+from hrpo_patches.errors import InputError
+
+Rows = Iterator[tuple[dict[str, Any], str]]
+
+
+def json_rows(path: Path) -> Rows:
+    """The objects of a `.jsonl` file, each with its line's name; an `InputError` names the line that is none."""
+    with path.open("rb") as lines:  # bytes split at newlines only, not at U+2028 and its kin
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise InputError(f"{path} is not JSON on line {number}: {error.msg}.") from None
+            except UnicodeDecodeError:
+                raise InputError(f"{path} is not UTF-8 on line {number}.") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path} line {number} is not a JSON object.")
+            yield row, f"{path} line {number}"
+
+
+def _hub_rows(source: str, split: str) -> Rows:
+    name, _, own_split = source.partition("@")
+    identifier, _, config = name.partition(":")
+    split = own_split or split
+    try:
+        data = load_dataset(identifier, config or None, split=split)
+    except (ConnectionError, FileNotFoundError, ValueError) as error:
+        raise InputError(
+            f"the data set {source!r} could not be loaded ({' '.join(str(error).split())}); a path has to end in "
+            f".jsonl, or be a folder with train.jsonl and test.jsonl."
+        ) from None
+    return ((dict(row), f"{name}[{split}] row {i}") for i, row in enumerate(data))
+
+
+def rows_of(source: str, split: str) -> Rows:
+    """The rows of a data set, each with a name for errors.
+
+    Args:
+        source: a `.jsonl` file, a folder with `train.jsonl` and `test.jsonl`, or a hub id, `ID[:CONFIG][@SPLIT]`.
+        split: which part, where the source does not say.
+
+    Raises:
+        InputError: there is no such data, or a line is no JSON object.
+    """
+    path = Path(source)
+    if path.is_dir():
+        path = path / f"{split}.jsonl"
+    if path.suffix not in (".jsonl", ".json") and not path.exists():
+        return _hub_rows(source, split)
+    if not path.is_file():
+        raise InputError(f"the data file {path} does not exist.")
+    return json_rows(path)

@@ -1,0 +1,98 @@
+"""What a task is: where its problems are, how a row is read, how an answer is graded; knows text, no models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from hrpo_patches.errors import InputError
+from hrpo_patches.graders import Grader
+
+Row = dict[str, Any]
+
+
+class Problem(TypedDict):
+    """A question, with all that a person would need to answer it, and the gold answers, any of which is right."""
+
+    question: str
+    answer: list[str]
+
+
+Reader = Callable[[Row], Problem]
+
+
+class Unreadable(ValueError):
+    """A row that a reader cannot make a problem of; the message completes "row 3 ..."."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One kind of problem.
+
+    Attributes:
+        name: what it is called on the command line.
+        train, test: data sets of the hub, each `ID[:CONFIG]@SPLIT`; a task that is only trained on, or only evaluated
+            on, leaves one empty.
+        shapes: how rows are read, by the columns that a row has to have; the first shape that fits is taken.
+        instruction: the zero-shot prompt, a `str.format` template with {marker} where the answer marker goes.
+        examples: worked examples for a few-shot prompt, templates with {marker} once.
+        grader: says whether an answer is right.
+        retrieval: whether a question comes with documents, found in a corpus where the row has none.
+    """
+
+    name: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
+    shapes: dict[tuple[str, ...], Reader]
+    instruction: str
+    examples: tuple[str, ...]
+    grader: Grader
+    retrieval: bool = False
+
+    def read(self, row: Row, where: str) -> Problem:
+        """The problem in a row.
+
+        Args:
+            row: of the data.
+            where: names the row in errors.
+
+        Raises:
+            InputError: the row lacks a column (which it has, which it needs), or cannot be read.
+        """
+        for columns, reader in self.shapes.items():
+            if all(_present(row, column) for column in columns):
+                try:
+                    problem = reader(row)
+                except Unreadable as error:
+                    raise InputError(f"{where} {error}.") from None
+                if not all(gold.strip() for gold in problem["answer"]) or not problem["answer"]:
+                    raise InputError(f"{where} has an empty answer.")
+                return problem
+        needs = ", or ".join(" and ".join(map(repr, columns)) for columns in self.shapes)
+        has = sorted(column for column in row if _present(row, column))
+        raise InputError(f"{where} has {has}, but a problem of {self.name} needs {needs}.")
+
+    def is_right(self, problem: Problem, answer: str) -> bool:
+        """Whether `answer` is one of the problem's gold answers."""
+        return any(self.grader(gold, answer) for gold in problem["answer"])
+
+
+def _present(row: Row, column: str) -> bool:
+    value = row.get(column)
+    return value is not None and str(value).strip() != ""
+
+
+def text(row: Row, *columns: str) -> str:
+    """The columns of a row as one text."""
+    return " ".join(str(row[column]).strip() for column in columns)
+
+
+def plain_number(value: Any) -> str:
+    """A number as people write it: 14.0 as 14."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+
+
+STEPS = (
+    "Solve the problem step by step. When you are done, write {marker} and then the final answer alone, like this: "
+)

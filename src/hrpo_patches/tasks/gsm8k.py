@@ -1,0 +1,37 @@
+"""GSM8K (Cobbe et al., arXiv 2110.14168): grade school problems, or any rows with a question and a number."""
+
+from __future__ import annotations
+
+from hrpo_patches.graders import number
+from hrpo_patches.tasks.base import STEPS, Problem, Row, Task, Unreadable, plain_number, text
+
+GOLD_MARKER = "####"  # of GSM8K's own answers
+INSTRUCTION = STEPS + "{marker} 42"
+EXAMPLES = (
+    "A box holds 6 eggs. Tom buys 3 boxes and breaks 2 eggs. How many whole eggs has he?\n"
+    "He buys 3 * 6 = 18 eggs, and 18 - 2 = 16 of them are whole. {marker} 16",
+    "Mia reads 12 pages a day. How many days does she need for 84 pages?\nShe needs 84 / 12 = 7 days. {marker} 7",
+    "A pen costs $1.50 and a book four times as much. How many dollars do both cost together?\n"
+    "The book costs 4 * 1.50 = 6 dollars, and both cost 6 + 1.50 = 7.50 dollars. {marker} 7.50",
+    "Of 40 children 16 walk to school and half of the others cycle. How many cycle?\n"
+    "40 - 16 = 24 do not walk, and half of them are 24 / 2 = 12. {marker} 12",
+)
+
+
+def read(row: Row) -> Problem:
+    """A worked solution with its answer after `####`, or an answer alone."""
+    gold = plain_number(row["answer"]).rpartition(GOLD_MARKER)[2].strip()
+    if not gold:
+        raise Unreadable(f"has nothing after {GOLD_MARKER} in its answer")
+    return {"question": text(row, "question"), "answer": [gold]}
+
+
+TASK = Task(
+    name="gsm8k",
+    train=("openai/gsm8k:main@train",),
+    test=("openai/gsm8k:main@test",),
+    shapes={("question", "answer"): read},
+    instruction=INSTRUCTION,
+    examples=EXAMPLES,
+    grader=number,
+)

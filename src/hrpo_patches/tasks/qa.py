@@ -1,0 +1,73 @@
+"""Questions with a name for an answer and documents to find it in: NQ, TriviaQA, HotpotQA, 2WikiMultiHopQA, Bamboogle.
+
+The hub's rows are those of FlashRAG (Jin et al., arXiv 2405.13576).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hrpo_patches.graders import exact_match
+from hrpo_patches.tasks.base import STEPS, Problem, Row, Task, Unreadable, text
+
+HUB = "RUC-NLPIR/FlashRAG_datasets"
+TOP = 3  # documents that a question comes with
+
+
+def documents_of(row: Row) -> list[str]:
+    """The documents that a row brings with it, each a title and a text; none if it has no `context`."""
+    context: Any = row.get("context") or (row.get("metadata") or {}).get("context")
+    if isinstance(context, dict):
+        bodies = context.get("sentences") or context.get("content") or []
+        joined = [body if isinstance(body, str) else " ".join(part.strip() for part in body) for body in bodies]
+        return [f"{title}: {body}" for title, body in zip(context.get("title", []), joined, strict=False)]
+    return [str(document) for document in context] if isinstance(context, list) else []
+
+
+def with_documents(question: str, documents: list[str]) -> str:
+    """The question after its documents, which are numbered."""
+    numbered = [f"[{i}] {document}" for i, document in enumerate(documents, 1)]
+    return "\n".join([*numbered, question])
+
+
+def read(row: Row) -> Problem:
+    """`golden_answers` or `answer`: a list of names, or one."""
+    golds = row.get("golden_answers") or row.get("answer")
+    golds = [golds] if isinstance(golds, str) else golds
+    if not isinstance(golds, list) or not all(isinstance(gold, str) for gold in golds):
+        raise Unreadable("needs a text, or a list of texts, as its answer")
+    return {"question": text(row, "question"), "answer": golds}
+
+
+def _task(name: str, train: tuple[str, ...], test: tuple[str, ...]) -> Task:
+    return Task(
+        name=name,
+        train=tuple(f"{HUB}:{part}" for part in train),
+        test=tuple(f"{HUB}:{part}" for part in test),
+        shapes={("question", "golden_answers"): read, ("question", "answer"): read},
+        instruction=STEPS.replace("Solve the problem", "Answer the question from the documents").replace(
+            "final answer alone", "answer alone, as short as possible"
+        )
+        + "{marker} Marie Curie",
+        examples=(
+            "[1] Blue Lake: Blue Lake lies in the Harlow hills and feeds the river Tarn.\n"
+            "[2] Tarn: The Tarn meets the sea at Port Ellery.\n"
+            "Where does the river that Blue Lake feeds meet the sea?\n"
+            "Blue Lake feeds the Tarn, which meets the sea at Port Ellery. {marker} Port Ellery",
+            "[1] The Glass Hour: The Glass Hour is a novel of 1911 by Ida Moreau.\n"
+            "[2] Ida Moreau: Ida Moreau was born in Lyon.\nIn which city was the author of The Glass Hour born?\n"
+            "Ida Moreau wrote it, and she was born in Lyon. {marker} Lyon",
+        ),
+        grader=exact_match,
+        retrieval=True,
+    )
+
+
+TASKS = (
+    _task("rag", ("nq@train", "hotpotqa@train"), ("hotpotqa@dev",)),
+    _task("nq", ("nq@train",), ("nq@test",)),
+    _task("triviaqa", ("triviaqa@train",), ("triviaqa@test",)),
+    _task("hotpotqa", ("hotpotqa@train",), ("hotpotqa@dev",)),
+    _task("2wikimultihopqa", ("2wikimultihopqa@train",), ("2wikimultihopqa@dev",)),
+    _task("bamboogle", (), ("bamboogle@test",)),
+)

@@ -1,0 +1,216 @@
+"""Each task: a row as the hub or a file has it goes in; the exact question, gold and prompt come out; it grades."""
+
+import json
+
+import pytest
+
+from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of
+from hrpo_patches.errors import InputError
+from hrpo_patches.retrieval import with_retrieved
+from hrpo_patches.tasks import TASKS, task_named
+from hrpo_patches.tasks.math import boxed
+
+BIRD = "Which is a bird?"
+CHOICES = {"text": ["bat", "wren", "bee"], "label": ["1", "2", "3"]}
+OPTIONS = "Which is a bird?\nA. bat\nB. wren\nC. bee"
+WIKI = {"title": ["Ida", "Lyon"], "sentences": [["Ida was born ", "in Lyon."], ["A city."]]}
+ROWS = [
+    ("gsm8k", {"question": " How many? ", "answer": "It is 1 + 2 = 3.\n#### 1,003"}, "How many?", ["1,003"]),
+    ("gsm8k", {"question": "How many?", "answer": 42}, "How many?", ["42"]),
+    ("svamp", {"Body": "Tom has 3.", "Question": "How many?", "Answer": 145.0}, "Tom has 3. How many?", ["145"]),
+    ("svamp", {"Body": "Tom has 3.", "Question": "How many?", "Answer": "2.5"}, "Tom has 3. How many?", ["2.5"]),
+    ("mawps", {"question": "How many?", "result": "12"}, "How many?", ["12"]),
+    ("mawps", {"input": "How many?", "target": 14.0}, "How many?", ["14"]),
+    (
+        "math",
+        {"problem": "What is $x$?", "solution": "So \\boxed{2}, no, \\boxed{\\frac{1}{2}}."},
+        "What is $x$?",
+        ["\\frac{1}{2}"],
+    ),
+    ("math", {"problem": "What is $x$?", "answer": "\\pi", "solution": "none"}, "What is $x$?", ["\\pi"]),
+    ("mmlu", {"question": BIRD, "choices": ["bat", "wren ", "bee"], "answer": 1}, OPTIONS, ["B"]),
+    (
+        "mmlu",
+        {
+            "question": "Which is a bird?",
+            "choices": {"text": ["bat", "wren", "bee"], "label": ["1", "2", "3"]},
+            "answerKey": "2",
+        },
+        OPTIONS,
+        ["B"],
+    ),
+    (
+        "arc_challenge",
+        {
+            "question": "Which is a bird?",
+            "choices": {"text": ["bat", "wren", "bee"], "label": list("ABC")},
+            "answerKey": "C",
+        },
+        OPTIONS,
+        ["C"],
+    ),
+    *[
+        (name, {"question": "Where?", "golden_answers": ["Lyon", "Lyons"]}, "Where?", ["Lyon", "Lyons"])
+        for name in ("rag", "nq", "triviaqa", "hotpotqa", "2wikimultihopqa", "bamboogle")
+    ],
+    ("nq", {"question": "Where?", "answer": "Lyon"}, "Where?", ["Lyon"]),
+    ("nq", {"question": "Where?", "answer": ["Lyon"]}, "Where?", ["Lyon"]),
+]
+
+
+@pytest.mark.parametrize(("name", "row", "question", "golds"), ROWS)
+def test_a_row_becomes_its_question_and_golds(name, row, question, golds):
+    task = task_named(name)
+    problem = task.read(row, "row 1")
+    assert problem == {"question": question, "answer": golds}
+    assert task.is_right(problem, golds[-1]) and not task.is_right(problem, "none of them")
+
+
+def test_every_task_has_a_row_here():
+    assert {row[0] for row in ROWS} == set(TASKS)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_prompts_show_the_marker_and_are_filled_in(name):
+    task = task_named(name)
+    for marker in ("####", "</{answer}>"):
+        plain = prompt_of(task, "The question?", marker, [], chat=False)
+        assert marker in plain and plain.endswith("\n\nThe question?\n")
+        examples = examples_of(task, marker, len(task.examples), [])
+        assert len(examples) >= 2
+        shown = prompt_of(task, "The question?", marker, examples, chat=False)
+        assert shown == "\n\n".join([*examples, "The question?"]) + "\n" and shown.count(marker) == len(examples)
+        system, user = prompt_of(task, "The question?", marker, examples, chat=True)
+        assert user["content"] == "The question?" and all(example in system["content"] for example in examples)
+        for text in (plain, shown, system["content"]):
+            assert "{marker}" not in text and "{{" not in text
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_worked_examples_end_in_an_answer_that_the_grader_reads(name):
+    task = task_named(name)
+    for example in examples_of(task, "####", len(task.examples), []):
+        answer = example.rpartition("#### ")[2]
+        assert task.is_right({"question": "?", "answer": [answer]}, answer)
+
+
+def test_the_whole_prompts_of_one_problem():
+    problem = task_named("mmlu").read(ROWS[8][1], "row")
+    (example,) = examples_of(task_named("mmlu"), "####", 1, [])
+    assert prompt_of(task_named("mmlu"), problem["question"], "####", [example], chat=False) == (
+        "Which planet is nearest to the sun?\nA. Venus\nB. Mercury\nC. Mars\nD. Earth\n"
+        "Mercury's orbit lies inside that of Venus, the next one. #### B\n\n"
+        "Which is a bird?\nA. bat\nB. wren\nC. bee\n"
+    )
+    assert prompt_of(task_named("math"), "What is $x$?", "####", [], chat=True) == [
+        {
+            "role": "system",
+            "content": "Solve the problem step by step. When you are done, write #### and then the final answer "
+            "alone, like this: #### \\frac{1}{2}",
+        },
+        {"role": "user", "content": "What is $x$?"},
+    ]
+    assert prompt_of(task_named("nq"), "Where?", "####", [], chat=False) == (
+        "Answer the question from the documents step by step. When you are done, write #### and then the answer "
+        "alone, as short as possible, like this: #### Marie Curie\n\nWhere?\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("row", "documents"),
+    [
+        ({"context": WIKI}, "[1] Ida: Ida was born in Lyon.\n[2] Lyon: A city.\n"),
+        ({"metadata": {"context": WIKI}}, "[1] Ida: Ida was born in Lyon.\n[2] Lyon: A city.\n"),
+        ({"metadata": {"context": {"title": ["Ida"], "content": ["Born."]}}}, "[1] Ida: Born.\n"),
+        ({"context": ["one", "two"]}, "[1] one\n[2] two\n"),
+    ],
+)
+def test_documents_that_come_with_a_question_stand_before_it(row, documents):
+    problem = {"question": "Where?", "answer": ["Lyon"]}
+    assert with_retrieved([problem], [row], None) == [{"question": documents + "Where?", "answer": ["Lyon"]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "message"),
+    [
+        (
+            "svamp",
+            {"Body": "x", "Question": "y"},
+            r"row 1 has \['Body', 'Question'\], but .*needs 'Body' and",
+        ),
+        ("mawps", {"x": 1}, "needs 'question' and 'result', or 'input' and 'target'"),
+        ("gsm8k", {"question": "x", "answer": "because ####"}, "has nothing after ####"),
+        ("math", {"problem": "x", "solution": "2"}, "has no .boxed answer"),
+        ("math", {"problem": "x", "solution": "\\boxed{2"}, "without its closing brace"),
+        ("mmlu", {"question": "x", "choices": ["a", "b"], "answer": 2}, "option number 2 of 2"),
+        ("mmlu", {"question": "x", "choices": ["a"], "answer": 0}, "has 1 options"),
+        ("mmlu", {"question": "x", "choices": "ab", "answer": 0}, "a list as its choices"),
+        ("mmlu", {"question": "x", "choices": ["a", "b"], "answerKey": "A"}, "choices with text and label"),
+        (
+            "mmlu",
+            {"question": "x", "choices": {"text": ["a"], "label": ["A"]}, "answerKey": "B"},
+            "none of its options",
+        ),
+        ("nq", {"question": "x", "answer": 7}, "a text, or a list of texts"),
+        ("nq", {"question": "x", "answer": ["", "x"]}, "has an empty answer"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_one_sentence(name, row, message):
+    with pytest.raises(InputError, match=message):
+        task_named(name).read(row, "row 1")
+
+
+def test_an_unknown_task_is_answered_with_the_nearest_names():
+    with pytest.raises(InputError, match="no task 'gsm8'; did you mean gsm8k"):
+        task_named("gsm8")
+    with pytest.raises(InputError, match="there are 2wikimultihopqa, arc_challenge"):
+        task_named("zzzz")
+
+
+def test_boxes_nest_and_may_lack_their_braces():
+    assert boxed("a \\boxed{\\text{x} + {y}} b") == "\\text{x} + {y}" and boxed("so \\boxed 7.") == "7"
+
+
+def test_a_gym_task_is_graded_by_its_generator_and_plain_numbers_in_any_notation():
+    numbers = find_task("reasoning_gym:chain_sum", None, size=5, seed=1)
+    problem = load_problems(numbers)[2]
+    gold = problem["answer"][0]
+    assert numbers.is_right(problem, f"{gold}.0") and not numbers.is_right(problem, "x")
+    task = find_task("gsm8k", "reasoning_gym:countdown", size=5, seed=1)
+    problems = load_problems(task)
+    assert task.name == "reasoning_gym:countdown" and [problem["index"] for problem in problems] == list(range(5))
+    for problem in problems:
+        gold = problem["answer"][0]
+        assert task.is_right(problem, gold) and task.is_right(problem, f"({gold})")  # another way to write it
+        assert not task.is_right(problem, "1 +") and not task.is_right(problem, "__import__('os')")
+
+
+@pytest.mark.shared_data
+@pytest.mark.parametrize(
+    ("name", "files", "rows"),
+    [
+        ("gsm8k", ("gsm8k/train.jsonl", "gsm8k/test.jsonl"), 8792),
+        ("svamp", ("svamp/test.jsonl",), 1000),
+        ("mawps", ("mawps/singleop.jsonl", "mawps/addsub.jsonl"), 957),
+        ("mmlu", ("mmlu_stem/test.jsonl",), 3018),
+    ],
+)
+def test_real_golds_are_right_against_themselves_and_wrong_against_a_neighbours(shared_data, name, files, rows):
+    task = task_named(name)
+    problems = [problem for file in files for problem in load_problems(task, str(shared_data / file))]
+    assert len(problems) == rows
+    for problem, neighbour in zip(problems, problems[1:] + problems[:1], strict=True):
+        gold, other = problem["answer"][0], neighbour["answer"][0]
+        assert task.is_right(problem, gold), problem
+        if name == "mmlu":
+            assert task.is_right(problem, f"({gold})") and (gold == other or not task.is_right(problem, other))
+        else:
+            value, different = (float(text.replace(",", "")) for text in (gold, other))
+            assert task.is_right(problem, f"{value:,} in all")
+            if value not in (different, different * 100, different / 100):
+                assert not task.is_right(problem, other), (gold, other)
+
+
+def test_a_file_of_a_task_is_read_line_by_line(tmp_path):
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(ROWS[i][1]) for i in (4, 5)))
+    assert [p["answer"] for p in load_problems(task_named("mawps"), str(tmp_path / "own.jsonl"))] == [["12"], ["14"]]
