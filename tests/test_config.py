@@ -17,6 +17,13 @@ from hrpo_patches.errors import InputError
         ({"residual": "both"}, "residual has to be"),
         ({"answer_start": ""}, "non-empty"),
         ({"init_std": 0.0}, "init_std"),
+        ({"init_std": None}, "init_std has to be a finite number, not None"),
+        ({"init_std": float("inf")}, "init_std has to be a finite number"),
+        ({"r_min": "0.5"}, "r_min has to be a finite number, not '0.5'"),
+        ({"projection_dropout": "0.1"}, "projection_dropout has to be a finite number"),
+        ({"projection_layers": True}, "projection_layers has to be a whole number, not True"),
+        ({"projection_layers": 2, "projection_hidden": 2.5}, "projection_hidden has to be a whole number"),
+        ({"embedding_norm": float("nan")}, "embedding_norm has to be a finite number"),
         ({"marker": "####"}, "unknown thinking option 'marker'"),
     ],
 )

@@ -92,3 +92,14 @@ def test_evaluations_and_plain_runs_are_no_faults():
 
 def test_a_step_that_cannot_move_at_a_learning_rate_of_zero_is_no_fault():
     assert not any(said([HEALTHY | FAULTS["not_moving"] | {"learning_rate": 0.0}] * 60))
+
+
+def test_the_missing_marker_says_what_is_so_of_the_reward():
+    (none,) = flat(said([HEALTHY | {"marker_rate": 0.0, "reward": 0.0}] * 30))
+    (some,) = flat(said([HEALTHY | {"marker_rate": 0.0, "reward": 2.5}] * 30))
+    assert "so every reward is 0" in none and "so thinking never ends" in some and "every reward" not in some
+
+
+def test_a_trainer_without_rewards_misses_no_marker():
+    row = {key: value for key, value in HEALTHY.items() if key != "reward"}
+    assert not any(said([row | {"marker_rate": 0.0}] * 60))

@@ -1,11 +1,11 @@
-"""Greedy answers in the prompts' order, and an accuracy with its standard error."""
+"""Answers in batches of similar length, which change no answer and can be passed over."""
 
 import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
-from hrpo_patches.evaluate import Accuracy, accuracy, greedy_completions
-from hrpo_patches.tasks import task_named
+from hrpo_patches.errors import InputError
+from hrpo_patches.evaluate import Decoding, batches_of, complete, greedy_completions, uses_chat
 
 
 def test_batches_sorted_by_length_change_no_answer():
@@ -18,9 +18,25 @@ def test_batches_sorted_by_length_change_no_answer():
     assert model.training and torch.is_grad_enabled()
 
 
-def test_accuracy_and_its_standard_error():
-    problems = [{"question": "?", "answer": [gold]} for gold in ("1", "2", "3", "5")]
-    result = accuracy(task_named("gsm8k"), problems, ["#### 1", "#### 2", "3", "#### 4"], "####")
-    assert (result.right, result.total, result.mean) == (2, 4, 0.5)
-    assert result.standard_error == pytest.approx(0.25)
-    assert str(Accuracy(91, 200)) == "0.455 ± 0.035 (91 of 200)"
+def test_completions_come_in_batches_and_end_at_their_end_token():
+    model, tokenizer = tiny_model("llama", thinking=False), byte_tokenizer()
+    ids = [[1] * length for length in (5, 2, 9, 2)]
+    decoding = Decoding(30, thinking=False, temperature=1.0, batch_size=3)
+    found = {}
+    for batch, rows in complete(model, tokenizer, ids, decoding):
+        found |= dict(zip(batch, rows, strict=True))
+    assert batches_of(ids, 3) == [[1, 3, 0], [2]] and sorted(found) == [0, 1, 2, 3]
+    end = tokenizer.eos_token_id
+    assert all(end not in row[:-1] and (len(row) == 30 or row[-1] == end) for row in found.values())
+    assert any(len(row) < 30 for row in found.values())
+    ((batch, rows),) = complete(model, tokenizer, ids, decoding, first=1)
+    assert batch == [2] and rows == [found[2]]  # the same, though the first batch was passed over
+
+
+def test_a_conversation_needs_a_template():
+    tokenizer = byte_tokenizer()
+    assert not uses_chat("auto", tokenizer) and not uses_chat("plain", tokenizer)
+    with pytest.raises(InputError, match="needs a chat template"):
+        uses_chat("chat", tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert uses_chat("auto", tokenizer) and not uses_chat("plain", tokenizer)

@@ -4,6 +4,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,73 @@ def test_only_logged_steps_are_measured_and_only_their_first_batch(tmp_path, mon
     )
     trainer.train()
     assert seen == [1, 3] and [row["step"] for row in steps(tmp_path)] == [2, 4]
+
+
+def test_what_is_measured_is_the_first_batch_at_the_sampling_temperature(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, gradient_accumulation_steps=2, temperature=0.7)
+    forwards, measured = [], []
+    backbone, original = trainer.monitor.backbone, sys.modules["hrpo_patches.monitor"].measure_blend
+
+    def see(module, args, kwargs):
+        if torch.is_grad_enabled():
+            forwards.append(kwargs["thinking_states"])
+
+    backbone.register_forward_pre_hook(see, with_kwargs=True)
+    monkeypatch.setattr("hrpo_patches.monitor.measure_blend", lambda *args: measured.append(args) or original(*args))
+    trainer.train()
+    ((_, _, inputs, temperature),) = measured
+    assert len(forwards) == 2 and inputs["thinking_states"] is forwards[0] and temperature == 0.7
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"logging_steps": 3, "logging_first_step": True}, [0, 2]),
+        ({"logging_strategy": "epoch", "num_train_epochs": 2, "max_steps": -1}, [15, 31]),
+        ({"logging_strategy": "no"}, []),
+    ],
+)
+def test_the_steps_that_are_logged_are_the_ones_that_are_measured(options, expected, tmp_path, monkeypatch):
+    trainer, seen = small_trainer(tmp_path, **{"max_steps": 4} | options), []
+    monkeypatch.setattr(
+        "hrpo_patches.monitor.measure_weights", lambda *args: seen.append(trainer.state.global_step) or {}
+    )
+    trainer.train()
+    assert seen == expected
+
+
+def test_the_cost_counts_the_look_at_every_batch(tmp_path, monkeypatch):
+    trainer = small_trainer(tmp_path, gradient_accumulation_steps=4)
+    monkeypatch.setattr(trainer.monitor, "_refuse_nonfinite", lambda *args: time.sleep(0.02))
+    trainer.train()
+    assert trainer.monitor.seconds > 4 * 0.02
+
+
+def test_drift_goes_on_from_the_same_start_in_a_run_whose_projection_was_drawn_anew(tmp_path):
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
+    small_trainer(tmp_path, **options).train()
+    straight = [row["projection/drift"] for row in steps(tmp_path)]
+    model = tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9})
+    torch.manual_seed(99)
+    model.model.thinking_projection.reset_parameters()
+    again = small_trainer(tmp_path, model=model, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
+    assert [row["projection/drift"] for row in steps(tmp_path)] == pytest.approx(straight, rel=1e-5)
+    (tmp_path / "monitor_start.safetensors").unlink()
+    blind = small_trainer(tmp_path, **options)
+    blind.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert "projection/drift" not in steps(tmp_path)[-1] and "projection/weight_norm" in steps(tmp_path)[-1]
+
+
+def test_a_new_trainer_takes_the_hook_of_a_failed_one_off(tmp_path):
+    model = tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9})
+    options = {"model": model, "peft_config": None, "beta": 0.0}
+    failed = small_trainer(tmp_path / "a", reward=lambda completions, **_: 1 / 0, **options)
+    with pytest.raises(ZeroDivisionError):
+        failed.train()
+    assert len(model.model._forward_pre_hooks) == 1
+    small_trainer(tmp_path / "b", **options).train()
+    assert not model.model._forward_pre_hooks
 
 
 def test_a_run_goes_the_same_way_without_a_monitor(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from runs import small_trainer
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from hrpo_patches import NonFiniteError
 from hrpo_patches.console import console
@@ -43,7 +44,13 @@ def test_the_run_stops_before_the_step_and_can_go_on_from_the_last_checkpoint(ac
     assert len(kept["input_ids"]) == 8 and kept["thinking_states"].shape[::2] == (8, 32)
     record = json.loads((tmp_path / "nonfinite-step-3" / "nonfinite.json").read_text())
     assert record["step"] == 3 and record["weights"] == [] and record["inputs"] == []
-    assert any("thinking_projection" in name for name in record["gradients"])
+    if batch == 5:  # a batch of several, of which only the last is clipped
+        (name,) = record["gradients"]
+        assert "thinking_projection" in name
+    else:
+        assert record["gradients"].startswith("all: clipping spreads")
+    last = json.loads((tmp_path / "monitor.jsonl").read_text().splitlines()[-1])
+    assert last["step"] == 2 and "is not finite" in last["stopped"]
 
     again = small_trainer(tmp_path, **options)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
@@ -79,7 +86,7 @@ def test_float16_is_left_to_its_scaler_which_passes_over_steps_that_overflow(tmp
     monitor = small_trainer(tmp_path).monitor
     parameter = next(p for p in monitor.model.parameters() if p.requires_grad)
     parameter.grad = torch.full_like(parameter, torch.inf)
-    state = SimpleNamespace(global_step=0)
+    state = SimpleNamespace(global_step=0, is_world_process_zero=False)
     monitor._refuse_nonfinite(SimpleNamespace(fp16=True, process_index=0), state)
     with pytest.raises(NonFiniteError):
         monitor._refuse_nonfinite(SimpleNamespace(fp16=False, process_index=0), state)
@@ -92,3 +99,33 @@ def test_a_script_says_it_in_a_sentence(capsys):
     with pytest.raises(SystemExit) as stop:
         console(main)
     assert stop.value.code == 2 and capsys.readouterr().err == "error: a gradient of step 3 is not finite\n"
+
+
+@pytest.mark.parametrize("rate", [1e30, 1.0])
+def test_weights_that_a_step_spoils_are_never_saved(tmp_path, rate):
+    class Spoil(TrainerCallback):
+        def on_optimizer_step(self, args, state, control, model=None, **kwargs):
+            if rate == 1.0 and state.global_step == 1:
+                next(p for p in model.parameters() if p.requires_grad).data[0] = torch.nan
+
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 1, "learning_rate": rate}
+    trainer = small_trainer(tmp_path, **options, max_grad_norm=0.0)
+    trainer.add_callback(Spoil())
+    with pytest.raises(NonFiniteError, match="step [12] left weights that are not finite|step 2's rollout|gradient"):
+        trainer.train()
+    for folder in tmp_path.glob("checkpoint-*"):
+        weights = load_file(folder / "adapter_model.safetensors").values()
+        assert all(weight.isfinite().all() for weight in weights)
+    if rate == 1.0:
+        assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
+        record = json.loads((tmp_path / "nonfinite-step-2" / "nonfinite.json").read_text())
+        assert len(record["weights"]) == 1
+        assert "thinking_states" in load_file(tmp_path / "nonfinite-step-2" / "inputs.safetensors")
+
+
+def test_a_rollout_whose_logits_are_not_finite_is_a_sentence_and_keeps_its_prompts(tmp_path):
+    trainer = small_trainer(tmp_path)
+    trainer.model.get_base_model().lm_head.weight.data.fill_(torch.nan)
+    with pytest.raises(NonFiniteError, match="logits of step 1's rollout are not finite"):
+        trainer.train()
+    assert "input_ids" in load_file(tmp_path / "nonfinite-step-1" / "inputs.safetensors")

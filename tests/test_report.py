@@ -1,6 +1,7 @@
 """Runs side by side: what is read from their folders, drawn and put into a table."""
 
 import json
+from pathlib import Path
 
 import pytest
 from matplotlib.image import imread
@@ -12,6 +13,7 @@ from hrpo_patches.report import PANELS, Run, draw, read_run, read_runs, table, w
 from hrpo_patches.run_log import RunLog
 
 SCORES = {"mean": 0.5, "standard_error": 0.1, "total": 25}
+ENDED = {"log": [{"step": 8}]}  # as many steps as `make_run` makes
 FULL = dict.fromkeys(PANELS, 0.5) | {"kl": 0.002, "loss": 0.1, "step_time": 3.0}
 
 
@@ -22,7 +24,7 @@ def make_run(folder, residual="projection", steps=8, record=None, keys=FULL):
         log.write({"step": step, **dict.fromkeys(keys, step / 10), "loss": 0.1})
     log.write({"step": steps, "eval_reward": 1.0})
     if record is not None:
-        write_json(record, folder)
+        write_json(ENDED | record, folder)
     return folder
 
 
@@ -48,7 +50,7 @@ def test_a_run_is_read_from_its_folder(tmp_path):
     run = read_run(make_run(tmp_path / "run", record={"title": "t", "after": SCORES}))
     assert (run.name, run.residual, run.record["title"]) == ("run", "projection", "t")
     assert run.series("reward") == (list(range(1, 9)), [step / 10 for step in range(1, 9)])
-    assert run.series("eval_reward") == run.series("nothing") == ([], [])
+    assert run.series("eval_reward") == ([8], [1.0]) and run.series("nothing") == ([], [])
 
 
 def test_runs_of_the_same_name_are_told_apart(tmp_path):
@@ -63,7 +65,7 @@ def test_the_figure_has_title_axes_units_and_a_legend_that_names_each_run_once(t
     assert figure.get_suptitle() == "2 runs side by side"
     shown = [text.get_text() for text in figure.legends[0].get_texts()]
     assert [sum(run in text for text in shown) for run in ("ours (projection)", "control (none)")] == [1, 1]
-    assert "mean of 1 log lines; faint: each" in shown[0]
+    assert figure.legends[0].get_title().get_text() == "faint: each log line; bold: mean of the last eighth of them"
     for axes, (title, label) in zip(figure.axes, PANELS.values(), strict=True):
         assert (axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) == (title, label, "optimizer step")
     drawn = [len(axes.lines) for axes in figure.axes]
@@ -77,7 +79,7 @@ def test_a_figure_of_one_run_says_what_it_is_and_how_it_ended(tmp_path, figures)
     assert figure.get_suptitle() == (
         "a run\ngreedy accuracy on 25 held-out problems: 0.500 ± 0.100 before, 0.700 ± 0.100 after"
     )
-    assert texts(figure).count("not part of these runs") == 3
+    assert texts(figure).count("nothing logged") == 3
 
 
 def test_rounding_noise_is_drawn_as_a_flat_line(tmp_path, figures):
@@ -89,15 +91,16 @@ def test_rounding_noise_is_drawn_as_a_flat_line(tmp_path, figures):
 
 def test_the_table_has_a_row_for_each_run_and_its_warnings(tmp_path):
     ours = make_run(tmp_path / "ours", record={"title": "t", "before": SCORES, "after": SCORES})
-    RunLog(ours).write({"step": 9, "loss": 0.1, "warnings": ["Something is wrong."]})
+    RunLog(ours).write({"step": 8, "loss": 0.1, "warnings": ["Something is wrong."]})
+    RunLog(ours).write({"step": 8, "stopped": "It is not finite."})
     lines = table(read_runs([ours, plain(tmp_path / "control")])).splitlines()
     head, rule, first, second = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lines[:4])
     assert len(head) == len(rule) == len(first) == len(second)
     cells = dict(zip(head, first, strict=True))
     assert cells["reward, first quarter"] == "0.150" and cells["reward, last quarter"] == "0.750"
-    assert cells["accuracy after"] == "0.500 ± 0.100" and cells["steps"] == "9"
+    assert cells["accuracy after"] == "0.500 ± 0.100" and cells["steps"] == "8"
     assert dict(zip(head, second, strict=True))["a, last quarter"] == "–"
-    assert lines[-1] == "- **ours**: Something is wrong."
+    assert lines[-2:] == ["- **ours**: Something is wrong.", "- **ours**: It is not finite."]
 
 
 def test_the_command_writes_both_files_and_never_over_others(tmp_path, capsys, monkeypatch):
@@ -126,3 +129,50 @@ def test_a_folder_that_holds_no_run_is_named(tmp_path):
     with pytest.raises(InputError, match=r"report.json is no JSON"):
         write_report([tmp_path / "run"], tmp_path / "out")
     assert json.loads((tmp_path / "run" / "monitor.jsonl").read_text().splitlines()[0])["step"] == 0
+
+
+def test_a_report_of_fewer_steps_than_the_log_is_of_an_earlier_end(tmp_path):
+    folder = make_run(tmp_path / "run", record={"title": "t", "before": SCORES, "after": SCORES})
+    assert "after" in read_run(folder).record
+    RunLog(folder).write({"step": 9, "loss": 0.1})
+    assert "after" not in read_run(folder).record and "before" in read_run(folder).record
+
+
+def test_names_of_any_kind_and_runs_of_any_length_can_be_drawn(tmp_path, figures):
+    names = ["_hidden", "$a$b$", "one", "none"]
+    runs = read_runs([make_run(tmp_path / name, steps=i) for name, i in zip(names, (3, 2, 1, 0), strict=True)])
+    draw(runs, tmp_path / "out.png")
+    (figure,) = figures
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == [f"{name} (projection)" for name in names]
+    dots = [line.get_marker() for line in figure.axes[0].lines[::2]]
+    assert dots[2] == "o" and dots[0] in (None, "None") and len(dots) == 3
+
+
+@pytest.mark.parametrize("out", [".", "x.png", "x.md", "file/x"])
+def test_a_name_that_cannot_be_two_files_is_refused(tmp_path, out):
+    (tmp_path / "file").write_text("mine")
+    run = make_run(tmp_path / "run")
+    with pytest.raises(InputError, match="--out is the name of two files, without their endings"):
+        write_report([run], Path(out) if out == "." else tmp_path / out)
+
+
+@pytest.mark.parametrize(("text", "sentence"), [("[]", "holds no report"), ("{", "is no JSON")])
+def test_a_damaged_report_is_named(tmp_path, text, sentence):
+    run = make_run(tmp_path / "run")
+    (run / "report.json").write_text(text)
+    with pytest.raises(InputError, match=sentence):
+        read_run(run)
+
+
+def test_a_report_without_its_accuracy_still_has_a_title(tmp_path, figures):
+    run = make_run(tmp_path / "run", record={"title": "t", "before": SCORES, "after": None})
+    draw([read_run(run)], tmp_path / "out.png")
+    assert figures[0].get_suptitle() == "t" and "| – |" in table([read_run(run)])
+
+
+def test_the_title_of_several_runs_is_what_they_have_in_common(tmp_path, figures):
+    titles = {"a": "model, projection, sums", "b": "model, none, sums"}
+    runs = read_runs([make_run(tmp_path / name, record={"title": title}) for name, title in titles.items()])
+    draw(runs, tmp_path / "both.png")
+    assert figures[0].get_suptitle() == "model, sums: 2 runs side by side"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import small_trainer
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 
@@ -91,3 +92,21 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, whole, tmp_path, wh
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     assert log_of(folder)[:STEPS] == log_of(whole)[:STEPS]
+
+
+def test_the_embedding_scale_is_measured_before_training_can_change_the_table(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "peft_config": None, "beta": 0.0}
+
+    def trainer():
+        return small_trainer(
+            tmp_path, model=tiny_model("llama", thinking={"residual_scale": "embedding"}), learning_rate=0.1, **options
+        )
+
+    straight = trainer()
+    straight.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    pairs = zip(straight.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    table = resumed.model.get_input_embeddings().weight
+    assert abs(table.norm(dim=-1).mean().item() - resumed.model.config.thinking["embedding_norm"]) > 1e-3

@@ -2,7 +2,9 @@
 
 import json
 
+import numpy
 import pytest
+import torch
 
 from hrpo_patches.errors import InputError
 from hrpo_patches.run_log import RunLog, read_rows
@@ -53,3 +55,23 @@ def test_a_damaged_line_is_named(line, tmp_path):
     (tmp_path / "monitor.jsonl").write_text(f'{{"step": 0}}\n{line}\n')
     with pytest.raises(InputError, match="line 2 of .* is no JSON object"):
         read_rows(tmp_path / "monitor.jsonl")
+
+
+def test_the_log_of_another_run_is_not_gone_on_with(tmp_path):
+    log = RunLog(tmp_path)
+    log.begin(0, {"residual": "none"})
+    log.write({"step": 1, "loss": 0.5})
+    log.write({"step": 2, "loss": float("nan")})
+    before = log.path.read_bytes()
+    with pytest.raises(InputError, match="holds another run's log"):
+        log.begin(2, {}, [{"step": 1, "loss": 0.4}])
+    assert log.path.read_bytes() == before
+    log.begin(2, {}, [{"step": 1, "loss": 0.5}, {"step": 2, "loss": float("nan")}, {"step": 2, "eval_loss": 1.0}])
+    assert len(read_rows(log.path)) == 3
+
+
+def test_numbers_of_torch_and_numpy_are_numbers(tmp_path):
+    log = RunLog(tmp_path)
+    log.begin(0, {})
+    log.write({"step": 1, "loss": torch.tensor(0.5), "kl": numpy.float32(0.25)})
+    assert read_rows(log.path)[1] == {"step": 1, "loss": 0.5, "kl": 0.25}

@@ -59,9 +59,14 @@ def test_greedy_is_greedy_and_takes_no_random_numbers(tokenizer):
 
 def test_numbers_out_of_range_are_refused(tokenizer):
     model = tiny_model("llama")
-    for wrong in ({"max_new_tokens": 0}, {"top": 0}, {"temperature": -1.0}):
+    for wrong in ({"max_new_tokens": 0}, {"top": 0}):
         with pytest.raises(InputError, match="have to be 1 or more"):
             think(model, tokenizer, "Hi", **wrong)
+    for wrong in ({"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 1e-40}, {"seed": -1}):
+        with pytest.raises(InputError, match="temperature has to be 0, for greedy, or 0.01 or more, and seed"):
+            think(model, tokenizer, "Hi", **wrong)
+    with pytest.raises(InputError, match="the prompt is empty"):
+        think(model, tokenizer, "")
 
 
 def test_the_table_and_the_picture_hold_any_token(tokenizer, tmp_path):
@@ -87,14 +92,19 @@ def test_only_fresh_weights_are_called_untrained(base, tmp_path):
     trainer.train()
     trainer.save_model()
     assert not is_untrained(trainer.model)
-    assert not is_untrained(load_adapter(tiny_model("llama"), tmp_path / "run"))
+    trained = load_adapter(tiny_model("llama"), tmp_path / "run")
+    assert not is_untrained(trained)
+    trained.get_base_model().model.thinking_projection.modules_to_save.default.reset_parameters()
+    assert is_untrained(trained)  # one that is used and fresh is enough
+    trained.config.thinking["residual"] = "embedding"
+    assert not is_untrained(trained)  # which does not use the projection
 
 
 def test_the_command_looks_into_a_base_an_adapter_and_a_merged_model(base, tmp_path, capsys):
     command = ["think", "--prompt", "Hi [there]", "--max_new_tokens", "5"]
     assert main([*command, str(base)]) == 0
     shown = capsys.readouterr().out
-    assert "Hi [there]" in shown and "are fresh, not trained" in shown
+    assert "[there]" in shown and "are fresh, not trained" in shown
 
     from transformers import AutoModelForCausalLM
 
@@ -130,3 +140,9 @@ def test_what_cannot_work_is_a_sentence(arguments, sentence, tmp_path, monkeypat
     byte_tokenizer().save_pretrained(tmp_path / "base")
     assert main(["think", "base", "--prompt", "Hi", *arguments]) == 2
     assert sentence in capsys.readouterr().err and (tmp_path / "old.png").read_text() == "mine"
+
+
+def test_a_damaged_adapter_config_is_a_sentence(tmp_path, capsys):
+    (tmp_path / "adapter_config.json").write_text("{")
+    assert main(["think", str(tmp_path), "--prompt", "Hi"]) == 2
+    assert "adapter_config.json is damaged" in capsys.readouterr().err

@@ -124,6 +124,14 @@ def think(arguments: argparse.Namespace) -> int:
     return written([inside.draw(thoughts, title, arguments.png)] if arguments.png is not None else [])
 
 
+def evaluate(argv: list[str]) -> int:
+    """Evaluate a model on a task."""
+    from hrpo_patches.evaluation import main as run
+
+    run(argv)
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands, each with the function that does it."""
     top = argparse.ArgumentParser(prog="python -m hrpo_patches", description=__doc__)
@@ -169,6 +177,8 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--top", type=int, default=3, help="words for each residual (default: 3)")
     one.add_argument("--base", default=None, help="the base model (default: the one that the adapter names)")
     one.add_argument("--png", type=Path, default=None, help="draw it into this file, too; must not exist")
+    text = "let a model answer a task's problems, and grade them (flags: eval --help)"
+    commands.add_parser("eval", help=text, add_help=False).set_defaults(run=None)
     text = "for maintainers: write the patched upstream files into a folder, to be edited"
     command("checkout", text, lambda a: written(export.checkout(a.folder))).add_argument("folder", type=Path)
     text = "for maintainers: regenerate the diffs from an edited folder"
@@ -180,8 +190,11 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
-    arguments = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
     try:
+        if argv[:1] == ["eval"]:  # its flags are a dataclass's, as the training scripts'
+            return evaluate(argv[1:])
+        arguments = parser().parse_args(argv)
         return int(arguments.run(arguments))
     except (InputError, PatchError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
@@ -53,6 +54,10 @@ class ThinkingConfig:
             raise InputError(f"residual has to be one of {get_args(Residual)}, not {self.residual!r}.")
         if not isinstance(self.answer_start, str) or not self.answer_start:
             raise InputError(f"answer_start has to be a non-empty text, not {self.answer_start!r}.")
+        for name in ("r_min", "r_max", "init_std", "projection_dropout", "embedding_norm"):
+            _check_number(name, getattr(self, name), whole=False)
+        for name in ("projection_layers", "projection_hidden"):
+            _check_number(name, getattr(self, name), whole=True)
         check_r_range(self.r_min, self.r_max)
         if not self.init_std > 0:
             raise InputError(f"init_std has to be above 0, not {self.init_std!r}.")
@@ -119,6 +124,13 @@ def plain_model_type(model_config: dict[str, Any]) -> dict[str, Any]:
     if str(model_config.get("model_type", "")).endswith(NEEDS_US):
         return model_config | {"model_type": model_config["model_type"].removesuffix(NEEDS_US)}
     return model_config
+
+
+def _check_number(name: str, value: Any, whole: bool) -> None:
+    if value is None and getattr(ThinkingConfig, name) is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not abs(value) < math.inf:
+        raise InputError(f"{name} has to be a {'whole' if whole else 'finite'} number, not {value!r}.")
 
 
 def check_r_range(r_min: float, r_max: float) -> None:

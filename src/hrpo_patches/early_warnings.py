@@ -62,17 +62,17 @@ class EarlyWarnings:
         return {name for name, holds in faults.items() if holds}
 
     def _never(self, row: Row) -> set[str]:
-        if "marker_rate" in row and "marker_rate" not in self.seen:
+        if "reward" in row and "marker_rate" in row and "marker_rate" not in self.seen:
             return {"marker"}  # which explains a reward of zero
         return {"reward"} if "reward" in row and "reward" not in self.seen else set()
 
     def _text(self, name: str, row: Row) -> str:
+        unrewarded = ", so thinking never ends" if "reward" in self.seen else ", so every reward is 0"
         marker, a, kl = self.marker, f"{row.get('a/mean', 1):.5f}", f"{row.get('kl') or 0:.3g}"
         return {
-            "marker": f"No completion of the first {PATIENCE} steps carries the answer marker {marker!r}, so every "
-            f"reward is 0 and nothing is learned. Show the marker in the prompt (a worked example that ends in "
-            f"'{marker} 42' helps most), raise max_completion_length{self.cut}, or start from an "
-            f"instruction-tuned model.",
+            "marker": f"No completion of the first {PATIENCE} steps carries the answer marker {marker!r}"
+            f"{unrewarded}. Show the marker in the prompt (a worked example that ends in '{marker} 42' helps most), "
+            f"raise max_completion_length{self.cut}, or start from an instruction-tuned model.",
             "reward": f"The reward has been 0 for {PATIENCE} steps, so nothing is learned. Take easier problems, more "
             f"completions a prompt (group_size), or a model that solves some of them already.",
             "a_high": f"The share a of the embedding is at {a}, so the residual is as good as switched off. Start "

@@ -1,41 +1,37 @@
-"""Answers problems greedily and grades them; knows models and text, nothing of training."""
+"""Lets a model answer prompts, batch by batch; knows models and text, nothing of tasks or files."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from rich.progress import track
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hrpo_patches.rewards import grade
-from hrpo_patches.tasks import Problem, Task
+from hrpo_patches.errors import InputError
 
 Prompt = str | list[dict[str, str]]
 
 
 @dataclass
-class Accuracy:
-    """`right` of `total` problems."""
+class Decoding:
+    """How prompts are answered.
 
-    right: int
-    total: int
+    Attributes:
+        max_new_tokens: where a completion is cut.
+        thinking: whether the model thinks.
+        temperature: of the sampling, over the whole vocabulary; 0 is greedy.
+        batch_size: prompts answered at once.
+        seed: of the sampling; each batch has its own, so that a run can be resumed.
+    """
 
-    @property
-    def mean(self) -> float:
-        """The share of right answers."""
-        return self.right / self.total
-
-    @property
-    def standard_error(self) -> float:
-        """sqrt(p (1 - p) / n)."""
-        return math.sqrt(self.mean * (1 - self.mean) / self.total)
-
-    def __str__(self) -> str:
-        return f"{self.mean:.3f} ± {self.standard_error:.3f} ({self.right} of {self.total})"
+    max_new_tokens: int
+    thinking: bool
+    temperature: float = 0.0
+    batch_size: int = 50
+    seed: int = 42
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -47,7 +43,74 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     ]
 
 
+def uses_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts are conversations, for `prompt` "chat", "plain" or "auto": where there is a chat template.
+
+    Raises:
+        InputError: a conversation is asked for and the tokenizer has no template.
+    """
+    if prompt == "chat" and tokenizer.chat_template is None:
+        raise InputError("--prompt chat needs a chat template, and this model's tokenizer has none.")
+    return prompt == "chat" or (prompt == "auto" and tokenizer.chat_template is not None)
+
+
+def batches_of(ids: list[list[int]], size: int) -> list[list[int]]:
+    """The numbers of prompts that are answered together: those of similar length, shortest first."""
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
 @torch.no_grad()
+def complete(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    ids: list[list[int]],
+    decoding: Decoding,
+    first: int = 0,
+) -> Iterator[tuple[list[int], list[list[int]]]]:
+    """Answer prompts in batches of similar length.
+
+    Args:
+        model, tokenizer: the tokenizer has to pad on the left.
+        ids: of the prompts.
+        decoding: how.
+        first: the number of batches that are passed over.
+
+    Yields:
+        The numbers of a batch's prompts, and the ids of each completion up to its end token.
+    """
+    extra: dict[str, Any] = {"tokenizer": tokenizer} if decoding.thinking else {}
+    if decoding.temperature:
+        extra |= {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    else:
+        extra |= {"do_sample": False}
+    was_training = model.training
+    model.eval()
+    try:
+        for number, batch in list(enumerate(batches_of(ids, decoding.batch_size)))[first:]:
+            inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
+            if decoding.temperature:
+                set_seed(decoding.seed + number)
+            out = model.generate(
+                **inputs,
+                max_new_tokens=decoding.max_new_tokens,
+                pad_token_id=tokenizer.pad_token_id,
+                thinking=decoding.thinking,
+                **extra,
+            )
+            ends = model.generation_config.eos_token_id
+            ends = set(ends if isinstance(ends, list) else [ends])
+            rows = out[:, inputs["input_ids"].shape[1] :].tolist()
+            yield batch, [_up_to_end(row, ends) for row in rows]
+    finally:
+        model.train(was_training)
+
+
+def _up_to_end(row: list[int], ends: set[int | None]) -> list[int]:
+    """A completion without what was padded behind its end token, which is kept."""
+    return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
+
+
 def greedy_completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,38 +123,15 @@ def greedy_completions(
     """The model's greedy completion of each prompt, without special tokens, in the prompts' order.
 
     Args:
-        model, tokenizer: the tokenizer has to pad on the left.
-        prompts: texts or conversations. Similar lengths are answered together.
-        max_new_tokens: where a completion is cut.
-        thinking: whether the model thinks.
-        batch_size: prompts answered at once.
+        model, tokenizer, max_new_tokens, thinking, batch_size: as for `complete`.
+        prompts: texts or conversations.
         title: of the progress bar.
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
-    batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
     texts = [""] * len(ids)
-    was_training = model.training
-    model.eval()
-    extra: dict[str, Any] = {"tokenizer": tokenizer} if thinking else {}
-    for batch in track(batches, description=title):
-        inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
-        out = model.generate(
-            **inputs,
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-            pad_token_id=tokenizer.pad_token_id,
-            thinking=thinking,
-            **extra,
-        )
-        completions = tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(batch, completions, strict=True):
+    decoding = Decoding(max_new_tokens, thinking, batch_size=batch_size)
+    steps = -(-len(ids) // batch_size)
+    for batch, rows in track(complete(model, tokenizer, ids, decoding), description=title, total=steps):
+        for i, text in zip(batch, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True):
             texts[i] = text
-    model.train(was_training)
     return texts
-
-
-def accuracy(task: Task, problems: Sequence[Problem], completions: list[str], marker: str) -> Accuracy:
-    """How many completions the reward finds right."""
-    verdicts = [grade(task, problem, text, marker) for problem, text in zip(problems, completions, strict=True)]
-    return Accuracy(int(sum(verdicts)), len(verdicts))

@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.config import VARIANT, ThinkingConfig, check_same_kind
 from hrpo_patches.models import SMOLLM2, read_config, smollm2_folder
 from hrpo_patches.thinking import MODULES, is_thinking_parameter
 
@@ -46,6 +46,10 @@ def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
         InputError: there is no such model, or its family has no patches.
     """
     config = read_config(smollm2_folder() if source == SMOLLM2 else _folder_of(source))
+    saved = config.thinking if isinstance(config.thinking, dict) else {}
+    if saved.get("in_checkpoint") and thinking == ThinkingConfig():  # a merged model has a projection of its own kind
+        thinking = ThinkingConfig.from_dict(saved)
+    check_same_kind(saved, {name: getattr(thinking, name) for name in VARIANT}, repr(source))
     config.thinking = thinking.to_dict()
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)

@@ -47,23 +47,23 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
 def measure_weights(backbone: ThinkingMixin, start: dict[str, Tensor]) -> dict[str, Tensor]:
     """projection/weight_norm, /drift and /effective_rank, the range of Λ, and decay/* of λ.
 
-    The norm is that of all weights of the projection; the drift is the distance from `start` over the norm there; the
-    rank is the (last) linear layer's. λ is the share of an embedding that is left at a fully open gate.
+    The norm is that of all weights of the projection; the drift is the distance from `start` over the norm there, left
+    out if there is no `start`; the rank is the (last) linear layer's. λ is the share of an embedding that is left at
+    a fully open gate.
     """
     Lambda = backbone.thinking_residual_Lambda.Lambda
     values = {"Lambda/min": Lambda.min(), "Lambda/max": Lambda.max()}
     values |= summary("decay", backbone.thinking_residual_Lambda.decay())
     weights = projection_weights(backbone)
-    if not start or any(not weight.numel() for weight in weights.values()):  # not trained, or sharded
+    if not weights or any(not weight.numel() for weight in weights.values()):  # not trained, or sharded
         return values
-    now, then = (torch.cat([part[name].flatten() for name in weights]) for part in (weights, start))
-    then = then.to(now.device)
+    now = torch.cat([weight.flatten() for weight in weights.values()])
     *_, last = [part for part in backbone.thinking_projection.modules() if _is_active_linear(part)]
-    return values | {
-        "projection/weight_norm": now.norm(),
-        "projection/drift": (now - then).norm() / then.norm(),
-        "projection/effective_rank": effective_rank(last.weight),
-    }
+    values |= {"projection/weight_norm": now.norm(), "projection/effective_rank": effective_rank(last.weight)}
+    if start.keys() == weights.keys():
+        then = torch.cat([start[name].flatten() for name in weights]).to(now.device)
+        values["projection/drift"] = (now - then).norm() / then.norm()
+    return values
 
 
 def _is_active_linear(module: nn.Module) -> bool:

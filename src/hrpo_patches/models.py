@@ -135,7 +135,10 @@ def read_adapter_config(adapter: Path) -> PeftConfig:
     """PEFT's config of the adapter in a folder; an `InputError` if there is none."""
     if not (adapter / "adapter_config.json").is_file():
         raise InputError(f"{adapter} holds no adapter: adapter_config.json is missing.")
-    return PeftConfig.from_pretrained(str(adapter))
+    try:
+        return PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{adapter / 'adapter_config.json'} is damaged: {error}.") from None
 
 
 def base_of(adapter: Path, base: str | None = None) -> Any:

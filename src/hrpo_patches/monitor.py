@@ -7,22 +7,27 @@ off again. It draws no random numbers, so that a run goes the same way with it a
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hrpo_patches.early_warnings import EarlyWarnings
-from hrpo_patches.errors import InputError
+from hrpo_patches.errors import InputError, NonFiniteError
 from hrpo_patches.measures import gradient_norms, marker_rate, measure_blend, measure_weights, projection_weights
-from hrpo_patches.nonfinite import refuse_nonfinite
+from hrpo_patches.nonfinite import refuse_nonfinite, refuse_spoilt
 from hrpo_patches.run_log import RunLog
 from hrpo_patches.thinking import is_thinking_parameter
 
 logger = logging.getLogger(__name__)
+
+START_FILE = "monitor_start.safetensors"  # the projection as the run found it
 
 
 def monitor_thinking(trainer: Trainer) -> ThinkingMonitor:
@@ -50,18 +55,24 @@ def monitor_thinking(trainer: Trainer) -> ThinkingMonitor:
 class ThinkingMonitor(TrainerCallback):
     """Adds what it measures to every log line, and keeps all lines in `output_dir/monitor.jsonl`.
 
+    Args:
+        model: of the trainer, unwrapped.
+        args: of the trainer.
+        estimate_marker: whether to log a `marker_rate`, from the batch that is measured.
+
     Attributes:
         said: the early warnings so far.
         seconds: what the monitor has cost.
     """
 
-    def __init__(self, model: nn.Module, args: TrainingArguments) -> None:
+    def __init__(self, model: nn.Module, args: TrainingArguments, estimate_marker: bool = True) -> None:
         base: Any = model.get_base_model() if hasattr(model, "get_base_model") else model
         self.model = model
         self.backbone: Any = getattr(base, getattr(base, "base_model_prefix", ""), base)
         self.head = base.get_output_embeddings()
         self.thinks = any(is_thinking_parameter(n) and p.requires_grad for n, p in model.named_parameters())
         self.start = {n: p.clone() for n, p in projection_weights(self.backbone).items()} if self.thinks else {}
+        self.estimate_marker = estimate_marker
         self.log = RunLog(Path(args.output_dir))
         self.said: list[str] = []
         self.seconds = 0.0
@@ -69,7 +80,6 @@ class ThinkingMonitor(TrainerCallback):
         self._inputs: dict[str, Any] = {}  # of the last forward that wanted a gradient
         self._first: dict[str, Any] | None = None  # of the first one in a step that is sampled
         self._values: dict[str, float] = {}
-        self._hook: Any = None
         self._warnings: EarlyWarnings | None = None  # until training begins
 
     def first_in(self, trainer: Trainer) -> ThinkingMonitor:
@@ -80,14 +90,23 @@ class ThinkingMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        length = getattr(args, "max_completion_length", None)
-        self._warnings = EarlyWarnings(getattr(args, "answer_start", "####"), length, state.global_step)
+        thinking = self.backbone.config.thinking if self.thinks else {"residual": "none", "answer_start": "####"}
+        marker = getattr(args, "answer_start", thinking["answer_start"])
+        self._warnings = EarlyWarnings(marker, getattr(args, "max_completion_length", None), state.global_step)
         self._began = time.perf_counter()
         if state.is_world_process_zero:
-            residual = self.backbone.config.thinking["residual"] if self.thinks else "none"
-            self.log.begin(state.global_step, {"residual": residual})
-        self._unhook()  # of a training that failed
-        self._hook = self.backbone.register_forward_pre_hook(self._see, with_kwargs=True)
+            self.log.begin(state.global_step, {"residual": thinking["residual"]}, state.log_history)
+            self._find_start(state.global_step)
+        self._unhook()  # of a training that failed, of any trainer
+        self.backbone._monitor_hook = self.backbone.register_forward_pre_hook(self._see, with_kwargs=True)
+
+    def _find_start(self, step: int) -> None:
+        """Keep the weights that drift is measured from, or find those of the run that goes on."""
+        file = self.log.path.with_name(START_FILE)
+        if step == 0 and self.start:
+            save_file({name: weight.cpu().contiguous() for name, weight in self.start.items()}, file)
+        elif step:
+            self.start = load_file(file) if file.is_file() else {}
 
     def _see(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
@@ -98,14 +117,19 @@ class ThinkingMonitor(TrainerCallback):
     def on_step_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        self._inputs, self._first = {}, None
         step, every = state.global_step + 1, max(1, int(state.logging_steps or 1))
-        logged = args.logging_strategy != "steps" or step % every == 0 or (args.logging_first_step and step == 1)
+        if args.logging_strategy == "epoch":
+            every = max(1, math.ceil(state.max_steps / max(1, state.num_train_epochs)))
+        logged = args.logging_strategy != "no" and (step % every == 0 or (args.logging_first_step and step == 1))
         self._sampling = bool(logged and self.thinks and state.is_world_process_zero)
 
     def on_substep_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        started = time.perf_counter()
         self._refuse_nonfinite(args, state)
+        self.seconds += time.perf_counter() - started
 
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -115,15 +139,34 @@ class ThinkingMonitor(TrainerCallback):
         if self._sampling:
             values = gradient_norms(self.model) | measure_weights(self.backbone, self.start)
             if self._first is not None and self._first.get("thinking_states") is not None:
-                values |= {"marker_rate": marker_rate(self._first)}
+                values |= {"marker_rate": marker_rate(self._first)} if self.estimate_marker else {}
                 values |= measure_blend(self.backbone, self.head, self._first, getattr(args, "temperature", 1.0))
             self._values = _numbers(values)
-        self._inputs, self._first = {}, None
+        self.seconds += time.perf_counter() - started
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        started = time.perf_counter()
+        self._stopping(state, lambda: refuse_spoilt(self.model, self._inputs, *self._place(args, state.global_step)))
         self.seconds += time.perf_counter() - started
 
     def _refuse_nonfinite(self, args: TrainingArguments, state: TrainerState) -> None:
         if not args.fp16:  # whose scaler tries steps that overflow, and passes them over
-            refuse_nonfinite(self.model, self._inputs, self.log.path.parent, state.global_step + 1, args.process_index)
+            place = self._place(args, state.global_step + 1)
+            self._stopping(state, lambda: refuse_nonfinite(self.model, self._inputs, *place))
+
+    def _place(self, args: TrainingArguments, step: int) -> tuple[Path, int, int]:
+        return self.log.path.parent, step, args.process_index
+
+    def _stopping(self, state: TrainerState, check: Callable[[], None]) -> None:
+        """Do a check that may stop the run, and let the log say so."""
+        try:
+            check()
+        except NonFiniteError as error:
+            if state.is_world_process_zero:
+                self.log.write({"step": state.global_step, "stopped": str(error)})
+            raise
 
     def on_log(
         self,
@@ -162,9 +205,10 @@ class ThinkingMonitor(TrainerCallback):
             print(f"monitor: {self.seconds:.1f} s of {whole:.0f} s of training ({share:.2%}), {self.log.path}")
 
     def _unhook(self) -> None:
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        hook = getattr(self.backbone, "_monitor_hook", None)
+        if hook is not None:
+            hook.remove()
+            self.backbone._monitor_hook = None
 
 
 def _numbers(values: dict[str, Tensor]) -> dict[str, float]:

@@ -27,27 +27,49 @@ def refuse_nonfinite(model: nn.Module, inputs: dict[str, Any], folder: Path, ste
         NonFiniteError: the norm of the gradients is NaN or infinite.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if not gradients or bool(nn.utils.get_total_norm(gradients).isfinite()):
-        return
+    if gradients and not nn.utils.get_total_norm(gradients).isfinite():
+        kept = keep(model, inputs, folder, step, rank)
+        raise NonFiniteError(
+            f"the gradient of step {step} is not finite, so the step was not taken and no checkpoint was touched; "
+            f"what it was computed from is in {kept}. Lower the learning rates or max_grad_norm, and resume from the "
+            f"last checkpoint."
+        )
+
+
+def refuse_spoilt(model: nn.Module, inputs: dict[str, Any], folder: Path, step: int, rank: int = 0) -> None:
+    """Raise unless the trained weights of `model` are finite; called after the optimizer's step, before any save.
+
+    Args and errors are those of `refuse_nonfinite`.
+    """
+    weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    if weights and not nn.utils.get_total_norm(weights).isfinite():
+        kept = keep(model, inputs, folder, step, rank)
+        raise NonFiniteError(
+            f"step {step} left weights that are not finite; they were not saved, and no checkpoint was touched; what "
+            f"the step was computed from is in {kept}. Lower the learning rates, and resume from the last checkpoint."
+        )
+
+
+def keep(model: nn.Module, inputs: dict[str, Any], folder: Path, step: int, rank: int = 0) -> Path:
+    """Write the tensors among `inputs`, and what is not finite, into a new folder; returns it."""
     kept = _unused(folder / f"nonfinite-step-{step}", rank)
     tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
     save_file(
         {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
         kept / "inputs.safetensors",
     )
-    named = list(model.named_parameters())
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    spoilt = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
     record = {
         "step": step,
         "weights": [name for name, parameter in named if not parameter.isfinite().all()],
-        "gradients": [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()],
+        "gradients": spoilt
+        if len(spoilt) < len(named)
+        else "all: clipping spreads one that is not finite to the others",
         "inputs": [name for name, value in tensors.items() if not torch.isfinite(value).all()],
     }
     (kept / "nonfinite.json").write_text(json.dumps(record, indent=2) + "\n")
-    raise NonFiniteError(
-        f"the gradient of step {step} is not finite, so the step was not taken and no checkpoint was touched; what it "
-        f"was computed from is in {kept}. Lower the learning rates or max_grad_norm, and resume from the last "
-        f"checkpoint."
-    )
+    return kept
 
 
 def _unused(folder: Path, rank: int) -> Path:

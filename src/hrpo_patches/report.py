@@ -6,17 +6,18 @@ import json
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hrpo_patches.errors import InputError
 from hrpo_patches.run_log import LOG_FILE, Row, read_rows
 
 PANELS = {
-    "reward": ("Mean reward", "share of completions that are right"),
+    "reward": ("Reward", "mean over completions; 1 is right"),
     "marker_rate": ("Marker rate", "share of completions with the marker"),
     "completions/mean_length": ("Completion length", "mean, in tokens"),
     "a/mean": ("Share a of the token's embedding", "mean a over thinking positions"),
-    "projection/drift": ("Drift of the projection", "‖W − W at the start‖ / ‖W at the start‖"),
+    "projection/drift": ("Drift of the projection", "‖W − W₀‖ / ‖W₀‖, W₀ at the start"),
     "cosine/embedding": ("Projected against embedding residual", "mean cosine, same decoding step"),
 }
 _FLAT = 1e-3  # a smaller change is drawn as a flat line
@@ -30,7 +31,7 @@ class Run:
     Attributes:
         name: what it is called here.
         residual: "projection", "embedding" or "none".
-        rows: its log, a row for each logged step.
+        rows: its log.
         record: `report.json`; empty for a run that has not finished.
     """
 
@@ -52,7 +53,12 @@ class Run:
     @property
     def warnings(self) -> list[str]:
         """The early warnings of the run."""
-        return [text for row in self.rows for text in row.get("warnings", [])]
+        return [text for row in self.rows for text in [*row.get("warnings", []), *filter(None, [row.get("stopped")])]]
+
+    @property
+    def last_step(self) -> int:
+        """The last step that the log knows of."""
+        return max((row["step"] for row in self.rows), default=0)
 
 
 def write_json(record: dict[str, Any], folder: Path) -> Path:
@@ -78,7 +84,12 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         record = json.loads(report.read_text()) if report.is_file() else {}
     except ValueError:
         raise InputError(f"{report} is no JSON: the file is damaged.") from None
-    return Run(name or folder.resolve().name, rows[0]["run"]["residual"], [r for r in rows if "loss" in r], record)
+    if not isinstance(record, dict):
+        raise InputError(f"{report} holds no report: the file is damaged.")
+    run = Run(name or folder.resolve().name, rows[0]["run"]["residual"], rows[1:], record)
+    if run.last_step > max((row.get("step", 0) for row in record.get("log", [])), default=0):
+        run.record.pop("after", None)  # the run has gone on since
+    return run
 
 
 def read_runs(folders: list[Path]) -> list[Run]:
@@ -93,22 +104,25 @@ def read_runs(folders: list[Path]) -> list[Run]:
 def draw(runs: list[Run], path: Path) -> Path:
     """Draw reward, marker rate, length, a, drift and cosine of the runs over their steps into a PNG at `path`."""
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     for axes, (key, (title, label)) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
         axes.set(title=title, xlabel="optimizer step", ylabel=label)
         drawn = [values for i, run in enumerate(runs) if (values := _draw_one(axes, run, key, f"C{i}"))]
         if not drawn:
-            axes.text(0.5, 0.5, "not part of these runs", ha="center", va="center", transform=axes.transAxes)
+            axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=axes.transAxes)
             continue
         low, high = min(map(min, drawn)), max(map(max, drawn))
         axes.ticklabel_format(useOffset=False)
         if high - low < _FLAT:  # or rounding noise would look like a trend
             axes.set_ylim(low - _FLAT, high + _FLAT)
         axes.grid(alpha=0.3)
-    handles, labels = _legend(figure)
-    figure.legend(handles, labels, loc="outside lower center", ncols=min(3, len(labels)))
-    figure.suptitle(_headline(runs))
+    handles = [Line2D([], [], color=f"C{i}", linewidth=2) for i in range(len(runs))]
+    title = "faint: each log line; bold: mean of the last eighth of them"
+    legend = figure.legend(handles, [run.label for run in runs], title=title, loc="outside lower center", ncols=3)
+    for text in (figure.suptitle(_headline(runs)), *legend.get_texts()):
+        text.set_parse_math(False)  # a name may hold dollars
     figure.savefig(path, dpi=110)
     return path
 
@@ -117,32 +131,22 @@ def _draw_one(axes: Any, run: Run, key: str, color: str) -> list[float]:
     """One run's single steps, faint, and their running mean; returns the values."""
     steps, values = run.series(key)
     if values:
-        window = _window(values)
+        window = max(1, len(values) // 8)
         means = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
-        axes.plot(steps, values, color=color, alpha=_RAW)
-        axes.plot(
-            steps, means, color=color, linewidth=2, label=f"{run.label}: mean of {window} log lines; faint: each"
-        )
+        dot = "o" if len(values) == 1 else None  # a line through one point is none
+        axes.plot(steps, values, color=color, alpha=_RAW, marker=dot)
+        axes.plot(steps, means, color=color, linewidth=2)
     return values
-
-
-def _window(values: list[float]) -> int:
-    return max(1, len(values) // 8)
-
-
-def _legend(figure: Any) -> tuple[list[Any], list[str]]:
-    """Each run once, though it is in several panels."""
-    found = [pair for axes in figure.axes for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
-    by_label = {label: handle for handle, label in reversed(found)}
-    return list(by_label.values())[::-1], list(by_label)[::-1]
 
 
 def _headline(runs: list[Run]) -> str:
     if len(runs) > 1:
-        return f"{len(runs)} runs side by side"
+        parts = [run.record.get("title", "").split(", ") for run in runs]
+        common = ", ".join(part for part in parts[0] if part and all(part in other for other in parts))
+        return f"{common}: {len(runs)} runs side by side" if common else f"{len(runs)} runs side by side"
     (run,) = runs
     title = run.record.get("title", run.label)
-    if "after" not in run.record:
+    if not run.record.get("after") or not run.record.get("before"):
         return title
     before, after = (_accuracy(run, when) for when in ("before", "after"))
     total = run.record["after"]["total"]
@@ -162,12 +166,17 @@ def _quarter(run: Run, key: str, last: bool = True, digits: int = 3) -> str:
     return f"{sum(chosen) / len(chosen):.{digits}f}" if chosen else "–"
 
 
+def _median(run: Run, key: str) -> str:
+    values = run.series(key)[1]
+    return f"{median(values):.1f}" if values else "–"
+
+
 def table(runs: list[Run]) -> str:
     """The runs as a Markdown table, with the early warnings of each below it."""
     columns = {
         "run": lambda run: run.name,
         "residual": lambda run: run.residual,
-        "steps": lambda run: str(max((row["step"] for row in run.rows), default=0)),
+        "steps": lambda run: str(run.last_step),
         "accuracy before": lambda run: _accuracy(run, "before"),
         "accuracy after": lambda run: _accuracy(run, "after"),
         "reward, first quarter": lambda run: _quarter(run, "reward", last=False),
@@ -176,7 +185,7 @@ def table(runs: list[Run]) -> str:
         "KL, last quarter": lambda run: _quarter(run, "kl", digits=4),
         "a, last quarter": lambda run: _quarter(run, "a/mean", digits=4),
         "drift of W, last quarter": lambda run: _quarter(run, "projection/drift"),
-        "seconds a step": lambda run: _quarter(run, "step_time", digits=1),
+        "seconds a step, median": lambda run: _median(run, "step_time"),
     }
     lines = [list(columns), ["---"] * len(columns)]
     lines += [[value(run) for value in columns.values()] for run in runs]
@@ -195,6 +204,8 @@ def write_report(folders: list[Path], stem: Path) -> list[Path]:
         InputError: a folder holds no run, one of the files exists, or matplotlib is not installed.
     """
     require_matplotlib("report")
+    if not stem.name or stem.suffix in (".png", ".md") or stem.parent.is_file():
+        raise InputError(f"--out is the name of two files, without their endings .png and .md; {stem} is none.")
     runs = read_runs(folders)
     paths = [stem.with_name(stem.name + ending) for ending in (".png", ".md")]
     for path in paths:

@@ -19,11 +19,12 @@ from hrpo_patches.backend import start_backend
 from hrpo_patches.checkpoint import check_same_thinking, load_adapter, trained_modules
 from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of, split_held_out
 from hrpo_patches.errors import InputError
-from hrpo_patches.evaluate import Accuracy, accuracy, greedy_completions, prompt_ids
+from hrpo_patches.evaluate import greedy_completions, prompt_ids, uses_chat
 from hrpo_patches.marker import marker_table
 from hrpo_patches.models import load_model
 from hrpo_patches.report import draw, read_run, write_json
-from hrpo_patches.rewards import answer_reward, format_reward
+from hrpo_patches.rewards import answer_reward, format_reward, grade
+from hrpo_patches.scores import standard_error
 from hrpo_patches.tasks import Problem, Task
 from hrpo_patches.trainer import HRPOTrainer
 from hrpo_patches.unsloth_backend import add_adapter, is_unsloth, resume_training
@@ -35,9 +36,7 @@ def with_prompts(
     task: Task, problems: list[Problem], arguments: RunArguments, tokenizer: PreTrainedTokenizerBase
 ) -> list[dict[str, Any]]:
     """The problems with their prompts; those whose prompt is too long are left out, which is said."""
-    chat = arguments.prompt == "chat" or (arguments.prompt == "auto" and tokenizer.chat_template is not None)
-    if chat and tokenizer.chat_template is None:
-        raise InputError(f"--prompt chat needs a chat template, and {arguments.model_name} has none.")
+    chat = uses_chat(arguments.prompt, tokenizer)
     marker, longest = arguments.answer_start, arguments.max_prompt_length
     examples = examples_of(task, marker, arguments.shots, arguments.examples)
     rows: list[dict[str, Any]] = [
@@ -107,8 +106,10 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, Task, list[dict[
     return trainer, task, held_out_rows
 
 
-def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], arguments: RunArguments, title: str) -> Accuracy:
-    """Greedy accuracy of the trainer's model, thinking as it is trained to."""
+def evaluate(
+    trainer: HRPOTrainer, task: Task, held_out: list[Any], arguments: RunArguments, title: str
+) -> dict[str, Any]:
+    """Greedy accuracy of the trainer's model, thinking as it is trained to: right, total, mean, standard_error."""
     model = trainer.accelerator.unwrap_model(trainer.model)
     texts = greedy_completions(
         model,
@@ -121,11 +122,9 @@ def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], arguments: R
     )
     if is_unsloth(model):
         resume_training(model)
-    return accuracy(task, held_out, texts, arguments.answer_start)
-
-
-def _record(accuracy_: Accuracy) -> dict[str, Any]:
-    return asdict(accuracy_) | {"mean": accuracy_.mean, "standard_error": accuracy_.standard_error}
+    verdicts = [grade(task, row, text, arguments.answer_start) for row, text in zip(held_out, texts, strict=True)]
+    counts = {"right": int(sum(verdicts)), "total": len(verdicts)}
+    return counts | {"mean": sum(verdicts) / len(verdicts), "standard_error": standard_error(verdicts)}
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
@@ -141,11 +140,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     title = ", ".join(dict.fromkeys(filter(None, (arguments.model_name, arguments.residual, task.name, source))))
     record: dict[str, Any] = {"title": title, "arguments": asdict(arguments)}
     if held_out:
-        record["before"] = _record(evaluate(trainer, task, held_out, arguments, "Answering before"))
+        record["before"] = evaluate(trainer, task, held_out, arguments, "Answering before")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
     trainer.save_model()
     if held_out:
-        record["after"] = _record(evaluate(trainer, task, held_out, arguments, "Answering after"))
+        record["after"] = evaluate(trainer, task, held_out, arguments, "Answering after")
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
     if trainer.accelerator.is_main_process:
         _finish(record, Path(arguments.output_dir), arguments.report)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def _plain(value: Any) -> Any:
+    value = value.item() if hasattr(value, "item") else value  # of torch or numpy
     return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
 
 
@@ -41,16 +43,23 @@ class RunLog:
     def __init__(self, folder: Path) -> None:
         self.path = folder / LOG_FILE
 
-    def begin(self, step: int, header: Row) -> None:
+    def begin(self, step: int, header: Row, history: Sequence[Row] = ()) -> None:
         """Start the log, or go on with it after `step`: later rows belong to steps that are taken again.
 
+        Args:
+            step: the last one that was taken; 0 starts a log.
+            header: what the run is.
+            history: rows of the checkpoint that the run goes on from; those of the log have to be the same.
+
         Raises:
-            InputError: a run from the start finds another run's log.
+            InputError: the log that is there is another run's.
         """
-        if step == 0 and self.path.exists():
-            raise InputError(f"{self.path} holds another run's log; give another output_dir, or move it away.")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         kept = [row for row in read_rows(self.path) if row["step"] <= step] if self.path.exists() else []
+        own = {row["step"]: row["loss"] for row in history if "loss" in row}
+        others = [row for row in kept if "loss" in row and _plain(own.get(row["step"], row["loss"])) != row["loss"]]
+        if self.path.exists() and (step == 0 or others):
+            raise InputError(f"{self.path} holds another run's log; give another output_dir, or move it away.")
         rows = kept or [{"step": 0, "run": header}]
         building = self.path.with_suffix(".new")
         building.write_text("".join(self._line(row) for row in rows))

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Prompt, prompt_ids
@@ -66,9 +67,13 @@ def think(
     Raises:
         InputError: a number is out of its range, or the model cannot think.
     """
-    if max_new_tokens < 1 or top < 1 or temperature < 0:
-        raise InputError("max_new_tokens and top have to be 1 or more, and temperature 0 or more.")
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)], device=model.device)
+    if max_new_tokens < 1 or top < 1:
+        raise InputError("max_new_tokens and top have to be 1 or more.")
+    if not (temperature == 0 or 0.01 <= temperature < math.inf) or not 0 <= seed < 2**32:
+        raise InputError("temperature has to be 0, for greedy, or 0.01 or more, and seed from 0 to 2**32 - 1.")
+    ids = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long, device=model.device)
+    if not ids.numel():
+        raise InputError("the prompt is empty.")
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     out = model.generate(
@@ -119,9 +124,12 @@ def _nearest(residuals: Tensor, embeddings: Tensor, top: int) -> list[list[tuple
 
 
 def is_untrained(model: Any) -> bool:
-    """Whether the thinking weights that the model uses were drawn at random and never trained or loaded."""
-    parts = [m for n, m in model.named_modules() if isinstance(m, ThinkingModule) and "original_module" not in n]
-    return all(part.is_fresh() for part in parts)
+    """Whether thinking weights that the model uses were drawn at random and never trained or loaded."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    used = trained_modules(base.config.thinking["residual"])
+    named = [(name.split("."), module) for name, module in model.named_modules() if isinstance(module, ThinkingModule)]
+    parts = [module for name, module in named if set(name) & set(used) and "original_module" not in name]
+    return any(part.is_fresh() for part in parts)
 
 
 def visible(text: str) -> str:

@@ -7,6 +7,7 @@ them), the optimizer (its groups), the order of the data and the save (two more 
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +22,10 @@ from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
 from hrpo_patches.checkpoint import save_thinking, trained_modules
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.epoch_order import EpochOrder
-from hrpo_patches.errors import InputError
+from hrpo_patches.errors import InputError, NonFiniteError
 from hrpo_patches.marker import marker_table
 from hrpo_patches.monitor import ThinkingMonitor
+from hrpo_patches.nonfinite import keep
 from hrpo_patches.optim import regroup
 from hrpo_patches.prepare import (
     configure,
@@ -93,11 +95,14 @@ class HRPOTrainer(GRPOTrainer):
             restore_float32(self.model, before)
             self._drop_reference_adapter()
             self._check_model()
+            if self._base_model().config.thinking["residual_scale"] == "embedding":
+                thinking_backbone(self._base_model()).embedding_norm()  # before training can change the table
             self.generation_config.thinking = True
             self.generation_config.return_dict_in_generate = True
         self.monitor: ThinkingMonitor | None = None
         if args.monitor:
-            self.monitor = ThinkingMonitor(self.accelerator.unwrap_model(self.model), args).first_in(self)
+            model = self.accelerator.unwrap_model(self.model)
+            self.monitor = ThinkingMonitor(model, args, estimate_marker=False).first_in(self)
 
     def _drop_reference_adapter(self) -> None:
         # The KL reference is the base model with adapters off, also where training goes on from an adapter.
@@ -167,7 +172,7 @@ class HRPOTrainer(GRPOTrainer):
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            out = model.generate(**batch, generation_config=self.generation_config, tokenizer=self._tokenizer)
+            out = self._generated(model, batch)
         if out.thinking_residual != self.args.residual:
             raise InputError(
                 f"the rollout used the {out.thinking_residual} residual instead of {self.args.residual}: the model's "
@@ -179,6 +184,19 @@ class HRPOTrainer(GRPOTrainer):
         is_eos = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
         kept = is_eos.cumsum(dim=1) - is_eos.long() == 0  # up to and including the first end token
         return [row[keep].tolist() for row, keep in zip(completions.cpu(), kept.cpu(), strict=True)]
+
+    def _generated(self, model: Any, batch: dict[str, Tensor]) -> Any:
+        try:
+            return model.generate(**batch, generation_config=self.generation_config, tokenizer=self._tokenizer)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):  # torch's words for logits that are not finite
+                raise
+        folder, step = Path(self.args.output_dir), self.state.global_step + 1
+        kept = keep(self.model, batch, folder, step, self.args.process_index)
+        raise NonFiniteError(
+            f"the logits of step {step}'s rollout are not finite, so nothing could be sampled; its prompts are in "
+            f"{kept}. Lower the learning rates, and resume from the last checkpoint."
+        )
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)

@@ -1,0 +1,16 @@
+"""Let a model answer the problems of a task, and grade them; see --help."""
+
+from typing import Any
+
+from hrpo_patches.console import console
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """`hrpo_patches.evaluation.main`, imported only now, so that errors of version are sentences."""
+    from hrpo_patches.evaluation import main as run
+
+    return run(argv)
+
+
+if __name__ == "__main__":
+    console(main)

@@ -1,0 +1,203 @@
+"""`eval` as a person runs it: what it writes, how it goes on after a kill, and what it refuses."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from runs import small_trainer
+from tiny import byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM
+
+from hrpo_patches import evaluation
+from hrpo_patches.__main__ import main as cli
+from hrpo_patches.errors import InputError
+from hrpo_patches.evaluation import main, marker_position
+from hrpo_patches.marker import marker_table
+
+MARKER = "a"  # which a random model says now and then
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A base model, an adapter trained on it, and some problems."""
+    folder = tmp_path_factory.mktemp("eval")
+    model = tiny_model("llama", thinking=False)
+    model.config.thinking = None
+    model.save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", thinking={"r_min": 0.5, "r_max": 0.9})
+    trainer = small_trainer(folder / "adapter", model=model, answer_start=MARKER)
+    trainer.train()
+    trainer.save_model()
+    rows = [{"question": f"{i}" * (1 + i % 5) + "?", "answer": f"#### {i}"} for i in range(12)]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+@pytest.fixture
+def command(folder, tmp_path):
+    """Flags of an evaluation, with more to come."""
+
+    def flags(*more, out="out.json", adapter=True):
+        model = ["--adapter", str(folder / "adapter")] if adapter else ["--model", str(folder / "base")]
+        data = ["--dataset", str(folder / "problems.jsonl"), "--max_new_tokens", "24", "--batch_size", "5"]
+        return [*model, *data, "--out", str(tmp_path / out), *more]
+
+    return flags
+
+
+def test_the_results_hold_everything_about_every_completion(command, tmp_path, capsys):
+    results = main(command())
+    assert json.loads((tmp_path / "out.json").read_text()) == json.loads(json.dumps(results))
+    assert results["settings"]["task"] == "gsm8k" and results["answer_start"] == MARKER
+    assert [problem["gold"] for problem in results["problems"]] == [[str(i)] for i in range(12)]
+    samples = [problem["samples"] for problem in results["problems"]]
+    assert all(len(row) == 1 for row in samples)
+    for problem, (sample,) in zip(results["problems"], samples, strict=True):
+        assert problem["prompt"].endswith("?\n") and set(sample) == {
+            "completion",
+            "answer",
+            "right",
+            "tokens",
+            "marker",
+        }
+        assert (sample["marker"] is not None) == (MARKER in sample["completion"])
+        assert sample["marker"] is None or sample["marker"] <= sample["tokens"] <= 24
+    assert any(sample["marker"] for (sample,) in samples) and results["scores"]["total"] == 12
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "accuracy 0.000 ± 0.000 (95%: 0.000 to 0.243)" in shown and "marker in" in shown
+    assert not (tmp_path / "out.json.part").exists()
+
+
+def test_thinking_is_what_it_was_trained_for_and_can_be_left_out(command, folder):
+    soft, hard = (main(command(flag, out=f"{flag}.json")) for flag in ("--thinking", "--no-thinking"))
+    assert [p["samples"] for p in soft["problems"]] != [p["samples"] for p in hard["problems"]]
+    base = main(command("--no-thinking", "--answer_start", MARKER, out="base.json", adapter=False))
+    assert base["answer_start"] == MARKER
+    with pytest.raises(InputError, match="never trained to think, so it would think at random; add --no-thinking"):
+        main(command(out="x.json", adapter=False))
+    with pytest.raises(InputError, match="trained to stop thinking at 'a', not at '####'"):
+        main(command("--answer_start", "####", out="x.json"))
+
+
+def test_samples_are_summed_up_as_pass_and_majority(command):
+    sampled = ["--no-greedy", "--temperature", "1.0", "--samples", "4", "--limit", "3"]
+    results = main(command(*sampled))
+    assert {"pass@1", "pass@2", "pass@4", "majority@4"} <= results["scores"].keys() and results["scores"][
+        "total"
+    ] == 12
+    for problem in results["problems"]:
+        assert len({sample["completion"] for sample in problem["samples"]}) > 1
+    again = main(command(*sampled, out="again.json"))
+    assert again["problems"] == results["problems"]
+    other = main(command(*sampled, "--seed", "7", out="other.json"))
+    assert other["problems"] != results["problems"]
+
+
+KILLED = """
+import os, signal, sys
+import hrpo_patches
+from hrpo_patches import evaluation
+add, seen = evaluation.Progressed.add, []
+
+def then_die(self, samples):
+    add(self, samples)
+    seen.append(samples)
+    if len(seen) == 2:
+        with open(self.path, "a") as file:
+            file.write('[{"item": 3, "comp')  # as a power failure might leave it
+        os.kill(os.getpid(), signal.SIGKILL)
+
+evaluation.Progressed.add = then_die
+evaluation.main(sys.argv[1:])
+"""
+
+
+@pytest.mark.parametrize("decoding", [[], ["--no-greedy", "--temperature", "1.0", "--samples", "2"]])
+def test_a_killed_evaluation_goes_on_to_the_same_results(command, tmp_path, decoding, monkeypatch):
+    whole = main(command(*decoding, out="whole.json"))
+    arguments = command(*decoding, out="killed.json")
+    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
+    assert killed.returncode == -9, killed.stderr[-1000:]
+    assert (tmp_path / "killed.json.part").exists() and not (tmp_path / "killed.json").exists()
+    batches, complete = [], evaluation.complete
+    monkeypatch.setattr(evaluation, "complete", lambda *args: batches.append(args[-1]) or complete(*args))
+    assert main(arguments) == whole and batches == [2]
+    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_what_another_evaluation_has_begun_is_not_gone_on_with(command, tmp_path):
+    main(command(out="whole.json"))
+    (tmp_path / "out.json.part").write_text(json.dumps({"task": "svamp"}) + "\n")
+    with pytest.raises(InputError, match=r"out.json.part belongs to another evaluation \(other .*task"):
+        main(command())
+    before = (tmp_path / "whole.json").read_bytes()
+    with pytest.raises(InputError, match="whole.json exists already; give another --out"):
+        main(command(out="whole.json"))
+    assert (tmp_path / "whole.json").read_bytes() == before
+
+
+def test_an_adapter_of_another_base_model_is_refused(command, folder, tmp_path):
+    tiny_model("llama", thinking=False, vocab_size=300).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="belongs to another base model|has no place for"):
+        main(command("--model", str(tmp_path / "other")))
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--task", "gsm9k"], "no task 'gsm9k'; did you mean gsm8k"),
+        (["--samples", "3"], "are all the same; add --no-greedy"),
+        (["--limit", "0"], "--limit has to be 1 or more"),
+        (["--batch_size", "0"], "--batch_size has to be above 0"),
+        (["--no-greedy", "--temperature", "0"], "--temperature has to be above 0"),
+        (["--prompt", "loud"], "--prompt has to be auto, chat or plain"),
+        (["--prompt", "chat"], "needs a chat template"),
+        (["--split", "dev"], "--split has to be train or test"),
+        (["--adapter", "nowhere"], "nowhere holds no adapter"),
+        (["--dataset", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
+        (["--task", "svamp"], "needs 'Body' and 'Question' and 'Answer'"),
+        (["--task", "nq"], "comes without documents; give a folder of them with --corpus"),
+        (["--task", "nq", "--corpus", "nowhere"], "the corpus nowhere does not exist"),
+        (["--out", "no/where.json"], "the folder of no/where.json does not exist"),
+        (["--shots", "99"], "worked examples, not 99"),
+        (["--nonsense", "1"], "--nonsense"),
+    ],
+)
+def test_what_cannot_work_is_a_sentence(command, flags, sentence, capsys):
+    assert cli(["eval", *command(), *flags]) == 2
+    shown = capsys.readouterr().err
+    last = shown.splitlines()[-1]  # after the bar of the weights, if it came so far
+    assert last.startswith("error: ") and sentence in last
+
+
+def test_a_model_has_to_be_named(capsys):
+    assert cli(["eval"]) == 2
+    assert "name a model with --model, or an adapter with --adapter" in capsys.readouterr().err
+
+
+def test_the_help_shows_the_defaults(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli(["eval", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and "--no-greedy" in shown and "--no-thinking" in shown and "default: 512" in shown
+
+
+def test_the_script_is_the_same_command(command, tmp_path):
+    script = Path(__file__).parents[1] / "scripts" / "eval.py"
+    run = subprocess.run(
+        [sys.executable, script, *command("--limit", "2")], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0 and (tmp_path / "out.json").is_file(), run.stderr[-1000:]
+
+
+def test_the_marker_position_counts_tokens():
+    tokenizer = byte_tokenizer()
+    table = marker_table(tokenizer, "####")
+    ids = tokenizer("ab####7")["input_ids"]
+    whole = [tokenizer.convert_tokens_to_ids(token) for token in ("a", "####", "#7")]
+    assert marker_position(ids, table) == 6 and marker_position(whole, table) == 2
+    assert marker_position(ids[:5], table) is None and marker_position([], table) is None
