@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from runs import small_trainer
-from tiny import byte_tokenizer, tiny_model
-from transformers import AutoModelForCausalLM
+from tiny import byte_tokenizer, tiny_config, tiny_model
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hrpo_patches import evaluation
 from hrpo_patches.__main__ import main as cli
@@ -140,7 +140,9 @@ def test_what_another_evaluation_has_begun_is_not_gone_on_with(command, tmp_path
 
 
 def test_an_adapter_of_another_base_model_is_refused(command, folder, tmp_path):
-    tiny_model("llama", thinking=False, vocab_size=300).save_pretrained(tmp_path / "other")
+    config = tiny_config("llama", thinking=False)
+    config.num_hidden_layers = 1
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "other")
     byte_tokenizer().save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="belongs to another base model|has no place for"):
         main(command("--model", str(tmp_path / "other")))
@@ -201,3 +203,10 @@ def test_the_marker_position_counts_tokens():
     whole = [tokenizer.convert_tokens_to_ids(token) for token in ("a", "####", "#7")]
     assert marker_position(ids, table) == 6 and marker_position(whole, table) == 2
     assert marker_position(ids[:5], table) is None and marker_position([], table) is None
+
+
+def test_a_padding_token_of_the_model_that_no_tokenizer_has_is_foreign_text(command, folder, tmp_path):
+    tiny_model("llama", thinking=False, vocab_size=300).save_pretrained(tmp_path / "padded")
+    byte_tokenizer().save_pretrained(tmp_path / "padded")
+    flags = command("--no-thinking", "--no-greedy", "--temperature", "2.0", "--model", str(tmp_path / "padded"))
+    assert main(flags[2:])["scores"]["total"] == 12

@@ -201,13 +201,14 @@ class RunArguments:
         return self.optimizer
 
 
-def parse(argv: list[str] | None) -> RunArguments:
-    """The arguments of a command line (by default this process's), checked.
+def parse(argv: list[str] | None, task: str = "gsm8k") -> RunArguments:
+    """The arguments of a command line (by default this process's), checked; `task` is the one where --task names none.
 
     Raises:
         InputError: the config file is missing or has an unknown key, or an argument cannot work.
     """
     parser = TrlParser(RunArguments, allow_abbrev=False)  # or --back would be read here and not by wanted_backend
+    parser.set_defaults(task=task)
     parser.add_argument(
         "--config", metavar="FILE.yaml", help="A YAML file with any of these options; flags win over it."
     )

@@ -9,6 +9,19 @@ from typing import Any
 from hrpo_patches.errors import InputError, NonFiniteError, PatchError
 
 
+def train(argv: list[str] | None, task: str) -> dict[str, Any]:
+    """`hrpo_patches.run.main` for a script whose task is `task`, unless --task names another.
+
+    Imported only now: after unsloth, where that is used, and so that errors of version are sentences.
+    """
+    from hrpo_patches.backend import start_backend, wanted_backend
+
+    start_backend(wanted_backend(argv))
+    from hrpo_patches.run import main
+
+    return main(argv, task)
+
+
 def console(entry: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> None:
     """Run `entry` for a person: what they can mend is one sentence and exit status 2, not a traceback."""
     try:

@@ -165,7 +165,7 @@ def answer_all(
     """Answer what `done` does not hold yet, batch by batch, with a bar that shows the accuracy so far."""
     model, tokenizer, marker = opened_model
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts for _ in range(arguments.samples)]
-    table = marker_table(tokenizer, marker)
+    table = marker_table(tokenizer, marker, model.config.vocab_size)
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

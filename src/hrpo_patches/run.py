@@ -127,13 +127,17 @@ def evaluate(
     return counts | {"mean": sum(verdicts) / len(verdicts), "standard_error": standard_error(verdicts)}
 
 
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def main(argv: list[str] | None = None, task_name: str = "gsm8k") -> dict[str, Any]:
     """Train from a command line (by default this process's), save the adapter and `report.json`; returns the report.
+
+    Args:
+        argv: the flags.
+        task_name: of the task, where --task names none.
 
     Raises:
         InputError: before any training, if the run cannot work.
     """
-    arguments = parse(argv)
+    arguments = parse(argv, task_name)
     trainer, task, held_out = make_trainer(arguments)
     started = time.monotonic()
     source = (arguments.dataset or "").partition("?")[0]
