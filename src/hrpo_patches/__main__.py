@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from textwrap import shorten
 
@@ -132,6 +133,18 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def lm_eval(argv: list[str]) -> int:
+    """Run lm-evaluation-harness with `hrpo` among its models."""
+    if find_spec("lm_eval") is None:
+        raise InputError("lm_eval needs lm-evaluation-harness; run: pip install 'hrpo_patches[lm-eval]'")
+    from hrpo_patches.harness import main as run
+
+    return run(argv)
+
+
+PASSED_ON: dict[str, Callable[[list[str]], int]] = {"eval": evaluate, "lm_eval": lm_eval}  # with flags of their own
+
+
 def parser() -> argparse.ArgumentParser:
     """The commands, each with the function that does it."""
     top = argparse.ArgumentParser(prog="python -m hrpo_patches", description=__doc__)
@@ -178,7 +191,9 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("--base", default=None, help="the base model (default: the one that the adapter names)")
     one.add_argument("--png", type=Path, default=None, help="draw it into this file, too; must not exist")
     text = "let a model answer a task's problems, and grade them (flags: eval --help)"
-    commands.add_parser("eval", help=text, add_help=False).set_defaults(run=None)
+    commands.add_parser("eval", help=text, add_help=False)
+    text = "lm-evaluation-harness, with the model `hrpo`, which thinks (flags: lm_eval --help)"
+    commands.add_parser("lm_eval", help=text, add_help=False)
     text = "for maintainers: write the patched upstream files into a folder, to be edited"
     command("checkout", text, lambda a: written(export.checkout(a.folder))).add_argument("folder", type=Path)
     text = "for maintainers: regenerate the diffs from an edited folder"
@@ -192,8 +207,8 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     argv = sys.argv[1:] if argv is None else argv
     try:
-        if argv[:1] == ["eval"]:  # its flags are a dataclass's, as the training scripts'
-            return evaluate(argv[1:])
+        if argv and argv[0] in PASSED_ON:
+            return PASSED_ON[argv[0]](argv[1:])
         arguments = parser().parse_args(argv)
         return int(arguments.run(arguments))
     except (InputError, PatchError) as error:
