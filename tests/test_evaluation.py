@@ -210,3 +210,16 @@ def test_a_padding_token_of_the_model_that_no_tokenizer_has_is_foreign_text(comm
     byte_tokenizer().save_pretrained(tmp_path / "padded")
     flags = command("--no-thinking", "--no-greedy", "--temperature", "2.0", "--model", str(tmp_path / "padded"))
     assert main(flags[2:])["scores"]["total"] == 12
+
+
+def test_a_plain_adapter_is_read_out_hard_and_cannot_think(command, folder, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    trainer = small_trainer(tmp_path / "plain", model=model, residual="none", learning_rate=0.1)
+    trainer.train()
+    trainer.save_model()
+    flags = [*command()[2:], "--adapter", str(tmp_path / "plain")]
+    with pytest.raises(InputError, match="never trained to think"):
+        main(flags)
+    plain = main([*flags, "--no-thinking"])
+    base = main(command("--no-thinking", out="base.json", adapter=False))
+    assert [p["samples"] for p in plain["problems"]] != [p["samples"] for p in base["problems"]]

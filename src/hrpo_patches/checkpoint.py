@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
@@ -19,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from hrpo_patches.config import VARIANT, Residual, ThinkingConfig
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import MODULES
+from hrpo_patches.thinking import MODULES, is_thinking_parameter
 from hrpo_patches.unsloth_backend import finish_adapter, is_unsloth, refuse_stranger
 
 THINKING_FILE = "thinking_config.json"
@@ -110,6 +111,14 @@ def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str
                 f"{key} in {folder} is {tuple(weights[key].shape)}, but this base model needs "
                 f"{tuple(parameter.shape)}: the adapter belongs to another base model."
             )
+
+
+def holds_thinking(folder: Path) -> bool:
+    """Whether an adapter's folder says how it thinks, or holds thinking weights (published HRPO adapters)."""
+    if (folder / THINKING_FILE).is_file() or not (folder / "adapter_model.safetensors").is_file():
+        return True  # what is missing is load_adapter's to say
+    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+        return any(is_thinking_parameter(key) for key in weights.keys())  # noqa: SIM118 - it is no dict
 
 
 def load_adapter(

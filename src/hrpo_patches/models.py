@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
+from peft import PeftConfig, PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hrpo_patches.checkpoint import load_adapter
+from hrpo_patches.checkpoint import holds_thinking, load_adapter
 from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.errors import InputError
 from hrpo_patches.unsloth_backend import load_base
@@ -169,6 +169,8 @@ def tokenizer_of(adapter: Path, base: Any) -> PreTrainedTokenizerBase:
 def open_model(name: str, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """A model to look at or to evaluate, and its tokenizer: an adapter's folder, a merged model, or any base model.
 
+    A plain adapter (`--residual none`) leaves the thinking weights fresh.
+
     Raises:
         InputError: as `load_model`, `load_adapter` and `base_of`.
     """
@@ -183,4 +185,6 @@ def open_model(name: str, base: str | None = None) -> tuple[Any, PreTrainedToken
     tokenizer = tokenizer_of(Path(name), source)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not holds_thinking(Path(name)):
+        return PeftModel.from_pretrained(model, name).eval(), tokenizer
     return load_adapter(model, name), tokenizer
