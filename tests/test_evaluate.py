@@ -30,6 +30,8 @@ def test_completions_come_in_batches_and_end_at_their_end_token():
     for row in found.values():
         assert not set(ends) & set(row[:-1]) and (len(row) == 30 or row[-1] in ends)
     assert any(len(row) < 30 for row in found.values())
+    same = [row for _, rows in complete(model, tokenizer, [[1, 2]] * 6, decoding) for row in rows]
+    assert same[:3] != same[3:]  # batches do not share a seed
     ((batch, rows),) = complete(model, tokenizer, ids, decoding, first=1)
     assert batch == [2] and rows == [found[2]]  # the same, though the first batch was passed over
 

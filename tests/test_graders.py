@@ -288,3 +288,15 @@ def test_a_grader_works_in_a_thread(grader):
 def test_squads_normalisation_is_squads():
     assert normalized("The  quick, brown-fox (an animal) ") == "quick brownfox animal"
     assert normalized("a theory of the an") == "theory of"
+
+
+def test_towers_of_powers_hold_up_no_thread_either():
+    towers = [answer for _, answer in EXPRESSIONS_WRONG if "!" in answer or "9^" in answer or "2^{1" in answer]
+    verdicts = []
+    thread = threading.Thread(
+        target=lambda: verdicts.extend(expression("1", answer) for answer in towers), daemon=True
+    )
+    started = time.perf_counter()
+    thread.start()
+    thread.join(10)
+    assert len(towers) >= 5 and verdicts == [False] * len(towers) and time.perf_counter() - started < 1
