@@ -37,9 +37,13 @@ def test_a_corpus_is_a_file_or_a_folder_of_them(corpus):
 
 def test_the_nearest_document_comes_first(corpus):
     retriever = Retriever(read_corpus(corpus))
-    assert retriever.top("Where was Ida Moreau born?")[0].startswith("Moreau")
-    assert retriever.top("Which mountain is highest?", 1) == ["Everest: Everest is the highest mountain."]
-    assert len(retriever.top("Zzyzx?")) == 3 and len(retriever.top("bats", 9)) == 4
+    (born,), (mountain,) = (
+        retriever.top([text], 1) for text in ("Where was Ida Moreau born?", "The highest mountain?")
+    )
+    assert born[0].startswith("Moreau") and mountain == ["Everest: Everest is the highest mountain."]
+    both = retriever.top(["Where was Ida Moreau born?", "The highest mountain?"])
+    assert [documents[0] for documents in both] == [born[0], mountain[0]]
+    assert len(retriever.top(["Zzyzx?"])[0]) == 3 and len(retriever.top(["bats"], 9)[0]) == 4
 
 
 def test_a_question_without_documents_gets_the_three_nearest_of_the_corpus(corpus):
@@ -58,7 +62,7 @@ def test_what_cannot_be_searched_is_one_sentence(corpus, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="'Where\\?' comes without documents; give a folder of them with --corpus"):
         with_retrieved([question("Where?")], [{}], None)
     with pytest.raises(InputError, match="the corpus .*nowhere does not exist"):
-        with_retrieved([question("Where?")], [{}], str(tmp_path / "nowhere"))
+        with_retrieved([question("Where?")], [{"context": ["x"]}], str(tmp_path / "nowhere"))
     with pytest.raises(InputError, match="folder without .jsonl files"):
         read_corpus(tmp_path)
     (tmp_path / "empty.jsonl").write_text("\n")
@@ -72,3 +76,10 @@ def test_what_cannot_be_searched_is_one_sentence(corpus, tmp_path, monkeypatch):
     monkeypatch.setattr(retrieval, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="retrieval needs bm25s; run: pip install"):
         Retriever(["x"])
+
+
+def test_questions_with_and_without_documents_of_their_own_may_stand_side_by_side(corpus):
+    problems = [question("Where was Ida Moreau born?"), question("Which mountain?"), question("Where was Ida born?")]
+    found = with_retrieved(problems, [{}, {"context": ["The only one."]}, {}], str(corpus))
+    assert found[1]["question"] == "[1] The only one.\nWhich mountain?"
+    assert all(found[i]["question"].startswith("[1] Moreau: ") for i in (0, 2))

@@ -6,6 +6,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from rich.progress import track
+
 from hrpo_patches.errors import InputError
 from hrpo_patches.sources import json_rows
 from hrpo_patches.tasks.base import Problem, Row
@@ -31,12 +33,12 @@ class Retriever:
         self._index = bm25s.BM25()
         self._index.index(bm25s.tokenize(documents, show_progress=False), show_progress=False)
 
-    def top(self, question: str, count: int = TOP) -> list[str]:
-        """The `count` nearest documents, nearest first."""
-        query: Any = self._tokenize([question], show_progress=False, return_ids=False)
+    def top(self, questions: list[str], count: int = TOP, progress: bool = False) -> list[list[str]]:
+        """For each question the `count` nearest documents, nearest first; with a progress bar if asked for."""
+        queries: Any = self._tokenize(questions, show_progress=False, return_ids=False)
         count = min(count, len(self.documents))
-        found, _ = self._index.retrieve(query, k=count, show_progress=False)
-        return [self.documents[i] for i in found[0]]
+        found, _ = self._index.retrieve(queries, k=count, show_progress=progress)
+        return [[self.documents[i] for i in row] for row in found]
 
 
 def read_corpus(path: Path) -> list[str]:
@@ -67,18 +69,21 @@ def with_retrieved(problems: list[Problem], rows: list[Row], corpus: str | None)
     Raises:
         InputError: a row has no documents and there is no corpus.
     """
-    retriever = Retriever(read_corpus(Path(corpus))) if corpus is not None else None
-    found: list[Problem] = []
-    for problem, row in zip(problems, rows, strict=True):
-        own = documents_of(row)
-        if len(own) <= TOP and own:
-            documents = own
-        elif own or retriever is not None:
-            source = Retriever(own) if own else retriever
-            documents = source.top(problem["question"]) if source is not None else []
-        else:
-            raise InputError(
-                f"the question {problem['question']!r} comes without documents; give a folder of them with --corpus."
-            )
-        found.append({"question": with_documents(problem["question"], documents), "answer": problem["answer"]})
-    return found
+    if corpus is not None and not Path(corpus).exists():
+        raise InputError(f"the corpus {corpus} does not exist.")
+    documents = [documents_of(row) for row in rows]
+    bare = [i for i, own in enumerate(documents) if not own]
+    if bare and corpus is None:
+        question = problems[bare[0]]["question"]
+        raise InputError(f"the question {question!r} comes without documents; give a folder of them with --corpus.")
+    if bare:
+        found = Retriever(read_corpus(Path(str(corpus)))).top([problems[i]["question"] for i in bare], progress=True)
+        for i, nearest in zip(bare, found, strict=True):
+            documents[i] = nearest
+    many = [i for i, own in enumerate(documents) if len(own) > TOP]
+    for i in track(many, description="Choosing documents") if many else []:
+        (documents[i],) = Retriever(documents[i]).top([problems[i]["question"]])
+    return [
+        {"question": with_documents(problem["question"], own), "answer": problem["answer"]}
+        for problem, own in zip(problems, documents, strict=True)
+    ]
