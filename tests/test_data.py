@@ -111,6 +111,10 @@ def test_worked_examples_are_the_users_or_the_tasks_first(tmp_path):
     assert len(two) == 2 and all(example.count("</a>") == 1 for example in two)
     with pytest.raises(InputError, match="has 4 worked examples, not 9"):
         examples_of(GSM8K, "####", 9, [])
+    with pytest.raises(InputError, match="has 4 worked examples, not -1"):
+        examples_of(GSM8K, "####", -1, [])
+    with pytest.raises(InputError, match="makes its own problems; leave --dataset own.jsonl out"):
+        find_task("reasoning_gym:chain_sum", "own.jsonl")
     with pytest.raises(InputError, match="leave one out"):
         examples_of(GSM8K, "####", 1, own)
     with pytest.raises(InputError, match="carry the marker '####' once"):

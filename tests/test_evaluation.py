@@ -1,6 +1,7 @@
 """`eval` as a person runs it: what it writes, how it goes on after a kill, and what it refuses."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hrpo_patches import evaluation
 from hrpo_patches.__main__ import main as cli
+from hrpo_patches.data import find_task, load_problems
 from hrpo_patches.errors import InputError
 from hrpo_patches.evaluation import main, marker_position
 from hrpo_patches.marker import marker_table
@@ -167,6 +169,8 @@ def test_an_adapter_of_another_base_model_is_refused(command, folder, tmp_path):
         (["--out", "no/where.json"], "the folder of no/where.json does not exist"),
         (["--shots", "99"], "worked examples, not 99"),
         (["--nonsense", "1"], "--nonsense"),
+        (["--seed", "-1"], "--seed has to be from 0"),
+        (["--answer_start", ""], "--answer_start has to be a text"),
     ],
 )
 def test_what_cannot_work_is_a_sentence(command, flags, sentence, capsys):
@@ -223,3 +227,62 @@ def test_a_plain_adapter_is_read_out_hard_and_cannot_think(command, folder, tmp_
     plain = main([*flags, "--no-thinking"])
     base = main(command("--no-thinking", out="base.json", adapter=False))
     assert [p["samples"] for p in plain["problems"]] != [p["samples"] for p in base["problems"]]
+
+
+def test_a_generator_is_evaluated_on_problems_that_were_not_trained_on(folder, tmp_path):
+    name = "reasoning_gym:chain_sum?min_digits=6&max_digits=6"
+    flags = ["--adapter", str(folder / "adapter"), "--task", name, "--limit", "20", "--max_new_tokens", "2"]
+    prompts = {}
+    for split in ("train", "test"):
+        results = main([*flags, "--split", split, "--out", str(tmp_path / f"{split}.json")])
+        prompts[split] = {problem["prompt"] for problem in results["problems"]}
+    trained = {problem["question"] for problem in load_problems(find_task(name, None, 10_000, 42))}
+    assert all(any(question in prompt for question in trained) for prompt in prompts["train"])
+    assert not any(prompt.strip().rpartition("\n")[2] in trained for prompt in prompts["test"])
+
+
+def test_a_repetition_penalty_in_the_models_file_is_not_greedy_decoding(command, folder, tmp_path):
+    plain = main(command(out="plain.json"))
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    base.generation_config.repetition_penalty = 1.5
+    base.config.thinking = None
+    shutil.copytree(folder / "base", tmp_path / "penal")
+    base.generation_config.save_pretrained(tmp_path / "penal")
+    penal = main(command("--model", str(tmp_path / "penal"), out="penal.json"))
+    assert penal["problems"] == plain["problems"]
+
+
+@pytest.mark.parametrize("part", ["garbage\n", "[]\n", "7\n"])
+def test_a_part_that_is_foreign_is_named_and_kept(command, tmp_path, part):
+    (tmp_path / "out.json.part").write_text(part)
+    with pytest.raises(InputError, match="belongs to another evaluation"):
+        main(command())
+    assert (tmp_path / "out.json.part").read_text() == part
+
+
+def test_an_evaluation_does_not_go_on_with_another_model(command, folder, tmp_path):
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    flags = command("--adapter", str(tmp_path / "adapter"))
+    killed = subprocess.run([sys.executable, "-c", KILLED, *flags], capture_output=True, text=True, check=False)
+    assert killed.returncode == -9
+    file = tmp_path / "adapter" / "thinking_config.json"
+    file.write_text(file.read_text() + " ")
+    with pytest.raises(InputError, match="another evaluation .other adapter_files"):
+        main(flags)
+
+
+def test_two_evaluations_do_not_write_one_file(command, tmp_path, monkeypatch):
+    settings = {"x": 1}
+    first = evaluation.Progressed(tmp_path / "two.json", settings)
+    with pytest.raises(InputError, match="another evaluation is writing"):
+        evaluation.Progressed(tmp_path / "two.json", settings)
+    first._lock.close()
+
+    def meanwhile(*_):
+        (tmp_path / "out.json").write_text("mine")
+        return {"mean": 0.0}
+
+    monkeypatch.setattr(evaluation, "summarise", meanwhile)
+    with pytest.raises(InputError, match="has come into being meanwhile; the results are in .*out.json.whole"):
+        main(command("--limit", "2"))
+    assert (tmp_path / "out.json").read_text() == "mine" and (tmp_path / "out.json.whole").is_file()

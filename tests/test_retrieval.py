@@ -53,7 +53,7 @@ def test_a_question_without_documents_gets_the_three_nearest_of_the_corpus(corpu
 
 
 def test_of_many_documents_of_its_own_a_question_keeps_the_three_nearest():
-    row = {"context": [f"{document.get('title', '')} {document.get('text', '')}" for document in DOCUMENTS]}
+    row = {"context": [f"{document.get('title', 'Bats')} {document.get('text', 'fly')}" for document in DOCUMENTS]}
     (found,) = with_retrieved([question("Where was Ida Moreau born?")], [row], None)
     assert found["question"].startswith("[1] Moreau Ida Moreau was born") and found["question"].count("[") == 3
 
@@ -71,6 +71,8 @@ def test_what_cannot_be_searched_is_one_sentence(corpus, tmp_path, monkeypatch):
     (tmp_path / "empty.jsonl").write_text('{"title": "x"}')
     with pytest.raises(InputError, match=r"line 1 has \['title'\], but a document needs 'text' or 'contents'"):
         read_corpus(tmp_path / "empty.jsonl")
+    with pytest.raises(InputError, match="hold no words to search for"):
+        Retriever(["the", "a"])
     with pytest.raises(InputError, match="no documents to search"):
         Retriever([])
     monkeypatch.setattr(retrieval, "find_spec", lambda name: None)

@@ -2,6 +2,7 @@
 
 import pytest
 
+from hrpo_patches.graders import choice, number
 from hrpo_patches.scores import majority, pass_at, standard_error, summarise, wilson
 
 
@@ -55,3 +56,8 @@ def test_a_summary_counts_problems_and_samples():
     assert scores["pass@2"] == pytest.approx((pass_at(2, 2, 4) + pass_at(2, 1, 4)) / 2)
     single = summarise([{"samples": [sample("7", True)]}], lambda i, answer: True, lambda a, b: True)
     assert "pass@1" not in single and single["mean"] == 1
+
+
+def test_the_majority_reads_answers_as_the_graders_do():
+    assert majority(["(A)", "(B)", "B.", "The answer is B"], choice) == "(B)"
+    assert majority(["17", "18 apples", "$18"], number) == "18 apples"

@@ -23,6 +23,8 @@ def find_task(name: str, dataset: str | None, size: int = 10_000, seed: int = 42
     Raises:
         InputError: there is no such task or generator.
     """
+    if name.startswith(GYM) and dataset is not None:
+        raise InputError(f"{name} makes its own problems; leave --dataset {dataset} out.")
     generators = [given for given in (dataset, name) if given is not None and given.startswith(GYM)]
     return gym_task(generators[0], size, seed) if generators else task_named(name)
 
@@ -78,7 +80,7 @@ def examples_of(task: Task, marker: str, shots: int, own: list[str]) -> list[str
     """
     if own and shots:
         raise InputError("--examples and --shots are two ways to say the same; leave one out.")
-    if shots > len(task.examples):
+    if not 0 <= shots <= len(task.examples):
         raise InputError(f"{task.name} has {len(task.examples)} worked examples, not {shots}; give --examples.")
     chosen = own or [example.format(marker=marker) for example in task.examples[:shots]]
     for example in chosen:

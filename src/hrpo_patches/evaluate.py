@@ -84,6 +84,7 @@ def complete(
         extra |= {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
     else:
         extra |= {"do_sample": False}
+    extra |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # as in rollouts, whatever the model's file says
     was_training = model.training
     model.eval()
     try:

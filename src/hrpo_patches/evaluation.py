@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
@@ -21,11 +23,13 @@ from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of
 from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Decoding, complete, prompt_ids, uses_chat
 from hrpo_patches.marker import marker_table
-from hrpo_patches.models import open_model
+from hrpo_patches.models import base_of, open_model
 from hrpo_patches.rewards import answer_of, grade
 from hrpo_patches.scores import summarise
 from hrpo_patches.tasks import Problem, Task
 from hrpo_patches.think import is_untrained
+
+UNSEEN = 10**8  # added to the seed of a generator, whose i-th problem comes of seed + i: none that was trained on
 
 
 @dataclass
@@ -63,6 +67,10 @@ class EvalArguments:
         for name in ("samples", "batch_size", "max_new_tokens", "temperature"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} has to be above 0, not {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**31:
+            raise InputError(f"--seed has to be from 0 to 2**31 - 1, not {self.seed}.")
+        if self.answer_start == "":
+            raise InputError("--answer_start has to be a text.")
         if self.limit is not None and self.limit < 1:
             raise InputError(f"--limit has to be 1 or more, not {self.limit}.")
         if self.prompt not in ("auto", "chat", "plain"):
@@ -87,7 +95,7 @@ def parse(argv: list[str] | None) -> EvalArguments:
     parser.add_argument("--config", metavar="FILE.yaml", help="A YAML file with any of these options; flags win.")
     try:
         (arguments,) = parser.parse_args_and_config(argv)[:1]
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, yaml.YAMLError) as error:
         raise InputError(" ".join(str(error).split())) from None
     arguments.check()
     return arguments
@@ -102,16 +110,26 @@ class Progressed:
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.path = out.with_name(out.name + ".part")
-        lines = self.path.read_text().splitlines(keepends=True) if self.path.exists() else []
-        whole = [json.loads(line) for line in lines if line.endswith("\n")]  # a kill may cut the last one
+        self._lock = self.path.open("a")  # held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another evaluation is writing {self.path}; wait, or give another --out.") from None
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
+        try:
+            whole = [json.loads(line) for line in kept]
+        except ValueError:
+            whole = [None]
         if whole and whole[0] != settings:
-            other = sorted(key for key in settings if whole[0].get(key) != settings[key])
+            begun = whole[0] if isinstance(whole[0], dict) else {}
+            other = sorted(key for key in settings if begun.get(key) != settings[key])
             raise InputError(
-                f"{self.path} belongs to another evaluation (other {', '.join(other)}); give another "
-                f"--out, or remove it."
+                f"{self.path} belongs to another evaluation (other {', '.join(other)}); give another --out, or remove "
+                f"it."
             )
         self.batches: list[list[dict[str, Any]]] = whole[1:]
-        self.path.write_text("".join(line for line in lines if line.endswith("\n")) or json.dumps(settings) + "\n")
+        self.path.write_text("".join(kept) or json.dumps(settings) + "\n")
 
     def add(self, samples: list[dict[str, Any]]) -> None:
         """Write one batch's samples, in one call of the operating system."""
@@ -205,13 +223,15 @@ def marker_position(row: list[int], table: torch.Tensor) -> int | None:
 
 
 def settings_of(arguments: EvalArguments, prompts: list[Any], problems: list[Problem]) -> dict[str, Any]:
-    """What makes two evaluations the same one: flags, prompts, gold answers and the adapter's file."""
+    """What makes two evaluations the same one: flags, prompts, gold answers, and the files of adapter and base."""
     settings = {key: value for key, value in asdict(arguments).items() if key != "out"}
     content = json.dumps([prompts, [problem["answer"] for problem in problems]])
     settings["problems"] = hashlib.sha256(content.encode()).hexdigest()
-    if arguments.adapter is not None:
-        weights = (Path(arguments.adapter) / "adapter_model.safetensors").read_bytes()
-        settings["weights"] = hashlib.sha256(weights).hexdigest()
+    base = base_of(Path(arguments.adapter), arguments.model) if arguments.adapter is not None else arguments.model
+    for name, folder in (("adapter_files", arguments.adapter), ("model_files", base)):
+        if folder is not None and Path(folder).is_dir():
+            files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+            settings[name] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
     return settings
 
 
@@ -222,7 +242,8 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         InputError: before the first completion, if the evaluation cannot work.
     """
     arguments = parse(argv)
-    task = find_task(arguments.task, arguments.dataset, arguments.limit or 1000, arguments.seed)
+    seed = arguments.seed + (UNSEEN if arguments.split == "test" else 0)
+    task = find_task(arguments.task, arguments.dataset, arguments.limit or 1000, seed)
     problems = load_problems(task, arguments.dataset, arguments.split, arguments.corpus)[: arguments.limit]
     model, tokenizer, marker = opened(arguments)
     prompts = prompts_of(arguments, task, problems, marker, tokenizer)
@@ -239,12 +260,20 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         }
         for i, (problem, prompt) in enumerate(zip(problems, prompts, strict=True))
     ]
-    scores = summarise(rows, lambda i, answer: task.is_right(problems[i], answer), task.grader)
+    scores = summarise(
+        rows,
+        lambda i, answer: task.is_right(problems[i], answer),
+        lambda one, other: one.casefold() == other.casefold() or task.grader(one, other),
+    )
     results = {"settings": settings, "answer_start": marker, "scores": scores, "problems": rows}
-    building = done.path.with_suffix(".new")
+    building = done.path.with_suffix(".whole")
     building.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    building.replace(arguments.out)
-    done.path.unlink()
+    try:
+        os.link(building, arguments.out)  # which replaces nothing
+    except FileExistsError:
+        raise InputError(f"{arguments.out} has come into being meanwhile; the results are in {building}.") from None
+    building.unlink()
+    done.path.unlink(missing_ok=True)
     show(scores, f"{arguments.adapter or arguments.model}, {task.name}", Path(arguments.out))
     return results
 
@@ -261,5 +290,6 @@ def show(scores: dict[str, Any], title: str, out: Path) -> None:
         console.print(f"{name}: {value:.3f}")
     console.print(
         f"{scores['right']} of {scores['total']} completions right; {scores['mean_tokens']:.0f} tokens each, "
-        f"marker in {scores['marker_rate']:.0%}; {out}"
+        f"marker in {scores['marker_rate']:.0%}; {out}",
+        markup=False,
     )

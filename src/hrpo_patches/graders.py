@@ -25,20 +25,33 @@ _LIMIT = 0.6  # seconds
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of limits that are set here
 
 _DASHES = str.maketrans(dict.fromkeys("\u2010\u2011\u2012\u2013\u2212", "-"))
-_NUMBER = re.compile(r"(^-\s?|(?<![\w)\]])-)?(?:[$€£¥](-?))?(\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(\s?/\s?\d+)?(\s?%)?")
+_EMPHASIS = re.compile(r"(?<!\S)\*\*|\*\*(?=[\s.,:;!?)]|$)")
+_NUMBER = re.compile(r"(^-\s?|(?<![\w)\]])-)?(?:[$€£¥](-?))?(\d+(?:,\d{3})*(?:\.\d+)?|\.\d+)(\s?/\s?\d+)?")
 _THOUSANDS = re.compile(r"(?<=\d) (?=\d{3}(?:\D|$))")
+_UNIT_POWER = re.compile(r"(?<=[a-zA-Z])\s*(?:\^\s*\{?[23]\}?|[²³])")
+# What makes a number another one, or no statement of a number.
+_UNSURE = re.compile(
+    r"[<>≠≤≥±+]\s*[\w(]*\d|\d\s*\+|-\s*\(|\d\s?[kK]\b"
+    r"|\b(?i:not|minus|negative|hundred|thousand|million|billion|dozen|(?:less|more)\s+than|at\s+(?:least|most))\b"
+)
 # Powers of powers, huge exponents, factorials of large numbers: sympy would work out every digit.
-_TOWER = re.compile(r"(?:\^|\*\*)[^,;]*(?:\^|\*\*|!)|![^,;]*[!^]|\d{4,}\s*!|(?:\^|\*\*)[\s{(-]*\d{5,}")
+_TOWER = re.compile(r"(?:\^|\*\*)[\s{(]*\d+[\s})]*(?:\^|\*\*)|(?:\^|\*\*)[\s{(-]*\d{4,}|\d{4,}\s*!|!\s*[!)]*\s*!")
+_HEAVY = re.compile(r"(?:\^|\*\*)[\s{(-]*\d{3,}|\\(?:d?binom|prod|sum|int|lim)|!")
 
 _IN_WORDS = re.compile(r"\\(?:text|mathrm|textbf)\s*\{([^{}]*)\}")
 _PROSE = re.compile(r"(?<![\\a-zA-Z{])(?!sqrt|frac|sin|cos|tan|log|exp)[a-zA-Z]{4,}")
 
 _LETTER = r"(?<![\w'])([A-H])(?![\w'])"
-_LONE = re.compile(r"[\s(\[{]*([A-Ha-h])[\s)\]}.:,]*$")
-_FIRST = re.compile(r"[\s(\[{]*([A-H])\s*[)\]}.:]")
-_NAMED = re.compile(rf"(?i:answer|option|choice)(?i:\s+is)?:?\s*[(\[]?{_LETTER}")
-_SEVERAL = re.compile(rf"{_LETTER}[)\]]?\s*(?:,|/|&|or|and)\s*[(\[]?{_LETTER}")
-_AN_ARTICLE = re.compile(r"\bA (?=[a-z])")
+_WRAPPING = re.compile(r"\\(?:boxed|text|mathrm|textbf)|[{}$_\"*`]|(?<!\w)'|'(?!\w)")
+_LONE = re.compile(r"[\s(\[]*([A-Ha-h])[\s)\].:,!]*$")
+_FIRST = re.compile(r"[\s(\[]*(?:([A-H])\s*[)\].:,]|([a-h])\s*[)\]])")
+_NAMED = re.compile(rf"(?i:answer|option|choice)(?i:\s+is)?:?\s*[(\[]?(?:{_LETTER}|([a-h])(?=[)\].,:]|$))")
+_DENIED = re.compile(
+    r"\b(?i:not|exclude|except|anything but)\s+(?i:option\s+|choice\s+)?[(\[]?[A-H]\b"
+    r"|\b[A-H]\)?\s+is\s+(?:wrong|false|incorrect|not)\b"
+)
+_SEVERAL = re.compile(rf"{_LETTER}[)\]]?(?:\s*(?:,|/|&|or\b|and\b))+\s*[(\[]?{_LETTER}")
+_AN_ARTICLE = re.compile(r"\bA (?!(?:is|was|because|since|as|seems|for)\b)(?=[a-z])")
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -46,7 +59,8 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 def _tidy(text: str) -> str:
     """One line, with ASCII digits, dashes and spaces where Unicode has others, and without emphasis."""
-    return " ".join(unicodedata.normalize("NFKC", text[:_LONGEST]).translate(_DASHES).replace("**", "").split())
+    plain = unicodedata.normalize("NFKC", text[:_LONGEST]).translate(_DASHES)
+    return " ".join(_EMPHASIS.sub("", plain).split())
 
 
 @contextmanager
@@ -85,33 +99,47 @@ def _equal(gold: str, answer: str) -> bool:
 
 
 def _numbers(text: str) -> list[str]:
-    """The numbers in a text: digits, perhaps with a sign, a denominator or a percent sign."""
+    """The numbers in a text: digits, perhaps with a sign or a denominator."""
     found = _NUMBER.findall(_THOUSANDS.sub("", text))
     return [
-        f"{'-' if '-' in before + after else ''}{digits.replace(',', '')}{under}{percent}".replace(" ", "")
-        for before, after, digits, under, percent in found
+        f"{'-' if '-' in before + after else ''}{digits.replace(',', '')}{under}".replace(" ", "")
+        for before, after, digits, under in found
     ]
 
 
-def number(gold: str, answer: str) -> bool:
-    """Whether the one number in `answer` is `gold`; units, currencies, thousands separators and prose may surround it.
+def is_number(gold: str) -> bool:
+    """Whether a gold answer holds exactly one number."""
+    return len(_numbers(_tidy(gold))) == 1
 
-    Two numbers are wrong, for one of them would often be right. LaTeX is read as an expression.
+
+def number(gold: str, answer: str) -> bool:
+    """Whether the one number in `answer` is `gold`.
+
+    Units, currencies, percent signs, thousands separators and prose may surround it. Two numbers are wrong, for one of
+    them would often be right, and so is what makes it another number ("minus 5", "5 thousand", "> 5", "5 + x").
+    LaTeX is read as an expression.
     """
-    text = _tidy(answer.replace("\\$", "$").replace("\\%", "%"))
+    text = _tidy(_UNIT_POWER.sub("", answer.replace("\\$", "$").replace("\\%", "%")))
     if "\\" in text:
         return expression(gold, answer)
     golds, given = _numbers(_tidy(gold)), _numbers(text)
-    return len(golds) == len(given) == 1 and (golds == given or _equal(golds[0], given[0]))
+    if len(golds) != 1 or len(given) != 1 or _UNSURE.search(text.lstrip("+")):
+        return False
+    return golds == given or _equal(golds[0], given[0])
 
 
 def expression(gold: str, answer: str) -> bool:
     """Whether `answer` is the same expression as `gold`, in LaTeX, with or without $ or \\boxed."""
     gold, answer = (_tidy(text.replace("\\$", "")) for text in (gold, answer))
-    if not gold or not answer or answer.count("\\boxed") > 1 or _TOWER.search(answer):
+    if not gold or not answer or answer.count("\\boxed") > 1:
         return False
     plain_gold, plain = (_IN_WORDS.sub(r"\1", text).casefold() for text in (gold, answer))
-    return plain_gold == plain or _equal(_as_latex(gold), _as_latex(answer))
+    if plain_gold == plain:
+        return True
+    in_a_thread = threading.current_thread() is not threading.main_thread()
+    if _TOWER.search(answer) or (in_a_thread and _HEAVY.search(answer)):
+        return False
+    return _equal(_as_latex(gold), _as_latex(answer))
 
 
 def _as_latex(text: str) -> str:
@@ -120,20 +148,29 @@ def _as_latex(text: str) -> str:
     return text if marked or _PROSE.search(text) else f"${text}$"
 
 
+def _chosen(text: str) -> str | None:
+    """The one option that a text chooses, a capital letter."""
+    text = _WRAPPING.sub("", _tidy(text)).strip()
+    if lone := _LONE.match(text):
+        return lone[1].upper()
+    if _SEVERAL.search(text):
+        return None
+    text = _DENIED.sub("", text)
+    first = _FIRST.match(text)
+    named = [first.groups()] if first else _NAMED.findall(text)
+    letters = {"".join(filter(None, pair)).upper() for pair in named}
+    letters = letters or set(re.findall(_LETTER, _AN_ARTICLE.sub("", text)))
+    return letters.pop() if len(letters) == 1 else None
+
+
 def choice(gold: str, answer: str) -> bool:
     """Whether `answer` chooses the option `gold` and no other.
 
-    A letter from A to H: alone, in either case; else a capital at the start, before punctuation ("B. because"), or
-    after "answer", "option" or "choice"; else the only capital that stands alone and is no article. "B or C" is wrong.
+    A letter from A to H: alone; else at the start, before punctuation ("B. because"), or after "answer", "option" or
+    "choice"; else the only capital that stands alone and is no article. "B or C" and "not B" choose nothing.
     """
-    text, gold = _tidy(answer), gold.strip().upper()
-    if lone := _LONE.match(text):
-        return lone[1].upper() == gold
-    if _SEVERAL.search(text):
-        return False
-    first = _FIRST.match(text)
-    named = [first[1]] if first else _NAMED.findall(text) or re.findall(_LETTER, _AN_ARTICLE.sub("", text))
-    return set(named) == {gold}
+    chosen = _chosen(answer)
+    return chosen is not None and chosen == _chosen(gold)
 
 
 def normalized(text: str) -> str:
@@ -143,5 +180,7 @@ def normalized(text: str) -> str:
 
 
 def exact_match(gold: str, answer: str) -> bool:
-    """Whether two names are equal after SQuAD's normalisation; an empty one matches nothing."""
-    return bool(normalized(gold)) and normalized(gold) == normalized(answer)
+    """Whether two names are equal after SQuAD's normalisation; a name that it leaves nothing of, as they are."""
+    if not normalized(gold):
+        return bool(gold.strip()) and gold.strip() == answer.strip()
+    return normalized(gold) == normalized(answer)

@@ -31,7 +31,10 @@ class Retriever:
         self.documents = documents
         self._tokenize = bm25s.tokenize
         self._index = bm25s.BM25()
-        self._index.index(bm25s.tokenize(documents, show_progress=False), show_progress=False)
+        try:
+            self._index.index(bm25s.tokenize(documents, show_progress=False), show_progress=False)
+        except ValueError:
+            raise InputError("the documents hold no words to search for, but empty ones and stop words.") from None
 
     def top(self, questions: list[str], count: int = TOP, progress: bool = False) -> list[list[str]]:
         """For each question the `count` nearest documents, nearest first; with a progress bar if asked for."""
@@ -58,7 +61,7 @@ def read_corpus(path: Path) -> list[str]:
 
 def _document(row: Row, where: str) -> str:
     body = row.get("text") or row.get("contents")
-    if not body:
+    if not isinstance(body, str) or not body.strip():
         raise InputError(f"{where} has {sorted(row)}, but a document needs 'text' or 'contents'.")
     return f"{row['title']}: {body}" if row.get("title") else str(body)
 

@@ -37,7 +37,7 @@ def _hub_rows(source: str, split: str) -> Rows:
     split = own_split or split
     try:
         data = load_dataset(identifier, config or None, split=split)
-    except (ConnectionError, FileNotFoundError, ValueError) as error:
+    except Exception as error:  # the hub, its cache and its readers have errors of their own
         raise InputError(
             f"the data set {source!r} could not be loaded ({' '.join(str(error).split())}); a path has to end in "
             f".jsonl, or be a folder with train.jsonl and test.jsonl."

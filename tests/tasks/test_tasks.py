@@ -20,6 +20,7 @@ ROWS = [
     ("svamp", {"Body": "Tom has 3.", "Question": "How many?", "Answer": 145.0}, "Tom has 3. How many?", ["145"]),
     ("svamp", {"Body": "Tom has 3.", "Question": "How many?", "Answer": "2.5"}, "Tom has 3. How many?", ["2.5"]),
     ("mawps", {"question": "How many?", "result": "12"}, "How many?", ["12"]),
+    ("mawps", {"question": "How many?", "result": "1_450"}, "How many?", ["1450"]),
     ("mawps", {"input": "How many?", "target": 14.0}, "How many?", ["14"]),
     (
         "math",
@@ -54,6 +55,7 @@ ROWS = [
         for name in ("rag", "nq", "triviaqa", "hotpotqa", "2wikimultihopqa", "bamboogle")
     ],
     ("nq", {"question": "Where?", "answer": "Lyon"}, "Where?", ["Lyon"]),
+    ("nq", {"question": "Where?", "golden_answers": ["Lyon", " "]}, "Where?", ["Lyon"]),
     ("nq", {"question": "Where?", "answer": ["Lyon"]}, "Where?", ["Lyon"]),
 ]
 
@@ -95,7 +97,7 @@ def test_the_worked_examples_end_in_an_answer_that_the_grader_reads(name):
 
 
 def test_the_whole_prompts_of_one_problem():
-    problem = task_named("mmlu").read(ROWS[8][1], "row")
+    problem = task_named("mmlu").read({"question": BIRD, "choices": ["bat", "wren", "bee"], "answer": 1}, "row")
     (example,) = examples_of(task_named("mmlu"), "####", 1, [])
     assert prompt_of(task_named("mmlu"), problem["question"], "####", [example], chat=False) == (
         "Which planet is nearest to the sun?\nA. Venus\nB. Mercury\nC. Mars\nD. Earth\n"
@@ -123,6 +125,9 @@ def test_the_whole_prompts_of_one_problem():
         ({"metadata": {"context": WIKI}}, "[1] Ida: Ida was born in Lyon.\n[2] Lyon: A city.\n"),
         ({"metadata": {"context": {"title": ["Ida"], "content": ["Born."]}}}, "[1] Ida: Born.\n"),
         ({"context": ["one", "two"]}, "[1] one\n[2] two\n"),
+        ({"context": [["Ida", ["Ida was born ", "in Lyon."]]]}, "[1] Ida: Ida was born in Lyon.\n"),
+        ({"context": [{"title": "Ida", "text": "Born."}, {"text": "x"}]}, "[1] Ida: Born.\n[2] x\n"),
+        ({"context": "one text", "metadata": "x"}, "[1] one text\n"),
     ],
 )
 def test_documents_that_come_with_a_question_stand_before_it(row, documents):
@@ -152,7 +157,10 @@ def test_documents_that_come_with_a_question_stand_before_it(row, documents):
             "none of its options",
         ),
         ("nq", {"question": "x", "answer": 7}, "a text, or a list of texts"),
-        ("nq", {"question": "x", "answer": ["", "x"]}, "has an empty answer"),
+        ("nq", {"question": "x", "answer": ["", " "]}, "has an empty answer"),
+        ("gsm8k", {"question": "Capital?", "answer": "Paris"}, "has the answer 'Paris', which is not one number"),
+        ("gsm8k", {"question": "x", "answer": "#### 5 or 6"}, "is not one number"),
+        ("svamp", {"Body": "x", "Question": "y", "Answer": float("nan")}, "is not one number"),
     ],
 )
 def test_a_row_that_cannot_be_read_is_one_sentence(name, row, message):
@@ -182,7 +190,20 @@ def test_a_gym_task_is_graded_by_its_generator_and_plain_numbers_in_any_notation
     for problem in problems:
         gold = problem["answer"][0]
         assert task.is_right(problem, gold) and task.is_right(problem, f"({gold})")  # another way to write it
-        assert not task.is_right(problem, "1 +") and not task.is_right(problem, "__import__('os')")
+        assert not task.is_right(problem, "1 +") and not task.is_right(problem, "9**9**9**9")
+        assert not task.is_right(problem, "1<<9999999999999") and not task.is_right(problem, "[0]*10000000000000")
+
+
+@pytest.mark.parametrize("name", ["countdown", "spiral_matrix", "polynomial_multiplication", "simple_integration"])
+def test_no_answer_is_ever_run_as_a_program(name, tmp_path):
+    task = find_task(f"reasoning_gym:{name}", None, size=2, seed=1)
+    problem = load_problems(task)[0]
+    touch = f"__import__('os').system('touch {tmp_path / 'touched'}')"
+    spelt = "+".join(f"chr({ord(character)})" for character in touch)
+    for answer in (touch, f"exec({spelt})", f"eval({spelt})", f"[{touch}]", f"1+{touch}"):
+        assert not task.is_right(problem, answer)
+    assert not (tmp_path / "touched").exists()
+    assert task.is_right(problem, problem["answer"][0])
 
 
 @pytest.mark.shared_data
@@ -212,5 +233,5 @@ def test_real_golds_are_right_against_themselves_and_wrong_against_a_neighbours(
 
 
 def test_a_file_of_a_task_is_read_line_by_line(tmp_path):
-    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(ROWS[i][1]) for i in (4, 5)))
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(ROWS[i][1]) for i in (4, 6)))
     assert [p["answer"] for p in load_problems(task_named("mawps"), str(tmp_path / "own.jsonl"))] == [["12"], ["14"]]

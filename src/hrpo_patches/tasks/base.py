@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from hrpo_patches.errors import InputError
-from hrpo_patches.graders import Grader
+from hrpo_patches.graders import Grader, is_number
 
 Row = dict[str, Any]
 
@@ -66,7 +67,8 @@ class Task:
                     problem = reader(row)
                 except Unreadable as error:
                     raise InputError(f"{where} {error}.") from None
-                if not all(gold.strip() for gold in problem["answer"]) or not problem["answer"]:
+                problem["answer"] = [gold for gold in problem["answer"] if gold.strip()]  # aliases may be blank
+                if not problem["answer"]:
                     raise InputError(f"{where} has an empty answer.")
                 return problem
         needs = ", or ".join(" and ".join(map(repr, columns)) for columns in self.shapes)
@@ -89,8 +91,12 @@ def text(row: Row, *columns: str) -> str:
 
 
 def plain_number(value: Any) -> str:
-    """A number as people write it: 14.0 as 14."""
-    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()
+    """A number as people write it: 14.0 as 14, and 1_450 as 1450; an `Unreadable` if it is not one number."""
+    whole = isinstance(value, float) and value.is_integer()
+    plain = str(int(value)) if whole else re.sub(r"(?<=\d)_(?=\d)", "", str(value)).strip()
+    if not is_number(plain):
+        raise Unreadable(f"has the answer {plain!r}, which is not one number")
+    return plain
 
 
 STEPS = (

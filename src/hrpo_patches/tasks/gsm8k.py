@@ -20,10 +20,12 @@ EXAMPLES = (
 
 def read(row: Row) -> Problem:
     """A worked solution with its answer after `####`, or an answer alone."""
-    gold = plain_number(row["answer"]).rpartition(GOLD_MARKER)[2].strip()
-    if not gold:
-        raise Unreadable(f"has nothing after {GOLD_MARKER} in its answer")
-    return {"question": text(row, "question"), "answer": [gold]}
+    answer = row["answer"]
+    if isinstance(answer, str):
+        answer = answer.rpartition(GOLD_MARKER)[2].strip()
+        if not answer:
+            raise Unreadable(f"has nothing after {GOLD_MARKER} in its answer")
+    return {"question": text(row, "question"), "answer": [plain_number(answer)]}
 
 
 TASK = Task(

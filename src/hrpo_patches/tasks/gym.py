@@ -1,4 +1,8 @@
-"""Tasks of reasoning-gym, `reasoning_gym:NAME?option=value&...`: problems made on the spot, graded by their maker."""
+"""Tasks of reasoning-gym, `reasoning_gym:NAME?option=value&...`: problems made on the spot.
+
+Many of its generators grade an answer by evaluating it as Python, with whatever it calls. So they are asked only about
+texts that cannot call anything; other answers have to be the gold answer itself.
+"""
 
 from __future__ import annotations
 
@@ -17,6 +21,9 @@ from hrpo_patches.tasks.gsm8k import TASK as GSM8K
 
 PREFIX = "reasoning_gym:"
 _DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
+# Formulas without powers, and lists without multiplication: nothing to call, and nothing that fills the memory.
+_HARMLESS = re.compile(r"(?:[\s0-9+\-/().=]|\*(?!\s*\*))*|(?:[\s0-9+\-/(),.;:|#>=\[\]]|<(?!<))*", re.ASCII)
+_LONGEST = 1000  # characters
 
 
 class GymProblem(Problem):
@@ -27,15 +34,19 @@ class GymProblem(Problem):
 
 @dataclass(frozen=True)
 class GymTask(Task):
-    """A task whose problems come from a generator and are graded by it; plain numbers also in other notations."""
+    """A task whose problems come from a generator, which grades what is harmless; plain numbers in any notation."""
 
     data: Any = None
 
     def is_right(self, problem: Problem, answer: str) -> bool:
-        """Whether the generator gives `answer` its full score, or it is the same plain number."""
+        """Whether `answer` is the gold answer, the same plain number, or has the generator's full score."""
         (gold,) = problem["answer"]
         if _DECIMAL.fullmatch(gold):
             return number(gold, answer)
+        if answer.strip().casefold() == gold.casefold():
+            return True
+        if len(answer) > _LONGEST or not _HARMLESS.fullmatch(answer):
+            return False
         try:
             return bool(self.data.score_answer(answer, self.data[cast(GymProblem, problem)["index"]]) >= 1)
         except Exception:  # generators read answers each in their own way

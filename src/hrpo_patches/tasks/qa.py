@@ -15,13 +15,29 @@ TOP = 3  # documents that a question comes with
 
 
 def documents_of(row: Row) -> list[str]:
-    """The documents that a row brings with it, each a title and a text; none if it has no `context`."""
-    context: Any = row.get("context") or (row.get("metadata") or {}).get("context")
+    """The documents that a row brings with it, each a title and a text; none if it has no `context`.
+
+    A context is {"title": [...], "sentences" or "content": [...]}, a list of [title, sentences], of {"title", "text"}
+    or of texts, or one text.
+    """
+    metadata = row.get("metadata")
+    context: Any = row.get("context") or (metadata.get("context") if isinstance(metadata, dict) else None)
     if isinstance(context, dict):
-        bodies = context.get("sentences") or context.get("content") or []
-        joined = [body if isinstance(body, str) else " ".join(part.strip() for part in body) for body in bodies]
-        return [f"{title}: {body}" for title, body in zip(context.get("title", []), joined, strict=False)]
-    return [str(document) for document in context] if isinstance(context, list) else []
+        bodies = context.get("sentences") or context.get("content") or context.get("text") or []
+        titles = context.get("title") or [""] * len(bodies)
+        context = list(zip(titles, bodies, strict=False))
+    documents = [context] if isinstance(context, str) else [_document(item) for item in context or []]
+    return [document for document in documents if document.strip()]
+
+
+def _document(item: Any) -> str:
+    if isinstance(item, dict):
+        item = item.get("title", ""), item.get("text") or item.get("contents") or ""
+    if isinstance(item, str):
+        return item
+    title, body = (*item, "", "")[:2]
+    body = body if isinstance(body, str) else " ".join(str(part).strip() for part in body or [])
+    return f"{title}: {body}" if title else body
 
 
 def with_documents(question: str, documents: list[str]) -> str:
