@@ -8,24 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
-import yaml
-from trl import TrlParser
 
 from hrpo_patches.backend import BACKENDS
 from hrpo_patches.checkpoint import check_same_thinking, last_checkpoint
+from hrpo_patches.command_line import option, parsed
 from hrpo_patches.config import VARIANT, ThinkingConfig
 from hrpo_patches.data import examples_of, find_task
 from hrpo_patches.errors import InputError
 from hrpo_patches.report import require_matplotlib
 from hrpo_patches.trainer_config import HRPOConfig
-
-
-def option(default: Any, text: str) -> Any:
-    """A dataclass field with its help text."""
-    return field(default=default, metadata={"help": text})
 
 
 @dataclass
@@ -207,14 +200,4 @@ def parse(argv: list[str] | None, task: str = "gsm8k") -> RunArguments:
     Raises:
         InputError: the config file is missing or has an unknown key, or an argument cannot work.
     """
-    parser = TrlParser(RunArguments, allow_abbrev=False)  # or --back would be read here and not by wanted_backend
-    parser.set_defaults(task=task)
-    parser.add_argument(
-        "--config", metavar="FILE.yaml", help="A YAML file with any of these options; flags win over it."
-    )
-    try:
-        (arguments,) = parser.parse_args_and_config(argv)[:1]
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        raise InputError(" ".join(str(error).split())) from None
-    arguments.check()
-    return arguments
+    return parsed(RunArguments, argv, task=task)

@@ -11,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
-from trl import TrlParser
 
-from hrpo_patches.arguments import option
+from hrpo_patches.command_line import option, parsed
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of
 from hrpo_patches.errors import InputError
@@ -91,14 +89,7 @@ class EvalArguments:
 
 def parse(argv: list[str] | None) -> EvalArguments:
     """The arguments of a command line (by default this process's), checked; an `InputError` if they cannot work."""
-    parser = TrlParser(EvalArguments, prog="python -m hrpo_patches eval", allow_abbrev=False)
-    parser.add_argument("--config", metavar="FILE.yaml", help="A YAML file with any of these options; flags win.")
-    try:
-        (arguments,) = parser.parse_args_and_config(argv)[:1]
-    except (ValueError, OSError, yaml.YAMLError) as error:
-        raise InputError(" ".join(str(error).split())) from None
-    arguments.check()
-    return arguments
+    return parsed(EvalArguments, argv, prog="python -m hrpo_patches eval")
 
 
 class Progressed:
