@@ -1,11 +1,16 @@
 """Trains each residual from the same seeds, data and budget, evaluates each with thinking on and off, and compares.
 
-Every run and every evaluation is kept in --runs and is not done again, so that it can be stopped and started. What it
-evaluates on is drawn from the configuration's generator with a seed of its own, the same problems for all.
+Every run and every evaluation is kept in --runs and is not done again, so that it can be stopped and started: a run
+goes on from its newest checkpoint, or anew where there is none. What it evaluates on is drawn from the configuration's
+generator with a seed of its own, the same problems for all.
+
+The standard errors are over seeds. The p are over problems: each problem's verdicts are averaged over the seeds, and
+the signs of the differences are flipped at random. So a p speaks of these trained models, not of the next seed.
 """
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
 from itertools import combinations
@@ -32,6 +37,8 @@ def train(args, residual, seed):
     folder = args.runs / f"{residual}-{seed}"
     if not (folder / "report.json").is_file():
         resume = ["--resume_from_checkpoint", "latest"] if any(folder.glob("checkpoint-*")) else []
+        if folder.exists() and not resume:
+            shutil.rmtree(folder)  # ours, and stopped before there was anything to keep
         flags = ["--residual", residual, "--seed", seed, "--output_dir", folder, *resume]
         call(f"scripts/hrpo_{args.script}.py", "--config", args.config, *flags)
     return folder
@@ -39,7 +46,7 @@ def train(args, residual, seed):
 
 def evaluate(args, folder, thinking):
     """The results of a run's adapter: for each problem whether it was answered right, and the mean length."""
-    out = args.runs / f"{folder.name}.{'thinking' if thinking else 'hard'}.json"
+    out = args.runs / f"{folder.name}.{'thinking' if thinking else 'hard'}.{args.limit}-{args.eval_seed}.json"
     if not out.is_file():
         settings = yaml.safe_load(args.config.read_text())
         taken = ("dataset", "prompt", "answer_start", "task", "shots")
@@ -74,8 +81,8 @@ def averaged(residual, runs):
 
 
 def standard_error(shares):
-    """Of the mean over seeds; of a single seed there is none to tell."""
-    return stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else float("nan")
+    """Of the mean over seeds; of a single seed there is none."""
+    return stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else None
 
 
 def compare_pair(one, other):
@@ -96,7 +103,8 @@ def markdown(record):
     lines += ["|---|---|---|---|---|---|---|"]
     for row in record["conditions"]:
         shares = ", ".join(f"{share:.3f}" for share in row["shares"])
-        cells = [row["residual"], row["read_out"], shares, f"{row['mean']:.3f}", f"{row['standard_error']:.3f}"]
+        error = "none" if row["standard_error"] is None else f"{row['standard_error']:.3f}"
+        cells = [row["residual"], row["read_out"], shares, f"{row['mean']:.3f}", error]
         cells += [f"{row['tokens']:.1f}", f"{row['seconds']:.1f}"]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| one | other | difference | p |", "|---|---|---|---|"]
@@ -117,10 +125,15 @@ def main():
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "compare", help="where runs and results are kept")
     parser.add_argument("--out", type=Path, required=True, help="OUT.json, OUT.md and OUT.png; must not exist")
     args = parser.parse_args()
-    args.runs = args.runs.absolute()
+    args.runs, args.config = args.runs.absolute(), args.config.absolute()
     files = [args.out.with_name(args.out.name + ending) for ending in (".json", ".md", ".png")]
     if taken := [file for file in files if file.exists()]:
         parser.error(f"{taken[0]} exists already; give another --out.")
+    args.runs.mkdir(parents=True, exist_ok=True)
+    kept = args.runs / "config.yaml"
+    if kept.exists() and kept.read_bytes() != args.config.read_bytes():
+        parser.error(f"{args.runs} holds runs of another configuration, {kept}; give other --runs.")
+    shutil.copyfile(args.config, kept)
     folders = {residual: [] for residual in args.residuals}
     for seed in args.seeds:  # one seed of each before the next, so that a part is a comparison too
         for residual in args.residuals:

@@ -73,9 +73,9 @@ def test_reasoning_gym_takes_its_options_and_a_seed():
         assert sum(map(int, terms)) == int(row["answer"][0])
 
 
-@pytest.mark.parametrize("name", ["reasoning_gym:no_such_thing", "reasoning_gym:chain_sum?no_such_option=1"])
+@pytest.mark.parametrize("name", ["reasoning_gym:chain_sum?min_terms=abc", "reasoning_gym:chain_sum?no_such_option=1"])
 def test_an_unknown_generator_or_option_is_one_sentence(name):
-    with pytest.raises(InputError, match="reasoning-gym cannot make"):
+    with pytest.raises(InputError, match="reasoning-gym cannot make"):  # before any problem is made
         find_task("gsm8k", name)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from runs import small_trainer
-from tiny import byte_tokenizer, tiny_config, tiny_model
+from tiny import FAMILIES, byte_tokenizer, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hrpo_patches import evaluation
@@ -150,6 +150,41 @@ def test_an_adapter_of_another_base_model_is_refused(command, folder, tmp_path):
         main(command("--model", str(tmp_path / "other")))
 
 
+@pytest.fixture(scope="module")
+def plain(folder):
+    """An adapter without thinking weights for the base model."""
+    model = AutoModelForCausalLM.from_pretrained(folder / "base")
+    trainer = small_trainer(folder / "plain", model=model, residual="none")
+    trainer.train()
+    trainer.save_model()
+    return folder / "plain"
+
+
+@pytest.mark.parametrize(
+    ("family", "changed", "sentence"),
+    [
+        ("llama", {"num_hidden_layers": 1}, "belongs to another base model: .* no place for"),
+        ("llama", {"num_hidden_layers": 3}, "belongs to another base model: .* is missing"),
+        ("llama", {"hidden_size": 64}, "belongs to another base model: .*size mismatch"),
+        ("qwen2", {}, "is an adapter for LlamaForCausalLM, not for Qwen2ForCausalLM"),
+    ],
+)
+def test_a_plain_adapter_of_another_base_model_is_refused_too(
+    command, folder, plain, tmp_path, family, changed, sentence
+):
+    config = tiny_config(family, thinking=False)
+    for name, value in changed.items():
+        setattr(config, name, value)
+    FAMILIES[family][1](config).save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    flags = ["--model", str(tmp_path / "other"), "--adapter", str(plain), "--no-thinking"]
+    with pytest.raises(InputError, match=sentence):
+        main(command(*flags))
+    if family == "qwen2":
+        with pytest.raises(InputError, match=sentence):
+            main(command(*flags[:2]))
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
@@ -157,7 +192,7 @@ def test_an_adapter_of_another_base_model_is_refused(command, folder, tmp_path):
         (["--samples", "3"], "are all the same; add --no-greedy"),
         (["--limit", "0"], "--limit has to be 1 or more"),
         (["--batch_size", "0"], "--batch_size has to be above 0"),
-        (["--no-greedy", "--temperature", "0"], "--temperature has to be above 0"),
+        (["--no-greedy", "--temperature", "0"], "--temperature has to be 0.01 or more"),
         (["--prompt", "loud"], "--prompt has to be auto, chat or plain"),
         (["--prompt", "chat"], "needs a chat template"),
         (["--split", "dev"], "--split has to be train or test"),
@@ -166,6 +201,11 @@ def test_an_adapter_of_another_base_model_is_refused(command, folder, tmp_path):
         (["--task", "svamp"], "needs 'Body' and 'Question' and 'Answer'"),
         (["--task", "nq"], "comes without documents; give a folder of them with --corpus"),
         (["--task", "nq", "--corpus", "nowhere"], "the corpus nowhere does not exist"),
+        (["--out", "x" * 300], "cannot be written"),
+        (["--dataset", "reasoning_gym:chain_summ"], "no generator 'chain_summ'; there are chain_sum"),
+        (["--task", "chain_sum"], "no task 'chain_sum'"),
+        (["--dataset", "reasoning_gym:chain_sum?min_terms=0.5"], "cannot make a problem with these options"),
+        (["--dataset", "reasoning_gym:graph_color"], "without a gold answer"),
         (["--out", "no/where.json"], "the folder of no/where.json does not exist"),
         (["--shots", "99"], "worked examples, not 99"),
         (["--nonsense", "1"], "--nonsense"),

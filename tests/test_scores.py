@@ -61,3 +61,5 @@ def test_a_summary_counts_problems_and_samples():
 def test_the_majority_reads_answers_as_the_graders_do():
     assert majority(["(A)", "(B)", "B.", "The answer is B"], choice) == "(B)"
     assert majority(["17", "18 apples", "$18"], number) == "18 apples"
+    for doubtful in ("5 thousand", "more than 5", "not 5"):
+        assert majority([doubtful, "5", "5", "7"], number) == "5"

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -113,6 +113,33 @@ def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str
             )
 
 
+def check_same_base(folder: Path, model: PreTrainedModel) -> None:
+    """Raise `InputError` if PEFT's config says that an adapter belongs to a model of another class."""
+    config = PeftConfig.from_pretrained(str(folder))
+    wanted = (config.auto_mapping or {}).get("base_model_class")
+    if wanted is not None and wanted not in {kind.__name__ for kind in type(model).__mro__}:
+        raise InputError(f"{folder} is an adapter for {wanted}, not for {type(model).__name__}.")
+
+
+def load_plain_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """Load an adapter without thinking weights (`--residual none`).
+
+    Raises:
+        InputError: it belongs to another base model.
+    """
+    folder = Path(folder)
+    check_same_base(folder, model)
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
+    except RuntimeError as error:
+        raise InputError(f"{folder} belongs to another base model: {' '.join(str(error).split())}") from None
+    held = set(load_file(folder / "adapter_model.safetensors"))
+    if other := sorted(held ^ set(get_peft_model_state_dict(peft_model))):
+        where = "that this base model has no place for" if other[0] in held else "missing"
+        raise InputError(f"{folder} belongs to another base model: {other[0]} is {where}.")
+    return peft_model
+
+
 def holds_thinking(folder: Path) -> bool:
     """Whether an adapter's folder says how it thinks, or holds thinking weights (published HRPO adapters)."""
     if (folder / THINKING_FILE).is_file() or not (folder / "adapter_model.safetensors").is_file():
@@ -153,7 +180,7 @@ def load_adapter(
     weights = load_file(folder / "adapter_model.safetensors")
     held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
     if not held:
-        raise InputError(f"{folder} holds no thinking weights; load a plain adapter with PeftModel.from_pretrained.")
+        raise InputError(f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter.")
     record = _read_record(folder, held)
     residual = residual or record["residual"]
     if residual == "projection" and _PROJECTION not in held and not init_projection:
@@ -164,6 +191,7 @@ def load_adapter(
     refuse_stranger(model)
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model)
+    check_same_base(folder, model)
     backbone = thinking_backbone(model)
     _check_hidden_size(folder, record, model)
     options = {key: record[key] for key in ThinkingConfig.__dataclass_fields__ if key in record}

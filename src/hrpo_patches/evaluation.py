@@ -62,7 +62,9 @@ class EvalArguments:
             raise InputError(f"{self.adapter} holds no adapter: adapter_config.json is missing.")
         if self.greedy and self.samples != 1:
             raise InputError(f"--samples {self.samples} of greedy decoding are all the same; add --no-greedy.")
-        for name in ("samples", "batch_size", "max_new_tokens", "temperature"):
+        if not self.temperature >= 0.01:
+            raise InputError(f"--temperature has to be 0.01 or more, not {self.temperature}; greedy is --greedy.")
+        for name in ("samples", "batch_size", "max_new_tokens"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} has to be above 0, not {getattr(self, name)}.")
         if not 0 <= self.seed < 2**31:
@@ -75,7 +77,7 @@ class EvalArguments:
             raise InputError(f"--prompt has to be auto, chat or plain, not {self.prompt!r}.")
         if self.split not in ("train", "test"):
             raise InputError(f"--split has to be train or test, not {self.split!r}.")
-        if Path(self.out).exists():
+        if os.path.lexists(self.out):
             raise InputError(f"{self.out} exists already; give another --out.")
         if not Path(self.out).absolute().parent.is_dir():
             raise InputError(f"the folder of {self.out} does not exist.")
@@ -101,7 +103,10 @@ class Progressed:
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.path = out.with_name(out.name + ".part")
-        self._lock = self.path.open("a")  # held until the process ends
+        try:
+            self._lock = self.path.open("a")  # held until the process ends
+        except OSError as error:
+            raise InputError(f"{out} cannot be written: {error.strerror}.") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -189,9 +194,10 @@ def answer_all(
             samples = []
             for item, row in zip(batch, rows, strict=True):
                 text = tokenizer.decode(row, skip_special_tokens=True)
-                verdict = bool(grade(task, problems[item // arguments.samples], text, marker))
+                problem = problems[item // arguments.samples]
+                verdict = bool(grade(task, problem, text, marker))
                 position = marker_position(row, table)
-                answer = answer_of(text, marker)
+                answer = answer_of(text, marker, task.lines(problem))
                 named = {"item": item, "completion": text, "answer": answer, "right": verdict}
                 samples.append(named | {"tokens": len(row), "marker": position})
             done.add(samples)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hrpo_patches.checkpoint import holds_thinking, load_adapter
+from hrpo_patches.checkpoint import holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.errors import InputError
 from hrpo_patches.unsloth_backend import load_base
@@ -186,5 +186,5 @@ def open_model(name: str, base: str | None = None) -> tuple[Any, PreTrainedToken
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not holds_thinking(Path(name)):
-        return PeftModel.from_pretrained(model, name).eval(), tokenizer
+        return load_plain_adapter(model, name), tokenizer
     return load_adapter(model, name), tokenizer

@@ -66,6 +66,13 @@ def _document(row: Row, where: str) -> str:
     return f"{row['title']}: {body}" if row.get("title") else str(body)
 
 
+def _own(row: Row, question: str) -> list[str]:
+    try:
+        return documents_of(row)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"the question {question!r} has a context that cannot be read: {error}.") from None
+
+
 def with_retrieved(problems: list[Problem], rows: list[Row], corpus: str | None) -> list[Problem]:
     """The problems with their documents before the question: of the row's own the nearest three, else of the corpus.
 
@@ -74,7 +81,7 @@ def with_retrieved(problems: list[Problem], rows: list[Row], corpus: str | None)
     """
     if corpus is not None and not Path(corpus).exists():
         raise InputError(f"the corpus {corpus} does not exist.")
-    documents = [documents_of(row) for row in rows]
+    documents = [_own(row, problem["question"]) for row, problem in zip(rows, problems, strict=True)]
     bare = [i for i, own in enumerate(documents) if not own]
     if bare and corpus is None:
         question = problems[bare[0]]["question"]

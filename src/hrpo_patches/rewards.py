@@ -13,17 +13,17 @@ from hrpo_patches.tasks import Problem, Task
 Reward = Callable[..., list[float]]
 
 
-def answer_of(text: str, marker: str) -> str | None:
-    """The first line after the marker, or None unless the marker appears exactly once."""
+def answer_of(text: str, marker: str, lines: int = 1) -> str | None:
+    """The first line after the marker, or the first `lines`; None unless the marker appears exactly once."""
     parts = text.split(marker)
     if len(parts) != 2:
         return None
-    return parts[1].strip().partition("\n")[0].strip()
+    return "\n".join(parts[1].strip().split("\n")[:lines]).strip()
 
 
 def grade(task: Task, problem: Problem, completion: str, marker: str) -> float:
     """1.0 if `completion` carries the marker exactly once and the answer after it is right, else 0.0."""
-    answer = answer_of(completion, marker)
+    answer = answer_of(completion, marker, task.lines(problem))
     return float(bool(answer) and task.is_right(problem, answer or ""))
 
 

@@ -26,6 +26,8 @@ def json_rows(path: Path) -> Rows:
                 raise InputError(f"{path} is not JSON on line {number}: {error.msg}.") from None
             except UnicodeDecodeError:
                 raise InputError(f"{path} is not UTF-8 on line {number}.") from None
+            except (ValueError, RecursionError) as error:  # a number of too many digits, too many brackets
+                raise InputError(f"{path} cannot be read on line {number}: {error}.") from None
             if not isinstance(row, dict):
                 raise InputError(f"{path} line {number} is not a JSON object.")
             yield row, f"{path} line {number}"

@@ -7,6 +7,7 @@ import pytest
 from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of
 from hrpo_patches.errors import InputError
 from hrpo_patches.retrieval import with_retrieved
+from hrpo_patches.rewards import grade
 from hrpo_patches.tasks import TASKS, task_named
 from hrpo_patches.tasks.math import boxed
 
@@ -159,6 +160,12 @@ def test_documents_that_come_with_a_question_stand_before_it(row, documents):
         ("nq", {"question": "x", "answer": 7}, "a text, or a list of texts"),
         ("nq", {"question": "x", "answer": ["", " "]}, "has an empty answer"),
         ("gsm8k", {"question": "Capital?", "answer": "Paris"}, "has the answer 'Paris', which is not one number"),
+        (
+            "gsm8k",
+            {"question": "x \ud83d", "answer": "5"},
+            "row 1 has columns of another form than a problem of gsm8k",
+        ),
+        ("mmlu", {"question": "x", "choices": {"text": 5, "label": 7}, "answerKey": "B"}, "of another form"),
         ("gsm8k", {"question": "x", "answer": "#### 5 or 6"}, "is not one number"),
         ("svamp", {"Body": "x", "Question": "y", "Answer": float("nan")}, "is not one number"),
     ],
@@ -192,6 +199,38 @@ def test_a_gym_task_is_graded_by_its_generator_and_plain_numbers_in_any_notation
         assert task.is_right(problem, gold) and task.is_right(problem, f"({gold})")  # another way to write it
         assert not task.is_right(problem, "1 +") and not task.is_right(problem, "9**9**9**9")
         assert not task.is_right(problem, "1<<9999999999999") and not task.is_right(problem, "[0]*10000000000000")
+
+
+@pytest.mark.parametrize("name", ["mini_sudoku", "n_queens", "rotate_matrix", "tower_of_hanoi", "binary_matrix"])
+def test_answers_of_several_lines_are_read_to_their_end(name):
+    task = find_task(f"reasoning_gym:{name}", None, size=2, seed=1)
+    for problem in load_problems(task):
+        (gold,) = problem["answer"]
+        assert "\n" in gold and grade(task, problem, f"So #### {gold}\nand that is it", "####") == 1
+        assert grade(task, problem, f"#### {gold.splitlines()[0]}", "####") == 0
+
+
+def test_an_answer_of_another_kind_than_the_gold_one_is_wrong():
+    task = find_task("reasoning_gym:game_of_life_halting", None, size=4, seed=1)
+    for problem in load_problems(task):
+        assert task.is_right(problem, problem["answer"][0])
+        assert not any(task.is_right(problem, answer) for answer in ("0", "1", ".", "-", "#", "[]", ""))
+
+
+@pytest.mark.parametrize("context", [5, [5, 6], {"title": 5, "sentences": ["a"]}, [{"title": "t", "text": 5}]])
+def test_a_context_that_cannot_be_read_is_one_sentence(context):
+    row = {"question": "Where?", "answer": "x", "context": context}
+    with pytest.raises(InputError, match="the question 'Where.' has a context that cannot be read"):
+        with_retrieved([task_named("nq").read(row, "row 1")], [row], None)
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"), [("[" * 100_000, "line 1"), ('{"answer": ' + "9" * 5000 + "}", "line 1")]
+)
+def test_json_that_python_cannot_hold_is_one_sentence(tmp_path, line, sentence):
+    (tmp_path / "odd.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=sentence):
+        load_problems(task_named("gsm8k"), str(tmp_path / "odd.jsonl"))
 
 
 @pytest.mark.parametrize("name", ["countdown", "spiral_matrix", "polynomial_multiplication", "simple_integration"])

@@ -23,6 +23,10 @@ def task_named(name: str) -> Task:
     """
     if name not in TASKS:
         near = get_close_matches(name.lower(), TASKS, n=3, cutoff=0.4)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"there are {', '.join(sorted(TASKS))}."
+        hint = (
+            f"did you mean {' or '.join(near)}?"
+            if near
+            else f"there are {', '.join(sorted(TASKS))}, and reasoning_gym:NAME."
+        )
         raise InputError(f"there is no task {name!r}; {hint}")
     return TASKS[name]

@@ -65,8 +65,13 @@ class Task:
             if all(_present(row, column) for column in columns):
                 try:
                     problem = reader(row)
+                    problem["question"].encode()  # JSON may hold half a surrogate pair, which no tokenizer takes
                 except Unreadable as error:
                     raise InputError(f"{where} {error}.") from None
+                except (ValueError, TypeError, AttributeError, LookupError) as error:
+                    raise InputError(
+                        f"{where} has columns of another form than a problem of {self.name}: {error}."
+                    ) from None
                 problem["answer"] = [gold for gold in problem["answer"] if gold.strip()]  # aliases may be blank
                 if not problem["answer"]:
                     raise InputError(f"{where} has an empty answer.")
@@ -74,6 +79,10 @@ class Task:
         needs = ", or ".join(" and ".join(map(repr, columns)) for columns in self.shapes)
         has = sorted(column for column in row if _present(row, column))
         raise InputError(f"{where} has {has}, but a problem of {self.name} needs {needs}.")
+
+    def lines(self, problem: Problem) -> int:
+        """How many lines after the marker an answer may take: as many as the longest gold answer."""
+        return max(len(gold.strip().splitlines()) for gold in problem["answer"])
 
     def is_right(self, problem: Problem, answer: str) -> bool:
         """Whether `answer` is one of the problem's gold answers."""

@@ -1,7 +1,7 @@
 """Tasks of reasoning-gym, `reasoning_gym:NAME?option=value&...`: problems made on the spot.
 
 Many of its generators grade an answer by evaluating it as Python, with whatever it calls. So they are asked only about
-texts that cannot call anything; other answers have to be the gold answer itself.
+texts that cannot call anything, where the gold answer is such a text too; other answers have to be the gold answer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 import re
 from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cached_property
 from typing import Any, cast
 from urllib.parse import parse_qsl
 
@@ -38,24 +40,38 @@ class GymTask(Task):
 
     data: Any = None
 
+    @cached_property
+    def rows(self) -> list[Row]:
+        """The generator's problems, made once.
+
+        Raises:
+            InputError: it cannot make one.
+        """
+        try:
+            return list(self.data)
+        except (ValueError, TypeError, AssertionError, IndexError) as error:
+            raise InputError(f"{self.name} cannot make a problem with these options: {error}.") from None
+
     def is_right(self, problem: Problem, answer: str) -> bool:
         """Whether `answer` is the gold answer, the same plain number, or has the generator's full score."""
         (gold,) = problem["answer"]
         if _DECIMAL.fullmatch(gold):
             return number(gold, answer)
-        if answer.strip().casefold() == gold.casefold():
+        if answer.casefold().split() == gold.casefold().split():
             return True
-        if len(answer) > _LONGEST or not _HARMLESS.fullmatch(answer):
+        if len(answer) > _LONGEST or not (_HARMLESS.fullmatch(answer) and _HARMLESS.fullmatch(gold)):
             return False
         try:
-            return bool(self.data.score_answer(answer, self.data[cast(GymProblem, problem)["index"]]) >= 1)
+            return bool(self.data.score_answer(answer, self.rows[cast(GymProblem, problem)["index"]]) >= 1)
         except Exception:  # generators read answers each in their own way
             return False
 
     def problems(self) -> list[Problem]:
-        """All problems of the data set."""
+        """All problems of the data set; an `InputError` if they have no gold answers to grade by."""
+        if any(row["answer"] is None for row in self.rows):
+            raise InputError(f"{self.name} has problems without a gold answer, which cannot be graded here.")
         return [
-            cast(Problem, self.read(row, f"{self.name} problem {i}") | {"index": i}) for i, row in enumerate(self.data)
+            cast(Problem, self.read(row, f"{self.name} problem {i}") | {"index": i}) for i, row in enumerate(self.rows)
         ]
 
 
@@ -71,11 +87,15 @@ def gym_task(name: str, size: int, seed: int) -> GymTask:
     """
     try:
         import reasoning_gym
+        from reasoning_gym.factory import DATASETS
     except ImportError:
         raise InputError(
             "reasoning_gym:... needs reasoning-gym; run: pip install 'hrpo_patches[quickstart]'"
         ) from None
     generator, _, query = name.removeprefix(PREFIX).partition("?")
+    if generator not in DATASETS:
+        near = get_close_matches(generator, DATASETS, n=3, cutoff=0.4) or sorted(DATASETS)
+        raise InputError(f"reasoning-gym has no generator {generator!r}; there are {', '.join(near)}.")
     try:
         options = {key: yaml.safe_load(value) for key, value in parse_qsl(query, keep_blank_values=True)}
         data = reasoning_gym.create_dataset(generator, size=size, seed=seed, **options)
