@@ -136,10 +136,9 @@ def test_a_yaml_file_gives_options_and_flags_win_over_it(tmp_path):
         parse(["--config", str(tmp_path / "no.yaml")])
 
 
-def test_the_quickstart_config_is_valid():
-    assert parse(
-        ["--config", str(ROOT / "configs" / "quickstart.yaml"), "--output_dir", "runs/none-such"]
-    ).eval_problems
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_that_is_shipped_is_valid(path):
+    assert parse(["--config", str(path), "--output_dir", "runs/none-such"]).eval_problems
 
 
 @pytest.mark.parametrize("residual", ["projection", "embedding", "none"])
