@@ -20,19 +20,17 @@ from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import prompt_ids, uses_chat
 from hrpo_patches.models import load_model
 from hrpo_patches.sources import rows_of
-from hrpo_patches.tasks import task_named
-from hrpo_patches.tasks.gsm8k import GOLD_MARKER
+from hrpo_patches.tasks.gsm8k import GOLD_MARKER, TASK
 
 CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's notes for a calculator, which no prompt of ours asks for
 
 
 def lesson(row, where, tokenizer, chat):
     """A row of GSM8K's form: the tokens of the prompt of training and of its solution, which alone is learned."""
-    task = task_named("gsm8k")
-    problem = task.read(row, where)
+    problem = TASK.read(row, where)
     if GOLD_MARKER not in str(row["answer"]):
         raise InputError(f"{where} has no worked solution with {GOLD_MARKER} before its answer.")
-    prompt = prompt_ids(tokenizer, prompt_of(task, problem["question"], GOLD_MARKER, [], chat))
+    prompt = prompt_ids(tokenizer, prompt_of(TASK, problem["question"], GOLD_MARKER, [], chat))
     solution = tokenizer(CALCULATION.sub("", row["answer"]).strip(), add_special_tokens=False)["input_ids"]
     solution.append(tokenizer.eos_token_id)
     return {"input_ids": prompt + solution, "labels": [-100] * len(prompt) + solution}
@@ -54,6 +52,8 @@ def main(flags=None):
     model, tokenizer = load_model(args.model_name, None, dtype=torch.float32)
     chat = uses_chat(args.prompt, tokenizer)
     lessons = [lesson(row, where, tokenizer, chat) for row, where in rows_of(args.dataset, "train")]
+    if not lessons:
+        raise InputError(f"the data set {args.dataset} has no rows.")
     options = TrainingArguments(
         output_dir=str(args.out),
         learning_rate=args.lr,

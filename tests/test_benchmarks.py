@@ -45,7 +45,7 @@ def test_a_row_without_a_worked_solution_is_no_lesson():
         script("warm_up")["lesson"]({"question": "3 + 1?", "answer": "4"}, "row 3", byte_tokenizer(), False)
 
 
-def test_a_warmed_up_model_writes_the_marker_and_is_a_plain_one(base, tmp_path):
+def test_a_warmed_up_model_writes_the_marker_and_is_a_plain_one(base, tmp_path, capsys):
     flags = ["--model_name", base, "--dataset", tmp_path / "data.jsonl", "--out", tmp_path / "warm"]
     flags = list(map(str, [*flags, "--max_steps", 40, "--lr", "1e-2", "--batch_size", 4]))
     script("warm_up")["main"](flags)
@@ -61,6 +61,10 @@ def test_a_warmed_up_model_writes_the_marker_and_is_a_plain_one(base, tmp_path):
     assert "####" in answer(tmp_path / "warm") and "####" not in answer(base)
     with pytest.raises(SystemExit):
         script("warm_up")["main"](flags)
+    assert "warm exists already" in capsys.readouterr().err
+    (tmp_path / "data.jsonl").write_text("")
+    with pytest.raises(InputError, match="has no rows"):
+        script("warm_up")["main"]([*flags, "--out", str(tmp_path / "other")])
 
 
 def test_a_pair_that_differs_in_every_problem_has_a_small_p_and_an_equal_one_has_1():

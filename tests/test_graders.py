@@ -2,12 +2,14 @@
 
 import threading
 import time
+import types
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hrpo_patches.graders import choice, exact_match, expression, normalized, number
+from hrpo_patches.graders.equal import equal
 
 NUMBERS_RIGHT = [
     *[
@@ -475,3 +477,32 @@ def test_light_expressions_are_compared_in_threads_too(answer):
     thread.start()
     thread.join(10)
     assert verdicts == [True]
+
+
+def test_heavy_expressions_are_given_up_in_the_main_thread():
+    for answer in ("\\sum_{k=1}^{99999}\\sin(k)", "(a+b+c+d)^{99}"):
+        started = time.thread_time()
+        assert not expression("5", answer)
+        assert time.thread_time() - started < 1, answer
+
+
+def asleep():
+    time.sleep(1)
+    return True
+
+
+def busy():
+    started = time.thread_time()
+    while time.thread_time() - started < 1:
+        pass
+    return True
+
+
+@pytest.mark.parametrize(
+    ("work", "package", "verdict"),
+    [(busy, "sympy.core", False), (asleep, "sympy.core", True), (busy, "torch.cuda", True)],
+)
+def test_the_clock_counts_the_threads_own_time_and_interrupts_only_mathematics(work, package, verdict, monkeypatch):
+    work = types.FunctionType(work.__code__, {"__name__": package, "time": time})
+    monkeypatch.setattr("hrpo_patches.graders.equal._ask", lambda *_: work())
+    assert equal("$1$", "$2$") is verdict
