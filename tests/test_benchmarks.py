@@ -112,6 +112,13 @@ def test_residuals_are_trained_evaluated_and_compared_and_nothing_is_done_twice(
     pairs = [(pair["one"], pair["other"]) for pair in record["pairs"]]
     assert len(pairs) == 3 and ("projection, thinking", "none, hard") in pairs
     assert "| projection | thinking |" in (tmp_path / "first.md").read_text() and (tmp_path / "first.png").is_file()
+    for residual, read_out in (("projection", "thinking"), ("projection", "hard"), ("none", "hard")):
+        run = tmp_path / "runs" / f"{residual}-42"
+        trained = json.loads((run / "report.json").read_text())["arguments"]
+        assert (trained["residual"], trained["seed"], trained["max_steps"]) == (residual, 42, 1)
+        answered = json.loads((tmp_path / "runs" / f"{run.name}.{read_out}.5-1000.json").read_text())["settings"]
+        assert (answered["adapter"], answered["thinking"]) == (str(run), read_out == "thinking")
+        assert (answered["limit"], answered["seed"], answered["max_new_tokens"]) == (5, 1000, 4)
     before = times()
     assert compare("second") == record and times() == before
     with pytest.raises(SystemExit):
