@@ -269,7 +269,7 @@ def test_a_plain_adapter_is_read_out_hard_and_cannot_think(command, folder, tmp_
     assert [p["samples"] for p in plain["problems"]] != [p["samples"] for p in base["problems"]]
 
 
-def test_a_generator_is_evaluated_on_problems_that_were_not_trained_on(folder, tmp_path):
+def test_a_generator_is_evaluated_on_draws_of_its_own(folder, tmp_path):
     name = "reasoning_gym:chain_sum?min_digits=6&max_digits=6"
     flags = ["--adapter", str(folder / "adapter"), "--task", name, "--limit", "20", "--max_new_tokens", "2"]
     prompts = {}

@@ -27,7 +27,8 @@ from hrpo_patches.scores import summarise
 from hrpo_patches.tasks import Problem, Task
 from hrpo_patches.think import is_untrained
 
-UNSEEN = 10**8  # added to the seed of a generator, whose i-th problem comes of seed + i: none that was trained on
+# Added to the seed of a generator, whose i-th problem comes of seed + i, so that no draw of a training is drawn again.
+UNSEEN = 10**8
 
 
 @dataclass
