@@ -23,6 +23,8 @@ _HOMES = {
     "load_adapter": "checkpoint",
     "monitor_thinking": "monitor",
     "patch_trainer_optimizer": "optim",
+    "replay_forward": "replay",
+    "thinking_roll": "replay",
 }
 
 __all__ = [
@@ -35,6 +37,8 @@ __all__ = [
     "load_adapter",
     "monitor_thinking",
     "patch_trainer_optimizer",
+    "replay_forward",
+    "thinking_roll",
 ]
 
 if TYPE_CHECKING:
@@ -43,6 +47,7 @@ if TYPE_CHECKING:
     from hrpo_patches.errors import InputError, NonFiniteError, PatchError
     from hrpo_patches.monitor import monitor_thinking
     from hrpo_patches.optim import patch_trainer_optimizer
+    from hrpo_patches.replay import replay_forward, thinking_roll
     from hrpo_patches.trainer import HRPOTrainer
     from hrpo_patches.trainer_config import HRPOConfig
 

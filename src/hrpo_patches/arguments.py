@@ -67,6 +67,12 @@ class RunArguments:
     projection_dropout: float = option(0.0, "Dropout of the projected vector, in the loss only.")
     residual_scale: str = option("unit", "Norm of the residual: unit, or embedding for that of the mean embedding.")
     answer_start: str = option("####", "The text that ends the thinking and starts the answer.")
+    replay_passes: str = option("1", "Passes of the loss's replay: 1, k for k - 1 thoughts back, or all, exact.")
+    thoughts: int | None = option(None, "Forced thoughts before a completion; by default the --adapter's, or none.")
+    filler: str | None = option(None, "The token that a forced thought is; by default the --adapter's, or '.'.")
+    reference: str = option(
+        "base", "What the KL divergence is from: base, or start, the model that training began from."
+    )
     examples: list[str] = field(
         default_factory=list,
         metadata={"help": "Worked examples for the prompt, each a question, a solution and its answer."},
@@ -90,12 +96,14 @@ class RunArguments:
     def thinking(self) -> ThinkingConfig | None:
         """How the model is to think; None for plain GRPO."""
         variant = {name: getattr(self, name) for name in VARIANT}
+        forced = {name: value for name in ("thoughts", "filler") if (value := getattr(self, name)) is not None}
+        limits = {"r_min": self.residual_r_min, "r_max": self.residual_r_max, "answer_start": self.answer_start}
         if self.residual == "none":
             if used := [name for name, value in variant.items() if value != getattr(ThinkingConfig, name)]:
                 raise InputError(f"--{used[0]} is about the projection; it does not go with --residual none.")
+            ThinkingConfig.from_dict(limits | forced)
             return None
-        limits = {"r_min": self.residual_r_min, "r_max": self.residual_r_max}
-        return ThinkingConfig(self.residual, self.answer_start, **limits, **variant)  # type: ignore[arg-type]
+        return ThinkingConfig.from_dict({"residual": self.residual} | limits | forced | variant)
 
     def check(self) -> None:
         """Raise `InputError` for whatever can be known to be wrong before any work."""
@@ -157,6 +165,10 @@ class RunArguments:
             output_dir=self.output_dir,
             residual=self.residual,
             answer_start=self.answer_start,
+            replay_passes=self.replay_passes,
+            thoughts=self.thoughts,
+            filler=self.filler,
+            reference=self.reference,
             lr_residual_gate=self.lr_residual_gate,
             lr_residual_Lambda=self.lr_residual_Lambda,
             lr_thinking_projection=self.lr_thinking_projection,

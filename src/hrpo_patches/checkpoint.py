@@ -25,6 +25,7 @@ from hrpo_patches.unsloth_backend import finish_adapter, is_unsloth, refuse_stra
 
 THINKING_FILE = "thinking_config.json"
 _PROJECTION = "thinking_projection"
+_GENERATION_FILE = "generation_config.json"
 
 
 def trained_modules(residual: str | None) -> list[str]:
@@ -51,9 +52,14 @@ def write_thinking(
     record.pop("in_checkpoint")
     (Path(folder) / THINKING_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     generation = copy.deepcopy(generation_config)
-    generation.thinking = True
+    generation.thinking, generation.thoughts = True, thinking.thoughts or None
     generation._from_model_config = False  # or loading it would take its fields for a model's
     generation.save_pretrained(folder)
+
+
+def save_pauses(thoughts: int, filler: int, folder: str | Path) -> None:
+    """Write the forced thoughts of an adapter that does not think, where `load_plain_adapter` finds them."""
+    GenerationConfig(thoughts=thoughts, filler_token_id=filler).save_pretrained(folder)
 
 
 def last_checkpoint(run: Path) -> Path | None:
@@ -86,7 +92,8 @@ def check_same_thinking(folder: Path, residual: str | None, wanted: ThinkingConf
         raise InputError(f"{folder} was trained with --residual {was}, not {residual}.")
     if saved is None or wanted is None:
         return
-    for name in ("answer_start", *(VARIANT if was == wanted.residual == "projection" else ())):
+    forced = ("thoughts", "filler") if residual is not None else ()  # which an adapter may be trained further with
+    for name in ("answer_start", *forced, *(VARIANT if was == wanted.residual == "projection" else ())):
         value = saved.get(name, getattr(ThinkingConfig, name))
         if value != getattr(wanted, name):
             raise InputError(f"{folder} was trained with --{name} {value!r}, not {getattr(wanted, name)!r}.")
@@ -137,6 +144,10 @@ def load_plain_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     if other := sorted(held ^ set(get_peft_model_state_dict(peft_model))):
         where = "that this base model has no place for" if other[0] in held else "missing"
         raise InputError(f"{folder} belongs to another base model: {other[0]} is {where}.")
+    if (folder / _GENERATION_FILE).is_file():
+        pauses = GenerationConfig.from_pretrained(folder)
+        for name in ("thoughts", "filler_token_id"):
+            setattr(peft_model.generation_config, name, getattr(pauses, name))
     return peft_model
 
 
@@ -223,6 +234,7 @@ def load_adapter(
     if lost := [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]:
         raise InputError(f"{folder} lacks {lost[0]}: it is damaged, or belongs to another base model.")
     peft_model.generation_config.thinking = True
+    peft_model.generation_config.thoughts = thinking.thoughts or None
     if is_unsloth(model):
         return finish_adapter(peft_model, is_trainable)
     return peft_model if is_trainable else peft_model.eval()

@@ -20,6 +20,8 @@ class ThinkingConfig:
         residual: what a position is blended with. "projection": the L2-normalised projection of the state that its
             token was sampled from. "embedding": the expected input embedding (the original HRPO).
         answer_start: the text that ends the thinking.
+        filler: the name of an existing token, which stands for a forced thought.
+        thoughts: how many forced thoughts every completion begins with.
         r_min, r_max: the range that the decay at a fully open gate starts in, 0 < r_min < r_max < 1.
         init_std: the standard deviation of the projection's initial weights. It sets no scale, for the residual is
             normalised; the start is smooth because r_min is near 1.
@@ -38,6 +40,8 @@ class ThinkingConfig:
 
     residual: Residual = "projection"
     answer_start: str = "####"
+    filler: str = "."
+    thoughts: int = 0
     r_min: float = 0.99
     r_max: float = 0.999
     init_std: float = 0.001
@@ -54,10 +58,16 @@ class ThinkingConfig:
             raise InputError(f"residual has to be one of {get_args(Residual)}, not {self.residual!r}.")
         if not isinstance(self.answer_start, str) or not self.answer_start:
             raise InputError(f"answer_start has to be a non-empty text, not {self.answer_start!r}.")
+        if not isinstance(self.filler, str) or not self.filler or self.answer_start in self.filler * 99:
+            raise InputError(
+                f"filler has to be the name of a token that does not spell {self.answer_start!r}, not {self.filler!r}."
+            )
         for name in ("r_min", "r_max", "init_std", "projection_dropout", "embedding_norm"):
             _check_number(name, getattr(self, name), whole=False)
-        for name in ("projection_layers", "projection_hidden"):
+        for name in ("thoughts", "projection_layers", "projection_hidden"):
             _check_number(name, getattr(self, name), whole=True)
+        if self.thoughts < 0:
+            raise InputError(f"thoughts has to be 0 or more, not {self.thoughts!r}.")
         check_r_range(self.r_min, self.r_max)
         if not self.init_std > 0:
             raise InputError(f"init_std has to be above 0, not {self.init_std!r}.")

@@ -45,8 +45,27 @@ def thinking_backbone(model: PreTrainedModel) -> ThinkingMixin:
 
 def refuse_thinking(generation_config: GenerationConfig | None, what: str) -> None:
     """Raise `InputError` if `generation_config` asks for thinking in a kind of decoding that cannot think."""
-    if getattr(generation_config, "thinking", None):
-        raise InputError(f"{what} cannot think; generate with thinking=False, or decode greedily or by sampling.")
+    if getattr(generation_config, "thinking", None) or getattr(generation_config, "thoughts", None):
+        raise InputError(
+            f"{what} cannot think; generate with thinking=False and thoughts=0, or decode greedily or by sampling."
+        )
+
+
+def filler_id(tokenizer: PreTrainedTokenizerBase | None, thinking: ThinkingConfig) -> int:
+    """The id of the token that stands for a forced thought.
+
+    Raises:
+        InputError: there is no tokenizer to ask, it lacks the token, or the token ends a completion.
+    """
+    if tokenizer is None:
+        raise InputError("generate(thoughts=...) needs tokenizer=..., to know which token is the filler.")
+    name = thinking.filler
+    found = tokenizer.get_vocab().get(name)
+    if found is None:
+        raise InputError(f"the tokenizer has no token {name!r} to be the filler of forced thoughts; name another one.")
+    if found in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        raise InputError(f"the filler {name!r} is the tokenizer's end or padding token; name another one.")
+    return int(found)
 
 
 def check_request(
@@ -59,14 +78,16 @@ def check_request(
     """Called by `generate` before any work: is what was asked for possible?
 
     Raises:
-        InputError: thinking was asked for together with something that cannot think.
+        InputError: thinking or forced thoughts were asked for together with something that cannot do them.
     """
-    wanted = generation_config.thinking
+    wanted, forced = generation_config.thinking, generation_config.thoughts
     if wanted not in (None, True, False):
         raise InputError(f"generate(thinking=...) has to be True or False, not {wanted!r}.")
-    if not wanted:
+    if forced is not None and (isinstance(forced, bool) or not isinstance(forced, int) or forced < 0):
+        raise InputError(f"generate(thoughts=...) has to be a whole number from 0, not {forced!r}.")
+    if not (wanted or forced):
         return
-    backbone = thinking_backbone(model)
+    backbone = thinking_backbone(model) if wanted else None
     if (generation_config.num_beams or 1) > 1:
         raise InputError(
             f"thinking needs num_beams=1, not {generation_config.num_beams}: beams share no hidden state."
@@ -74,6 +95,14 @@ def check_request(
     if custom_generate is not None or generation_mode not in ("greedy_search", "sample"):
         mode = "custom_generate" if custom_generate is not None else str(getattr(generation_mode, "value", ""))
         refuse_thinking(generation_config, mode)
+    if forced and generation_config.filler_token_id is None:
+        thinking = ThinkingConfig.of(model.config) or ThinkingConfig()
+        generation_config.filler_token_id = filler_id(tokenizer, thinking)
+    if backbone is not None:
+        _check_thinking(backbone, tokenizer)
+
+
+def _check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase | None) -> None:
     if tokenizer is None:
         raise InputError("generate(thinking=True) needs tokenizer=..., to know which tokens spell the answer marker.")
     thinking = ThinkingConfig.of(backbone.config)
@@ -99,17 +128,49 @@ def _is_wrapped(backbone: ThinkingMixin, name: str) -> bool:
 
 def start_thinking(
     model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
-) -> ThinkingDecoder | None:
-    """Called by `_sample` before the prefill: the decoder, or None when thinking was not asked for.
+) -> ThinkingDecoder | ForcedThoughts | None:
+    """Called by `_sample` before the prefill: the decoder, or None where nothing is thought or forced.
 
     `model_kwargs` loses the tokenizer and gains the request for the last hidden state.
+
+    Raises:
+        InputError: there are more forced thoughts than a completion has room for.
     """
+    forced = generation_config.thoughts or 0
+    room = generation_config.max_length - input_ids.shape[1]
+    if forced >= room:
+        raise InputError(f"thoughts={forced} leave no room for an answer in a completion of {room} tokens.")
     if not generation_config.thinking:
-        return None
+        return ForcedThoughts(forced, generation_config.filler_token_id) if forced else None
     record = generation_config.return_dict_in_generate or not model_kwargs["use_cache"]
     decoder = ThinkingDecoder(model, input_ids, model_kwargs.pop("tokenizer"), bool(record))
+    decoder.forced = ForcedThoughts(forced, generation_config.filler_token_id)
     model_kwargs["output_last_hidden_state"] = True
     return decoder
+
+
+class ForcedThoughts:
+    """The first `count` tokens of a completion are the filler; alone, they are pauses in which nothing is thought."""
+
+    def __init__(self, count: int, filler: int | None) -> None:
+        self.count, self.filler, self.steps = count, filler, 0
+
+    def observe(self, outputs: Any, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> Tensor:
+        """The next tokens: the sampled ones, or fillers."""
+        self.steps += 1
+        return torch.full_like(next_tokens, self.filler) if self.steps <= self.count else next_tokens
+
+    def model_inputs(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        """Nothing is blended."""
+        return model_inputs
+
+    def undo(self, steps: int) -> None:
+        """Forget the last steps."""
+        self.steps -= steps
+
+    def outputs(self, sequences: Tensor) -> dict[str, Any]:
+        """Nothing was thought."""
+        return {}
 
 
 class ThinkingDecoder:
@@ -139,6 +200,7 @@ class ThinkingDecoder:
         self.answering = table.shape[1] - 1
         self.progress = input_ids.new_zeros(input_ids.shape[0])
         self.prompt_length = input_ids.shape[1]
+        self.forced = ForcedThoughts(0, None)
         self.states: list[Tensor] = []  # each (B, d)
         self.masks: list[Tensor] = []  # each (B,)
 
@@ -152,8 +214,8 @@ class ThinkingDecoder:
             "thinking_residual": self.residual,
         }
 
-    def observe(self, outputs: Any, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> None:
-        """Take the state that `next_tokens` came from.
+    def observe(self, outputs: Any, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> Tensor:
+        """Take the state that the next tokens came from; returns these: `next_tokens`, or fillers.
 
         Args:
             outputs: of the forward; `last_hidden_state` (B, L, d) if the model hands it over.
@@ -168,13 +230,16 @@ class ThinkingDecoder:
             state = hidden[:, -1].clone()  # a view would keep the whole prefill alive
         else:
             state = embedding_residual(scores.softmax(-1), self.embeddings)
-        self.progress = self.table[next_tokens.to(self.table.device), self.progress]
+        next_tokens = self.forced.observe(outputs, scores, next_tokens, unfinished)
+        if self.forced.steps > self.forced.count:  # a filler is no text
+            self.progress = self.table[next_tokens.to(self.table.device), self.progress]
         mask = (self.progress != self.answering) & unfinished.bool()
         if not self.record and len(self.states) == 1:
             self.states.clear()
             self.masks.clear()
         self.states.append(state)
         self.masks.append(mask)
+        return next_tokens
 
     def _fall_back(self) -> None:
         if self.states:
@@ -189,6 +254,7 @@ class ThinkingDecoder:
 
     def undo(self, steps: int) -> None:
         """Forget the last steps, as `_undo_generation_steps` does for the tokens."""
+        self.forced.undo(steps)
         if steps:
             del self.states[-steps:], self.masks[-steps:]
 

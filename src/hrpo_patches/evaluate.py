@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from hrpo_patches.controls import check_control, controlled
 from hrpo_patches.errors import InputError
 
 Prompt = str | list[dict[str, str]]
@@ -25,6 +27,8 @@ class Decoding:
         temperature: of the sampling, over the whole vocabulary; 0 is greedy.
         batch_size: prompts answered at once.
         seed: of the sampling; each batch has its own, so that a run can be resumed.
+        thoughts: how many forced thoughts each completion begins with; they count for max_new_tokens.
+        control: what takes the place of the thoughts; see `controls.CONTROLS`.
     """
 
     max_new_tokens: int
@@ -32,6 +36,8 @@ class Decoding:
     temperature: float = 0.0
     batch_size: int = 50
     seed: int = 42
+    thoughts: int = 0
+    control: str = "live"
 
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -67,6 +73,7 @@ def complete(
     ids: list[list[int]],
     decoding: Decoding,
     first: int = 0,
+    golds: list[str] | None = None,
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Answer prompts in batches of similar length.
 
@@ -75,11 +82,19 @@ def complete(
         ids: of the prompts.
         decoding: how.
         first: the number of batches that are passed over.
+        golds: the gold answer of each prompt, for the controls that ask for it.
 
     Yields:
-        The numbers of a batch's prompts, and the ids of each completion up to its end token.
+        The numbers of a batch's prompts, and the ids of each completion, without forced thoughts, up to its end token.
+
+    Raises:
+        InputError: before any work, if the control cannot be applied to each of the batches.
     """
-    extra: dict[str, Any] = {"tokenizer": tokenizer} if decoding.thinking else {}
+    batches = batches_of(ids, decoding.batch_size)
+    golds = golds if golds is not None else [""] * len(ids)
+    if decoding.control != "live":
+        check_control(decoding.control, [[golds[i] for i in batch] for batch in batches])
+    extra: dict[str, Any] = {"tokenizer": tokenizer} if decoding.thinking or decoding.thoughts else {}
     if decoding.temperature:
         extra |= {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
     else:
@@ -88,20 +103,23 @@ def complete(
     was_training = model.training
     model.eval()
     try:
-        for number, batch in list(enumerate(batches_of(ids, decoding.batch_size)))[first:]:
+        for number, batch in list(enumerate(batches))[first:]:
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
             if decoding.temperature:
                 set_seed(decoding.seed + number)
-            out = model.generate(
-                **inputs,
-                max_new_tokens=decoding.max_new_tokens,
-                pad_token_id=tokenizer.pad_token_id,
-                thinking=decoding.thinking,
-                **extra,
-            )
+            control = controlled(model, decoding.control, [golds[i] for i in batch])
+            with control if decoding.control != "live" else nullcontext():
+                out = model.generate(
+                    **inputs,
+                    max_new_tokens=decoding.max_new_tokens,
+                    pad_token_id=tokenizer.pad_token_id,
+                    thinking=decoding.thinking,
+                    thoughts=decoding.thoughts,
+                    **extra,
+                )
             ends = model.generation_config.eos_token_id
             ends = set(ends if isinstance(ends, list) else [ends])
-            rows = out[:, inputs["input_ids"].shape[1] :].tolist()
+            rows = out[:, inputs["input_ids"].shape[1] + decoding.thoughts :].tolist()
             yield batch, [_up_to_end(row, ends) for row in rows]
     finally:
         model.train(was_training)
@@ -120,6 +138,7 @@ def greedy_completions(
     thinking: bool,
     batch_size: int = 50,
     title: str = "Answering",
+    thoughts: int = 0,
 ) -> list[str]:
     """The model's greedy completion of each prompt, without special tokens, in the prompts' order.
 
@@ -127,10 +146,11 @@ def greedy_completions(
         model, tokenizer, max_new_tokens, thinking, batch_size: as for `complete`.
         prompts: texts or conversations.
         title: of the progress bar.
+        thoughts: how many forced thoughts each completion begins with.
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     texts = [""] * len(ids)
-    decoding = Decoding(max_new_tokens, thinking, batch_size=batch_size)
+    decoding = Decoding(max_new_tokens, thinking, batch_size=batch_size, thoughts=thoughts)
     steps = -(-len(ids) // batch_size)
     for batch, rows in track(complete(model, tokenizer, ids, decoding), description=title, total=steps):
         for i, text in zip(batch, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True):

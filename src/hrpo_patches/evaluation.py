@@ -6,7 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from transformers import PreTrainedTokenizerBase
 
 from hrpo_patches.command_line import option, parsed
 from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.controls import CONTROLS, check_control
 from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of
+from hrpo_patches.decoding import filler_id
 from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Decoding, complete, prompt_ids, uses_chat
 from hrpo_patches.marker import marker_table
@@ -46,6 +48,11 @@ class EvalArguments:
     temperature: float = option(0.5, "Sampling temperature, for --no-greedy.")
     samples: int = option(1, "Completions of each problem, for --no-greedy.")
     thinking: bool = option(True, "Let the model think; --no-thinking reads it out hard.")
+    thoughts: int | None = option(None, "Forced thoughts before each completion; by default the model's own.")
+    filler: str | None = option(None, "Name of the token that a forced thought is; by default the model's own.")
+    control: str = option(
+        "live", "What takes the place of the thoughts: " + "; ".join(f"{k}, {v}" for k, v in CONTROLS.items()) + "."
+    )
     max_new_tokens: int = option(512, "Completions are cut at so many tokens.")
     batch_size: int = option(16, "Completions at once.")
     prompt: str = option("auto", "chat, plain, or auto: chat if the tokenizer has a chat template.")
@@ -68,6 +75,13 @@ class EvalArguments:
         for name in ("samples", "batch_size", "max_new_tokens"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} has to be above 0, not {getattr(self, name)}.")
+        if self.thoughts is not None and not 0 <= self.thoughts < self.max_new_tokens:
+            raise InputError(
+                f"--thoughts has to be from 0 to below --max_new_tokens {self.max_new_tokens}, not {self.thoughts}."
+            )
+        check_control(self.control, [])
+        if self.control != "live" and not self.thinking:
+            raise InputError(f"--control {self.control} replaces thoughts; it does not go with --no-thinking.")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"--seed has to be from 0 to 2**31 - 1, not {self.seed}.")
         if self.answer_start == "":
@@ -87,7 +101,15 @@ class EvalArguments:
     def decoding(self) -> Decoding:
         """How the prompts are answered."""
         temperature = 0.0 if self.greedy else self.temperature
-        return Decoding(self.max_new_tokens, self.thinking, temperature, self.batch_size, self.seed)
+        return Decoding(
+            self.max_new_tokens,
+            self.thinking,
+            temperature,
+            self.batch_size,
+            self.seed,
+            self.thoughts or 0,
+            self.control,
+        )
 
 
 def parse(argv: list[str] | None) -> EvalArguments:
@@ -153,6 +175,16 @@ def opened(arguments: EvalArguments) -> tuple[Any, PreTrainedTokenizerBase, str]
     thinking = ThinkingConfig.of(base.config)
     own = thinking.answer_start if thinking is not None else "####"
     marker = arguments.answer_start or own
+    generation = model.generation_config
+    arguments.thoughts = arguments.thoughts if arguments.thoughts is not None else generation.thoughts or 0
+    if arguments.thoughts and (arguments.filler or generation.filler_token_id is None):
+        known = thinking or ThinkingConfig()
+        generation.filler_token_id = filler_id(tokenizer, replace(known, filler=arguments.filler or known.filler))
+    if not arguments.thoughts < arguments.max_new_tokens:
+        raise InputError(
+            f"the model's {arguments.thoughts} forced thoughts leave no room in --max_new_tokens "
+            f"{arguments.max_new_tokens}."
+        )
     if arguments.thinking and not trained:
         raise InputError("this model was never trained to think, so it would think at random; add --no-thinking.")
     if arguments.thinking and marker != own:
@@ -180,6 +212,7 @@ def answer_all(
     """Answer what `done` does not hold yet, batch by batch, with a bar that shows the accuracy so far."""
     model, tokenizer, marker = opened_model
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts for _ in range(arguments.samples)]
+    golds = [str(problem["answer"]) for problem in problems for _ in range(arguments.samples)]
     table = marker_table(tokenizer, marker, model.config.vocab_size)
     columns = (
         TextColumn("{task.description}"),
@@ -191,7 +224,7 @@ def answer_all(
     with Progress(*columns) as progress:
         right = [sample["right"] for batch in done.batches for sample in batch]
         bar = progress.add_task("Answering", total=len(ids), completed=len(right), accuracy=_share(right))
-        for batch, rows in complete(model, tokenizer, ids, arguments.decoding, len(done.batches)):
+        for batch, rows in complete(model, tokenizer, ids, arguments.decoding, len(done.batches), golds):
             samples = []
             for item, row in zip(batch, rows, strict=True):
                 text = tokenizer.decode(row, skip_special_tokens=True)

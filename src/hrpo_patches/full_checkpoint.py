@@ -45,9 +45,10 @@ def add_thinking(folder: Path, weights: dict[str, Tensor], thinking: dict[str, A
 
 def mark(folder: Path) -> None:
     """Make the full model in `folder` think by default, and stock transformers refuse it instead of not thinking."""
-    kind = json.loads((folder / "config.json").read_text())["model_type"]
+    config = json.loads((folder / "config.json").read_text())
+    kind, forced = config["model_type"], (config.get("thinking") or {}).get("thoughts")
     _update_json(folder / "config.json", {"model_type": kind.removesuffix(NEEDS_US) + NEEDS_US})
-    _update_json(folder / "generation_config.json", {"thinking": True})
+    _update_json(folder / "generation_config.json", {"thinking": True} | ({"thoughts": forced} if forced else {}))
 
 
 def _rewrite(shard: Path, added: dict[str, Tensor]) -> None:

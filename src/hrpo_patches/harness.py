@@ -42,9 +42,12 @@ class ThinkingLM(HFLM):
 
     def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **kwargs: Any) -> torch.Tensor:
         extra: dict[str, Any] = {"thinking": self.thinking}
-        if self.thinking:
+        forced = self.model.generation_config.thoughts or 0
+        if self.thinking or forced:
             extra["tokenizer"] = self.tokenizer
-        return super()._model_generate(context, max_length, stop, **kwargs, **extra)
+        out = super()._model_generate(context, max_length + forced, stop, **kwargs, **extra)
+        width = context.shape[1]
+        return torch.cat([out[:, :width], out[:, width + forced :]], dim=1)  # a filler is no text
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
         if self.thinking:

@@ -14,16 +14,20 @@ from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
+from hrpo_patches.marker import marker_table
 from hrpo_patches.models import thinking_options
+from hrpo_patches.passes import refuse_dropout
+from hrpo_patches.replay import passes_inputs
 from hrpo_patches.thinking import canonical, is_thinking_parameter
 from hrpo_patches.trainer_config import HRPOConfig
 from hrpo_patches.unsloth_backend import is_unsloth, refuse_stranger
 
 
 def configure(model: Any, args: HRPOConfig) -> None:
-    """Write the run's residual and marker to the model's config, or to the arguments that will load the model."""
+    """Write how the run thinks to the model's config, or to the arguments that will load the model."""
     refuse_stranger(model)
-    chosen = {"residual": args.residual, "answer_start": args.answer_start}
+    chosen: dict[str, Any] = {"residual": args.residual, "answer_start": args.answer_start}
+    chosen |= {name: value for name in ("thoughts", "filler") if (value := getattr(args, name)) is not None}
     if isinstance(model, str):
         init = dict(args.model_init_kwargs or {})
         thinking = thinking_options(model, dict(init.get("thinking") or {}) | chosen)
@@ -62,6 +66,38 @@ def float32_copies(model: Any) -> dict[str, Tensor]:
     named = [(name, p) for name, p in model.named_parameters() if is_thinking_parameter(name)]
     named.sort(key=lambda item: ".modules_to_save." in item[0])
     return {canonical(name).replace(".original_module", ""): p.detach().clone() for name, p in named}
+
+
+def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig) -> None:
+    """Refuse a model that would fall back, whose thinking weights would not be trained, or that cannot do the passes.
+
+    Args:
+        model: the trainer's, unwrapped.
+        base: the causal language model in it.
+        tokenizer: has to spell the marker.
+        args: of the run.
+    """
+    backbone = thinking_backbone(base)
+    marker_table(tokenizer, args.answer_start, backbone.config.vocab_size)
+    for name in trained_modules(args.residual):
+        module = getattr(backbone, name)
+        saved = not is_peft_model(model) or hasattr(module, "modules_to_save")
+        trained = getattr(module, "modules_to_save", module)
+        if not (saved and all(parameter.requires_grad for parameter in trained.parameters())):
+            raise InputError(
+                f"{name} is frozen, or would not be saved; pass peft_config to HRPOTrainer instead of a wrapped "
+                f"model, or load the adapter with hrpo_patches.load_adapter(..., is_trainable=True)."
+            )
+    with torch.no_grad():
+        probe = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
+        outputs = model(input_ids=probe, output_last_hidden_state=True, use_cache=False)
+    if args.residual == "projection" and getattr(outputs, "last_hidden_state", None) is None:
+        raise InputError(
+            f"the forward of {type(base).__name__} returns no last_hidden_state, so the projection would never be "
+            f"used or trained; unwrap the model, or train with residual='embedding'."
+        )
+    if passes_inputs(base, args.passes, backbone.config.thinking["residual"]):
+        refuse_dropout(backbone)
 
 
 def restore_float32(model: nn.Module, before: dict[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
-"""A rollout's thinking, and how the loss replays it; knows tensors, nothing of trainers or text.
+"""A rollout's thinking, and how it is replayed; knows models and tensors, nothing of trainers or text.
 
 The rollout keeps the states, not the residuals: the replay makes the residuals anew with today's weights, which
-is what carries the gradient to the projection. The states themselves are constants.
+is what carries the gradient to the projection. The states themselves are constants, in the first pass.
 """
 
 from __future__ import annotations
@@ -9,10 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from hrpo_patches.config import Residual
+from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.errors import InputError
+from hrpo_patches.passes import Head, Passes, check_passes, live_states
+from hrpo_patches.thinking import embedding_residual
+from hrpo_patches.unsloth_backend import is_unsloth
 
 
 @dataclass
@@ -41,3 +47,122 @@ class Rollout:
             "thinking_mask": self.mask[rows],
             "thinking_residual": self.residual,
         }
+
+
+class EmbeddingHead:
+    """Makes the embedding residual of last hidden states, with the gradient through the distribution.
+
+    Args:
+        model: the causal language model.
+        temperature: of the rollout; its distribution is taken over the whole vocabulary.
+    """
+
+    def __init__(self, model: Any, temperature: float = 1.0) -> None:
+        self.head, self.temperature = model.get_output_embeddings(), temperature
+        self.table = model.get_input_embeddings()
+        self.vocabulary = model.config.vocab_size
+
+    def __call__(self, states: Tensor) -> Tensor:
+        logits = self.head(states).float() / self.temperature
+        return embedding_residual(logits.softmax(-1), self.table.weight)
+
+
+def passes_inputs(model: Any, passes: Passes, residual: Residual, temperature: float = 1.0) -> dict[str, Any]:
+    """Keyword arguments for a forward of `model` in so many passes; none for one.
+
+    Raises:
+        InputError: `passes` is neither a whole number from 1 nor "all", or the model runs unsloth's forward.
+    """
+    check_passes(passes)
+    if passes == 1:
+        return {}
+    if is_unsloth(model):
+        raise InputError("unsloth's forward replays in one pass only; leave replay_passes at 1, or use transformers.")
+    head: Head | None = EmbeddingHead(model, temperature) if residual == "embedding" else None
+    return {"thinking_passes": passes, "thinking_head": head}
+
+
+def replay_forward(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    thinking_states: Tensor | None = None,
+    thinking_mask: Tensor,
+    passes: Passes = 1,
+    temperature: float = 1.0,
+    **kwargs: Any,
+) -> Any:
+    """A forward over prompts and completions whose thinking positions are replayed in so many passes.
+
+    With one pass this is `model(...)`: the residuals come from the stored states, which are constants. Each later pass
+    makes them from the live states of the one before, so that a gradient also reaches what was written into a thought,
+    k - 1 thoughts back. "all" thinks the masked positions anew, one by one, and has the exact gradient; it reads no
+    stored states. On policy all have the rollout's values.
+
+    Args:
+        model: a causal language model that thinks, also a PEFT one, or wrapped for data parallel training.
+        input_ids, attention_mask: (B, L).
+        thinking_states: (B, K, d), as for the model's forward; "all" needs none.
+        thinking_mask: (B, K) bool, K < L for more than one pass.
+        passes: a whole number from 1, or "all".
+        temperature: of the rollout, for the embedding residual.
+        kwargs: for the model, e.g. labels or logits_to_keep.
+
+    Returns:
+        The model's output, of the last pass.
+
+    Raises:
+        InputError: the shapes do not fit, a dropout is at work in more than one pass, or the model cannot do these.
+    """
+    inner = _unwrapped(model)
+    residual = kwargs.pop("thinking_residual", None) or thinking_backbone(inner).config.thinking["residual"]
+    if passes == "all" and (
+        used := [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
+    ):
+        raise InputError(f"{used[0]} does not go with passes='all', whose layers see a position at a time.")
+    return model(
+        input_ids=input_ids,
+        attention_mask=attention_mask,
+        thinking_states=thinking_states,
+        thinking_mask=thinking_mask,
+        thinking_residual=residual,
+        **passes_inputs(inner, passes, residual, temperature),
+        **{"use_cache": False} | kwargs,
+    )
+
+
+@torch.no_grad()
+def thinking_roll(
+    model: Any,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    thinking_mask: Tensor,
+    temperature: float = 1.0,
+) -> Tensor:
+    """The states (B, K, d) of a model that thinks given tokens: what a rollout of the same tokens would have stored.
+
+    Args:
+        model, input_ids, attention_mask, thinking_mask, temperature: as for `replay_forward`.
+    """
+    inner = _unwrapped(model)
+    residual = thinking_backbone(inner).config.thinking["residual"]
+    out = replay_forward(
+        model,
+        input_ids,
+        attention_mask,
+        thinking_mask=thinking_mask,
+        passes="all",
+        temperature=temperature,
+        output_last_hidden_state=True,
+        logits_to_keep=1,
+    )
+    head = EmbeddingHead(inner, temperature) if residual == "embedding" else None
+    return live_states(out.last_hidden_state, thinking_mask.shape[1], head)
+
+
+def _unwrapped(model: Any) -> Any:
+    """The causal language model inside of what PEFT or a data parallel wrapper put around it."""
+    while hasattr(model, "module") and not hasattr(model, "get_input_embeddings"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

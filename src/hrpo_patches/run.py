@@ -119,6 +119,7 @@ def evaluate(
         thinking=arguments.residual != "none",
         batch_size=arguments.eval_batch_size,
         title=title,
+        thoughts=trainer.args.thoughts,
     )
     if is_unsloth(model):
         resume_training(model)

@@ -7,6 +7,7 @@ thinking modules, with autocast off, and only the blend is rounded to the model'
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,11 +17,14 @@ from torch.nn.functional import dropout
 from hrpo_patches.config import Residual, ThinkingConfig
 from hrpo_patches.errors import InputError
 from hrpo_patches.modules import ThinkingLambda, ThinkingLinear, ThinkingModule, make_projection
+from hrpo_patches.passes import Head, Passes, check_passes, inputs_of_last_pass, one_by_one, refuse_dropout
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
 else:
     _Base = object
+
+Control = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (s, e, mask) -> (s, mask)
 
 EPS = 1e-8
 MODULES = (
@@ -55,6 +59,8 @@ def embedding_residual(probabilities: Tensor, embeddings: Tensor) -> Tensor:
 
 class ThinkingMixin(_Base):
     """What a patched model family gains: the thinking modules, their initialisation and the blend."""
+
+    thinking_control: Control | None = None  # stands between a residual and its blend; see hrpo_patches.controls
 
     def add_thinking_modules(self, config: Any) -> None:
         """Called by a patched backbone's `__init__` before `post_init`; adds nothing where `config.thinking` is False.
@@ -181,5 +187,83 @@ class ThinkingMixin(_Base):
         states = states.to(embeds.device)
         if (residual or self.config.thinking["residual"]) == "projection":
             states = self.projected_residual(states)
+        mask = mask.to(embeds.device)
+        if self.thinking_control is not None:
+            states, mask = self.thinking_control(states, tail, mask)
         blended, _ = self.thinking_residual(tail, states)
-        return torch.cat([head, torch.where(mask.to(embeds.device).unsqueeze(-1), blended, tail)], dim=1)
+        return torch.cat([head, torch.where(mask.unsqueeze(-1), blended, tail)], dim=1)
+
+    def think(
+        self,
+        embeds: Tensor,
+        states: Tensor | None,
+        mask: Tensor | None,
+        residual: Residual | None = None,
+        passes: Passes = 1,
+        head: Head | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The inputs (B, L, d) of a forward that thinks: `blend_thinking`, or the last of several `passes`.
+
+        Raises:
+            InputError: as `blend_thinking`, or several passes are not possible.
+        """
+        if passes == 1:
+            return self.blend_thinking(embeds, states, mask, residual)
+        kind, head = self._check_passes(embeds, mask, residual, passes, head, attention_mask)
+        if states is None or mask is None:
+            raise InputError("thinking_states and thinking_mask belong together; one of them is missing.")
+        assert passes != "all"  # which is `think_one_by_one`
+        return inputs_of_last_pass(self, embeds, states, mask, kind, passes, head, attention_mask, position_ids)
+
+    def think_one_by_one(
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        residual: Residual | None,
+        head: Head | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+    ) -> Any:
+        """A forward's output whose masked positions are thought anew, each from the live state before it.
+
+        Raises:
+            InputError: as `think`.
+        """
+        from transformers.modeling_outputs import BaseModelOutputWithPast
+
+        kind, head = self._check_passes(embeds, mask, residual, "all", head, attention_mask)
+        assert mask is not None
+        hidden = one_by_one(self, embeds, mask.to(embeds.device), kind, head, attention_mask, position_ids)
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def _check_passes(
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        residual: Residual | None,
+        passes: Passes,
+        head: Head | None,
+        attention_mask: Tensor | None,
+    ) -> tuple[Residual, Head | None]:
+        """Refuse what several passes cannot do; the residual, and the head if it needs one."""
+        check_passes(passes)
+        if not hasattr(self, "thinking_projection"):
+            raise InputError("thinking was asked of a model that was built with config.thinking=False.")
+        if mask is None or mask.dim() != 2 or mask.shape[0] != embeds.shape[0] or mask.shape[1] >= embeds.shape[1]:
+            raise InputError(
+                f"more than one replay pass needs a thinking_mask (B, K) with K < L, for the first thought comes from "
+                f"the position before it; the inputs are {tuple(embeds.shape)}."
+            )
+        if attention_mask is not None and getattr(attention_mask, "ndim", None) != 2:
+            raise InputError("more than one replay pass needs an attention_mask (B, L), or none.")
+        if self.training and torch.is_grad_enabled():
+            refuse_dropout(self)
+        kind = residual or self.config.thinking["residual"]
+        if kind == "embedding" and head is None:
+            raise InputError(
+                "the embedding residual of a live state needs the LM head; call hrpo_patches.replay_forward(model, "
+                "...), which hands it over."
+            )
+        return kind, head if kind == "embedding" else None

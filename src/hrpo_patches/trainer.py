@@ -7,6 +7,7 @@ them), the optimizer (its groups), the order of the data and the save (two more 
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,23 +20,26 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
 
-from hrpo_patches.checkpoint import save_thinking, trained_modules
-from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.checkpoint import save_pauses, save_thinking
+from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.decoding import filler_id, thinking_backbone
 from hrpo_patches.epoch_order import EpochOrder
 from hrpo_patches.errors import InputError, NonFiniteError
-from hrpo_patches.marker import marker_table
 from hrpo_patches.monitor import ThinkingMonitor
 from hrpo_patches.nonfinite import keep
 from hrpo_patches.optim import regroup
+from hrpo_patches.passes import Passes
 from hrpo_patches.prepare import (
+    check_model,
     configure,
     float32_copies,
     freeze_unused,
     restore_float32,
     with_thinking_modules,
 )
+from hrpo_patches.reference import StartReference, without_reference
 from hrpo_patches.released import released
-from hrpo_patches.replay import Rollout
+from hrpo_patches.replay import Rollout, passes_inputs
 from hrpo_patches.trainer_config import HRPOConfig
 from hrpo_patches.unsloth_backend import is_unsloth
 
@@ -80,57 +84,61 @@ class HRPOTrainer(GRPOTrainer):
             configure(model, args)
             peft_config = with_thinking_modules(model, peft_config, args)
         before = float32_copies(model) if args.residual is not None else {}
-        super().__init__(
-            model,
-            reward_funcs,
-            args,
-            train_dataset,
-            processing_class=processing_class,
-            peft_config=peft_config,
-            **kwargs,
-        )
+        from_start = args.reference == "start" and args.beta != 0.0
+        with without_reference(args) if from_start else nullcontext():
+            super().__init__(
+                model,
+                reward_funcs,
+                args,
+                train_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
         self.add_callback(self._epoch_order)
         freeze_unused(self.model, args)
         if args.residual is not None:
             restore_float32(self.model, before)
-            self._drop_reference_adapter()
-            self._check_model()
+            if is_peft_model(self.model) and "ref" in self.model.peft_config:
+                self.model.delete_adapter(
+                    "ref"
+                )  # TRL's own, a copy of the adapter
+            check_model(self.model, self._base_model(), self._tokenizer, args)
             if self._base_model().config.thinking["residual_scale"] == "embedding":
                 thinking_backbone(self._base_model()).embedding_norm()  # before training can change the table
             self.generation_config.thinking = True
             self.generation_config.return_dict_in_generate = True
+        several_turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
+        self._force_thoughts(bool(several_turns))
+        if from_start:
+            self.beta = args.beta
+            self.ref_model = StartReference(self.accelerator.unwrap_model(self.model))
+            self.add_callback(self.ref_model)
         self.monitor: ThinkingMonitor | None = None
         if args.monitor:
             model = self.accelerator.unwrap_model(self.model)
             self.monitor = ThinkingMonitor(model, args, estimate_marker=False).first_in(self)
 
-    def _drop_reference_adapter(self) -> None:
-        # The KL reference is the base model with adapters off, also where training goes on from an adapter.
-        if is_peft_model(self.model) and "ref" in self.model.peft_config:
-            self.model.delete_adapter("ref")
-
-    def _check_model(self) -> None:
-        """Refuse a model that would fall back, or whose thinking weights would not be trained."""
-        base = self._base_model()
-        backbone = thinking_backbone(base)
-        marker_table(self._tokenizer, self.args.answer_start, backbone.config.vocab_size)
-        for name in trained_modules(self.args.residual):
-            module = getattr(backbone, name)
-            saved = not is_peft_model(self.model) or hasattr(module, "modules_to_save")
-            trained = getattr(module, "modules_to_save", module)
-            if not (saved and all(parameter.requires_grad for parameter in trained.parameters())):
-                raise InputError(
-                    f"{name} is frozen, or would not be saved; pass peft_config to HRPOTrainer instead of a wrapped "
-                    f"model, or load the adapter with hrpo_patches.load_adapter(..., is_trainable=True)."
-                )
-        with torch.no_grad():
-            probe = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
-            outputs = self.model(input_ids=probe, output_last_hidden_state=True, use_cache=False)
-        if self.args.residual == "projection" and getattr(outputs, "last_hidden_state", None) is None:
+    def _force_thoughts(self, several_turns: bool) -> None:
+        """Let every completion begin with the run's forced thoughts, also where nothing is blended."""
+        thinking = ThinkingConfig.of(self._base_model().config) or ThinkingConfig()
+        if self.args.residual is None:
+            own = {"thoughts": self.args.thoughts or 0, "filler": self.args.filler or thinking.filler}
+            thinking = ThinkingConfig(**own)  # type: ignore[arg-type]
+        self.args.thoughts, self.args.filler = thinking.thoughts, thinking.filler
+        self._fillers: list[int] = []
+        if not thinking.thoughts:
+            return
+        if several_turns:
+            raise InputError("forced thoughts begin a completion of one turn; leave tools out, or set thoughts=0.")
+        if thinking.thoughts >= self.args.max_completion_length:
             raise InputError(
-                f"the forward of {type(base).__name__} returns no last_hidden_state, so the projection would never be "
-                f"used or trained; unwrap the model, or train with residual='embedding'."
+                f"thoughts={thinking.thoughts} leave no room for an answer in completions of max_completion_length="
+                f"{self.args.max_completion_length} tokens."
             )
+        self._fillers = [filler_id(self._tokenizer, thinking)] * thinking.thoughts
+        for generation in (self.generation_config, self._base_model().generation_config):
+            generation.thoughts, generation.filler_token_id = thinking.thoughts, self._fillers[0]
 
     def _base_model(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)
@@ -150,6 +158,7 @@ class HRPOTrainer(GRPOTrainer):
             completion_ids, logprobs = super()._generate_single_turn(
                 prompt_ids, images, multimodal_fields, num_generations, has_tool_images
             )
+            completion_ids = [ids[len(self._fillers) :] for ids in completion_ids]
         else:
             completion_ids, logprobs = self._think(prompt_ids), None
         texts = self._tokenizer.batch_decode(completion_ids)
@@ -180,7 +189,7 @@ class HRPOTrainer(GRPOTrainer):
             )
         self._rollout = Rollout(out.thinking_states, out.thinking_mask, out.thinking_residual)
         self._record_ratios(out.thinking_ratio, out.thinking_mask)
-        completions = out.sequences[:, batch["input_ids"].shape[1] :]
+        completions = out.sequences[:, batch["input_ids"].shape[1] + len(self._fillers) :]
         is_eos = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
         kept = is_eos.cumsum(dim=1) - is_eos.long() == 0  # up to and including the first end token
         return [row[keep].tolist() for row, keep in zip(completions.cpu(), kept.cpu(), strict=True)]
@@ -198,10 +207,15 @@ class HRPOTrainer(GRPOTrainer):
             f"{kept}. Lower the learning rates, and resume from the last checkpoint."
         )
 
+    def _generate(self, prompts: list) -> tuple:
+        # To TRL a forced thought is the end of the prompt: no loss, no KL, no length and no text of the completion.
+        prompt_ids, *rest = super()._generate(prompts)
+        return [ids + self._fillers for ids in prompt_ids], *rest
+
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self._rollout is not None:
-            rollout = self._rollout.aligned(output["completion_ids"].shape[1])
+            rollout = self._rollout.aligned(len(self._fillers) + output["completion_ids"].shape[1])
             output |= {"thinking_states": rollout.states, "thinking_mask": rollout.mask}
             self._rollout = None
         return output
@@ -218,7 +232,7 @@ class HRPOTrainer(GRPOTrainer):
             self._rollout = None
 
     def _is_reference(self, model: nn.Module) -> bool:
-        """Whether this forward is the KL reference's: the separate model, or ours with its adapters off."""
+        """Whether this forward is that of a reference that does not think: another model, or ours without adapters."""
         if model is self.ref_model:
             return True
         return bool(getattr(thinking_backbone(self._base_model()).thinking_residual_Lambda, "disable_adapters", False))
@@ -237,13 +251,31 @@ class HRPOTrainer(GRPOTrainer):
         """TRL's, with the rollout replayed; in plain torch where TRL's fused LM head cannot run."""
         if compute_aux_loss or any(value is not None for value in multimodal.values()):
             raise InputError("HRPOTrainer trains dense text models: images and router losses are not supported.")
+        if isinstance(model, StartReference):
+            with model.in_place():
+                return self._scored(self.model, input_ids, attention_mask, logits_to_keep, batch_size, "all")
+        passes = self.args.passes if torch.is_grad_enabled() else 1  # the values of all are the rollout's
+        return self._scored(model, input_ids, attention_mask, logits_to_keep, batch_size, passes, compute_entropy)
+
+    def _scored(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        passes: Passes,
+        compute_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Log-probabilities and entropies (B, C), a few rows at once, thinking in so many `passes`."""
         rollout = self._rollout
         if rollout is not None:
-            rollout = None if self._is_reference(model) else rollout.aligned(logits_to_keep)
+            rollout = None if self._is_reference(model) else rollout.aligned(len(self._fillers) + logits_to_keep)
         size = batch_size or len(input_ids)
+        again = passes_inputs(self._base_model(), passes, self.args.residual, self.temperature) if rollout else {}
         logps, entropies = [], []
         for rows in (slice(start, start + size) for start in range(0, len(input_ids), size)):
-            thinking = rollout.model_inputs(rows) if rollout is not None else {}
+            thinking = rollout.model_inputs(rows) | again if rollout is not None else {}
             score = self._score_fused if self._has_fused_head(model) else self._score_plain
             logp, entropy = score(model, input_ids[rows], attention_mask[rows], logits_to_keep, thinking)
             logps.append(logp)
@@ -308,3 +340,5 @@ class HRPOTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict)
         if self.args.residual is not None:
             save_thinking(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+        elif self._fillers:
+            save_pauses(len(self._fillers), self._fillers[0], output_dir or self.args.output_dir)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, get_args
 
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
+from hrpo_patches.passes import Passes, check_passes
 from hrpo_patches.released import released
+
+Reference = Literal["base", "start"]
 
 GRPOConfig: Any = released("trl.trainer.grpo_config", "GRPOConfig")
 
@@ -25,6 +28,27 @@ class HRPOConfig(GRPOConfig):
         metadata={"help": "What a thinking position is blended with: projection, embedding, or none for plain GRPO."},
     )
     answer_start: str = field(default="####", metadata={"help": "The text that ends the thinking."})
+    replay_passes: str = field(
+        default="1",
+        metadata={
+            "help": "Passes of the loss's replay: 1, the published gradient; k, which carries it k - 1 thoughts back; "
+            "or all, the exact gradient."
+        },
+    )
+    thoughts: int | None = field(
+        default=None,
+        metadata={"help": "Forced thoughts that every completion begins with; by default as many as the model's own."},
+    )
+    filler: str | None = field(
+        default=None, metadata={"help": "Name of the token that a forced thought is; by default the model's own."}
+    )
+    reference: str = field(
+        default="base",
+        metadata={
+            "help": "What the KL divergence is from: base, the base model with adapters off, not thinking; or start, "
+            "the model that training began from, thinking as it does."
+        },
+    )
     lr_residual_gate: float = field(default=1e-4, metadata={"help": "Learning rate of the two gates."})
     lr_residual_Lambda: float = field(default=1e-3, metadata={"help": "Learning rate of Lambda."})
     lr_thinking_projection: float = field(default=1e-4, metadata={"help": "Learning rate of thinking_projection."})
@@ -36,9 +60,20 @@ class HRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         if self.residual == "none":
             self.residual = None
+        passes: Any = self.replay_passes
+        self.replay_passes = int(passes) if isinstance(passes, str) and passes.isdigit() else passes  # type: ignore[assignment]
+        check_passes(self.replay_passes)
+        if self.reference not in get_args(Reference):
+            raise InputError(f"reference has to be one of {get_args(Reference)}, not {self.reference!r}.")
         if self.residual is not None:
-            ThinkingConfig(residual=self.residual, answer_start=self.answer_start)  # type: ignore[arg-type]
+            given = {name: getattr(self, name) for name in ("residual", "answer_start", "thoughts", "filler")}
+            ThinkingConfig.from_dict({name: value for name, value in given.items() if value is not None})
+        if self.residual is not None or self.thoughts:
             self._refuse_what_cannot_think()
+        if self.residual is None and (self.replay_passes != 1 or self.reference != "base"):
+            raise InputError("replay_passes and reference are about thinking; they do not go with residual='none'.")
+        if self.residual == "embedding" and self.replay_passes != 1:
+            self._refuse_other_distributions()
         super().__post_init__()
 
     def _refuse_what_cannot_think(self) -> None:
@@ -55,6 +90,21 @@ class HRPOConfig(GRPOConfig):
                 f"{wrong[0]} cannot think: its decoding hands no hidden state from step to step. Leave it out, or "
                 f"train plain GRPO with residual='none'."
             )
+
+    def _refuse_other_distributions(self) -> None:
+        # A live state's distribution is made from the temperature alone.
+        plain = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
+        changed = [name for name, values in plain.items() if getattr(self, name) not in values]
+        if changed := [*changed, *(self.generation_kwargs or {})]:
+            raise InputError(
+                f"{changed[0]} changes the distribution that the embedding residual is made from; with more than one "
+                f"replay pass leave it out."
+            )
+
+    @property
+    def passes(self) -> Passes:
+        """`replay_passes`, a whole number or "all"."""
+        return self.replay_passes  # type: ignore[return-value]
 
     @property
     def learning_rates(self) -> dict[str, float]:

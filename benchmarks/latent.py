@@ -1,0 +1,296 @@
+"""Do thoughts carry a computation, and who teaches them to? Words over the group A5, thought one product at a time.
+
+The product of h elements of A5 cannot be had from a few layers at once, so a model of two layers needs a chain of h
+states. Every arm goes on from one start, which writes all prefix products out; then the first c of them are replaced by
+forced thoughts, c growing; then all are thoughts, and the product after them is the only loss. A line of --out is one arm
+of one seed; what is there already is not done again.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import time
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import hrpo_patches  # noqa: F401 - before transformers
+
+# isort: split
+import torch
+from rich.progress import track
+from safetensors.torch import load_model, save_model
+from torch.nn.functional import cross_entropy, pad
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from hrpo_patches.console import console
+from hrpo_patches.controls import CONTROLS, controlled
+from hrpo_patches.replay import replay_forward, thinking_roll
+
+SLOTS = 24  # an element's number is its place; thought j is always SLOTS positions behind element j
+LONGEST = 16  # of the words that are trained on
+ELEMENTS = 60
+BLANK, FILLER, EQUALS, END, PAD = range(ELEMENTS, ELEMENTS + 5)
+TESTED = (8, 16, 24)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is different between the models that are compared.
+
+    Attributes:
+        steps: what stands between word and product: "none", "written", or "thoughts".
+        residual: "projection", "embedding", or None for fillers that are blended with nothing.
+        passes: of the loss.
+        layers: of the model.
+    """
+
+    steps: str = "thoughts"
+    residual: str | None = "projection"
+    passes: int | str = 1
+    layers: int = 2
+
+
+ARMS = {
+    "written": Arm(steps="written", residual=None),
+    "none": Arm(steps="none", residual=None),
+    "fillers": Arm(residual=None),
+    "fillers-5": Arm(residual=None, layers=5),
+    "k1": Arm(passes=1),
+    "k4": Arm(passes=4),
+    "all": Arm(passes="all"),
+    "embedding-all": Arm(residual="embedding", passes="all"),
+}
+
+
+def alternating() -> torch.Tensor:
+    """The multiplication table (60, 60) of A5, the even permutations of five things."""
+    swaps = {p: sum(a > b for a, b in itertools.combinations(p, 2)) for p in itertools.permutations(range(5))}
+    even = [p for p, count in swaps.items() if count % 2 == 0]
+    index = {p: i for i, p in enumerate(even)}
+    return torch.tensor([[index[tuple(q[i] for i in p)] for q in even] for p in even])
+
+
+def cyclic() -> torch.Tensor:
+    """The control, in which nothing should differ: sums modulo 60."""
+    return (torch.arange(ELEMENTS)[:, None] + torch.arange(ELEMENTS)) % ELEMENTS
+
+
+TASKS = {"a5": alternating, "sum": cyclic}
+
+
+def words_of(n: int, h: int, test: bool, generator: torch.Generator) -> torch.Tensor:
+    """(n, h) elements; one word in ten, by its hash, is for testing (of one element: none is)."""
+    found = torch.empty(0, h, dtype=torch.long)
+    while len(found) < n:
+        words = torch.randint(ELEMENTS, ((12 if test else 2) * n, h), generator=generator)
+        kept = [h == 1 or (zlib.crc32(bytes(word)) % 10 == 0) == test for word in words.tolist()]
+        found = torch.cat([found, words[torch.tensor(kept)]])
+    return found[:n]
+
+
+def prefix_products(words: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
+    """(n, h): of the first 1, 2, ... h elements."""
+    products = [words[:, 0]]
+    for column in words.T[1:]:
+        products.append(table[products[-1], column])
+    return torch.stack(products, 1)
+
+
+def lesson(words: torch.Tensor, table: torch.Tensor, c: int, arm: Arm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels (n, SLOTS + h + 2): word, blanks, c fillers, h - c products, `=`, product."""
+    n, h = words.shape
+    products = prefix_products(words, table)
+    body = products.clone()
+    body[:, :c] = FILLER
+    labels = torch.full((n, SLOTS + h + 2), -100)
+    labels[:, SLOTS + c : SLOTS + h] = products[:, c:]
+    labels[:, -1] = products[:, -1]
+    parts = [words, torch.full((n, SLOTS - h), BLANK), body, torch.full((n, 1), EQUALS), products[:, -1:]]
+    if arm.steps == "none":
+        del parts[2]
+        labels = labels[:, h:].masked_fill(torch.arange(SLOTS + 2) < SLOTS + 1, -100)
+    return torch.cat(parts, 1), labels
+
+
+def loss_of(model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch.Tensor, c: int) -> torch.Tensor:
+    """Cross-entropy of the written products and the answer; the states of the first pass come from a thinking roll."""
+    tokens, labels = lesson(words, table, c, arm)
+    inputs, width = tokens[:, :-1], tokens.shape[1] - 1 - SLOTS
+    if arm.residual is None or c == 0:
+        logits = model(inputs, use_cache=False, logits_to_keep=width + 1).logits
+    else:
+        mask = (torch.arange(width) < c).expand(len(inputs), width)
+        states = None
+        if arm.passes != "all":
+            states = pad(thinking_roll(model, inputs[:, : SLOTS + c], None, mask[:, :c]), (0, 0, 0, width - c))
+        logits = replay_forward(
+            model, inputs, thinking_states=states, thinking_mask=mask, passes=arm.passes, logits_to_keep=width + 1
+        ).logits
+    return cross_entropy(logits.flatten(0, 1), labels[:, SLOTS:].flatten(), ignore_index=-100)
+
+
+@torch.no_grad()
+def accuracy(
+    model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch.Tensor, control: str = "live"
+) -> float:
+    """The share of words whose product is right, after h steps of the arm's kind."""
+    n, h = words.shape
+    products = prefix_products(words, table)
+    tokens = lesson(words, table, h, arm)[0][:, :-1]
+    if arm.steps == "written":
+        tokens = tokens[:, :SLOTS]
+        for _ in range(h):
+            tokens = torch.cat([tokens, model(tokens, logits_to_keep=1).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        tokens = torch.cat([tokens, torch.full((n, 1), EQUALS)], 1)
+    if arm.residual is None:
+        logits = model(tokens, logits_to_keep=1).logits
+    else:
+        mask = (torch.arange(h + 1) < h).expand(n, h + 1)
+        with controlled(model, control, products[:, -1].tolist()):
+            logits = replay_forward(model, tokens, thinking_mask=mask, passes="all", logits_to_keep=1).logits
+    return (logits[:, -1].argmax(-1) == products[:, -1]).float().mean().item()
+
+
+def make_model(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
+    """A small Llama; the plain weights of a seed are the same for all arms with as many layers."""
+    torch.manual_seed(seed)
+    thinking = {"residual": arm.residual, "answer_start": "=", "r_min": args.r_min, "r_max": args.r_max}
+    config = LlamaConfig(
+        vocab_size=ELEMENTS + 5,
+        hidden_size=args.width,
+        intermediate_size=4 * args.width,
+        num_hidden_layers=arm.layers,
+        num_attention_heads=4,
+        max_position_embeddings=128,
+        bos_token_id=None,
+        eos_token_id=END,
+        pad_token_id=PAD,
+        thinking=thinking if arm.residual else False,
+    )
+    return LlamaForCausalLM(config)
+
+
+class Course:
+    """The training of one arm on one seed: its optimizer, its batches and its learning curve."""
+
+    def __init__(self, model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int, lr: float) -> None:
+        self.model, self.arm, self.args = model, arm, args
+        self.table = TASKS[args.task]()
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
+        self.generator = torch.Generator().manual_seed(seed)
+        self.lr, self.step, self.curve, self.seconds = lr, 0, [], 0.0
+
+    def tests(self, h: int, n: int) -> torch.Tensor:
+        return words_of(n, h, True, torch.Generator().manual_seed(10_000 + h))
+
+    def run(self, steps: int, most, title: str) -> None:
+        """So many steps, of which step i replaces up to most(i) products; None replaces all."""
+        losses: list[float] = []
+        for i in track(range(steps), description=title):
+            started = time.perf_counter()
+            draw = torch.rand(3, generator=self.generator).tolist()
+            h = LONGEST if draw[0] < 0.5 else 1 + int(draw[1] * LONGEST)
+            c = h if most is None else min(h, most(i) if draw[2] < 0.5 else int(2 * (draw[2] - 0.5) * (most(i) + 1)))
+            if self.arm.steps != "thoughts":
+                c = 0
+            loss = loss_of(
+                self.model, self.arm, words_of(self.args.batch_size, h, False, self.generator), self.table, c
+            )
+            self.optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            rate = min(1.0, (i + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * i / steps)))
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * rate
+            self.optimizer.step()
+            losses.append(loss.item())
+            self.step += 1
+            self.seconds += time.perf_counter() - started
+            if self.step % self.args.every == 0:
+                row = {
+                    "step": self.step,
+                    "most": LONGEST if most is None else most(i),
+                    "loss": sum(losses) / len(losses),
+                }
+                row |= {str(h): accuracy(self.model, self.arm, self.tests(h, 300), self.table) for h in TESTED}
+                self.curve.append(row)
+                losses.clear()
+                print(title, self.step, " ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "step"), flush=True)
+
+
+def start_of(arm: Arm, args: argparse.Namespace, seed: int) -> Path:
+    """Weights that write all products out, trained once for all arms of a seed that have as many layers."""
+    file = args.runs / f"start-{args.task}-{seed}-{arm.layers}.safetensors"
+    if not file.is_file():
+        written = Arm(steps="written", residual=None, layers=arm.layers)
+        course = Course(make_model(written, args, seed), written, args, seed, args.lr_start)
+        course.run(args.written, lambda i: 0, f"start, seed {seed}, {arm.layers} layers")
+        args.runs.mkdir(parents=True, exist_ok=True)
+        save_model(course.model, str(file))
+        file.with_suffix(".json").write_text(json.dumps({"curve": course.curve, "seconds": course.seconds}))
+    return file
+
+
+def run_arm(name: str, args: argparse.Namespace, seed: int) -> dict:
+    """Train one arm; its row of results."""
+    arm = ARMS[name]
+    file = start_of(arm, args, seed)
+    model = make_model(arm, args, seed)
+    load_model(model, str(file), strict=False)
+    course = Course(model, arm, args, seed + 1000, args.lr)
+    if arm.steps == "thoughts":
+        course.run(args.replaced, lambda i: 1 + LONGEST * i // args.replaced, f"{name}, seed {seed}, replaced")
+    if arm.steps != "written":
+        course.run(args.product, None, f"{name}, seed {seed}, product")
+    save_model(model, str(args.runs / f"{name}-{args.task}-{seed}.safetensors"))
+    row = {"arm": name, "task": args.task, "seed": seed, "options": options_of(args)} | asdict(arm)
+    row |= {"accuracy": {h: accuracy(model, arm, course.tests(h, args.tests), course.table) for h in TESTED}}
+    if arm.residual is not None:
+        words = course.tests(LONGEST, args.tests)
+        row["controls"] = {c: accuracy(model, arm, words, course.table, c) for c in CONTROLS}
+    return row | {"curve": course.curve, "seconds": course.seconds}
+
+
+def options_of(args: argparse.Namespace) -> dict:
+    """What makes two runs the same one, beside arm, task and seed."""
+    return {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "task", "out", "runs", "every", "tests")}
+
+
+def main(flags: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="what is compared")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of weights and words")
+    parser.add_argument("--task", default="a5", choices=TASKS, help="the word problem of A5, or the control")
+    parser.add_argument("--width", type=int, default=128, help="the hidden size")
+    parser.add_argument("--r_min", type=float, default=0.05, help="lower end of λ's start")
+    parser.add_argument("--r_max", type=float, default=0.3, help="upper end of λ's start")
+    parser.add_argument("--lr_start", type=float, default=3e-3, help="learning rate of the start")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the arms")
+    parser.add_argument("--batch_size", type=int, default=128, help="words in a step")
+    parser.add_argument("--written", type=int, default=2000, help="steps of the start")
+    parser.add_argument("--replaced", type=int, default=1500, help="steps in which thoughts replace written products")
+    parser.add_argument("--product", type=int, default=1000, help="steps in which the product is the only loss")
+    parser.add_argument("--every", type=int, default=250, help="steps between two points of a learning curve")
+    parser.add_argument("--tests", type=int, default=2000, help="words of each length in the final tests")
+    parser.add_argument("--runs", type=Path, default=Path("runs/latent"), help="where weights are kept")
+    parser.add_argument(
+        "--out", type=Path, default=Path("benchmarks/results/latent.jsonl"), help="a line for each arm"
+    )
+    args = parser.parse_args(flags)
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
+    keys = [(row["arm"], row["task"], row["seed"], row["options"]) for row in done]
+    for seed, name in itertools.product(args.seeds, args.arms):
+        if (name, args.task, seed, options_of(args)) in keys:
+            print(f"{name}, seed {seed}: done already")
+            continue
+        row = run_arm(name, args, seed)
+        print({k: row.get(k) for k in ("arm", "seed", "accuracy", "controls", "seconds")}, flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        with args.out.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    console(main)

@@ -1,0 +1,194 @@
+"""Credit through time: replays whose thoughts come from live states; knows a backbone, nothing of trainers or text.
+
+The first pass reads the rollout's stored states, which are constants: its gradient reaches whoever reads a thought and
+never what was written into it. Here the residuals are made from states of the same graph, so that it does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from hrpo_patches.config import Residual
+from hrpo_patches.errors import InputError
+
+if TYPE_CHECKING:  # transformers is importing this module
+    from hrpo_patches.thinking import ThinkingMixin
+
+Passes = int | Literal["all"]
+Head = Callable[[Tensor], Tensor]  # last hidden states (..., d) -> finished residuals (..., d)
+
+STRETCH = 512  # columns that are read at once where nothing thinks
+_LOGITS = 2**24  # logits that the embedding residual of several thoughts holds at once
+
+
+def check_passes(passes: Any) -> None:
+    """Raise `InputError` unless `passes` is a whole number from 1, or "all"."""
+    if passes != "all" and (isinstance(passes, bool) or not isinstance(passes, int) or passes < 1):
+        raise InputError(f"replay passes have to be a whole number from 1, or 'all', not {passes!r}.")
+
+
+def refuse_dropout(backbone: ThinkingMixin) -> None:
+    """Raise `InputError` if a dropout is at work, which would draw another mask in each pass."""
+    rates = {"attention_dropout": getattr(backbone.config, "attention_dropout", 0.0)}
+    rates["projection_dropout"] = backbone.config.thinking.get("projection_dropout", 0.0)
+    rates |= {name: module.p for name, module in backbone.named_modules() if isinstance(module, nn.Dropout)}
+    if used := [name for name, rate in rates.items() if rate]:
+        raise InputError(
+            f"more than one replay pass needs all dropout at 0, for each pass would draw another mask: {used[0]} is "
+            f"{rates[used[0]]}."
+        )
+
+
+def live_states(hidden: Tensor, width: int, head: Head | None) -> Tensor:
+    """What the residuals of the last `width` positions are made from: the states (B, L, d) one position earlier."""
+    before = hidden[:, -width - 1 : -1]
+    return before if head is None else _in_chunks(head, before)
+
+
+def _in_chunks(head: Head, states: Tensor) -> Tensor:
+    """`head` over (B, K, d), a few columns at once, and once more for the gradient: it holds (B, chunk, V) logits."""
+    size = max(1, _LOGITS // (states.shape[0] * getattr(head, "vocabulary", 2**15)))
+    return torch.cat([_again(head, chunk) for chunk in states.split(size, dim=1)], dim=1)
+
+
+def _again(function: Callable[..., Any], *args: Any) -> Any:
+    """`function(*args)`, of which a backward keeps the arguments and computes the rest anew."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def inputs_of_last_pass(
+    backbone: ThinkingMixin,
+    embeds: Tensor,
+    states: Tensor,
+    mask: Tensor,
+    residual: Residual,
+    passes: int,
+    head: Head | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """The blended inputs (B, L, d) of the last of `passes` passes; each but the first is made from the one before.
+
+    Args:
+        backbone: whose forward is running.
+        embeds: (B, L, d), the input embeddings.
+        states, mask, residual: as for `ThinkingMixin.blend_thinking`; read in the first pass.
+        head: makes finished residuals of states; needed where `residual` is "embedding".
+        attention_mask, position_ids: of the forward.
+    """
+    for _ in range(passes - 1):
+        blended = backbone.blend_thinking(embeds, states, mask, residual)
+        hidden = backbone.forward(
+            inputs_embeds=blended, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
+        ).last_hidden_state
+        states = live_states(hidden, mask.shape[1], head)
+    return backbone.blend_thinking(embeds, states, mask, residual)
+
+
+def one_by_one(
+    backbone: ThinkingMixin,
+    embeds: Tensor,
+    mask: Tensor,
+    residual: Residual,
+    head: Head | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor:
+    """The last hidden states (B, L, d) of a model that thinks these positions anew, one after the other.
+
+    Before the first thinking column and after the last one, columns are read in parallel. A backward keeps keys,
+    values and states, and computes the rest anew: what attention saves would grow with the square of the thoughts.
+
+    Args:
+        backbone, embeds, head, attention_mask, position_ids: as for `inputs_of_last_pass`.
+        mask: (B, K) bool, which of the last K positions think.
+        residual: how.
+    """
+    length, width = embeds.shape[1], mask.shape[1]
+    columns = mask.any(0).nonzero().flatten().tolist()
+    first, last = (length - width + columns[0], length - width + columns[-1]) if columns else (length, length - 1)
+    if position_ids is None:
+        position_ids = torch.arange(length, device=embeds.device).unsqueeze(0)
+    ends = [*range(STRETCH, first, STRETCH), *range(first, last + 2), *range(last + 1 + STRETCH, length, STRETCH)]
+    past: list[list[tuple[Tensor, Tensor]]] = []  # by stretch and layer: keys and values
+    hidden: list[Tensor] = []
+    start = 0
+    for end in [*ends, length]:
+        if start == end:
+            continue
+        inputs = embeds[:, start:end]
+        if first <= start <= last:
+            state = hidden[-1][:, -1:]
+            column = start - length + width
+            advance = partial(_think_and_advance, backbone, mask[:, column : column + 1], residual, head, state)
+        else:
+            advance = partial(_advance, backbone)
+        seen = attention_mask[:, :end] if attention_mask is not None else None
+        states, own = _again(advance, inputs, seen, position_ids[:, start:end], list(past))
+        hidden.append(states)
+        past.append(own)
+        start = end
+    return torch.cat(hidden, dim=1)
+
+
+def _think_and_advance(
+    backbone: ThinkingMixin,
+    mask: Tensor,
+    residual: Residual,
+    head: Head | None,
+    state: Tensor,
+    inputs: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """`_advance` by one column that thinks where `mask` (B, 1) says so, from the `state` (B, 1, d) before it."""
+    made_from = state if head is None else head(state)
+    return _advance(backbone, backbone.blend_thinking(inputs, made_from, mask, residual), *rest)
+
+
+def _advance(
+    backbone: ThinkingMixin,
+    inputs: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor,
+    past: list[list[tuple[Tensor, Tensor]]],
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """The hidden states of the next columns, and their own keys and values by layer, given those before them."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache()
+    for layer, parts in enumerate(zip(*past, strict=True)):
+        keys, values = zip(*parts, strict=True)
+        cache.update(torch.cat(keys, dim=-2), torch.cat(values, dim=-2), layer)
+    with _layers_not_checkpointed(backbone):
+        out = backbone.forward(
+            inputs_embeds=inputs,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=cache,
+            use_cache=True,
+        )
+    width = inputs.shape[1]
+    own = [(layer.keys[:, :, -width:], layer.values[:, :, -width:]) for layer in cache.layers]
+    return out.last_hidden_state, own
+
+
+@contextmanager
+def _layers_not_checkpointed(backbone: nn.Module) -> Iterator[None]:
+    """A layer under gradient checkpointing drops its cache; `_again` recomputes what it would anyway."""
+    layers = [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in layers:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in layers:
+            module.gradient_checkpointing = True

@@ -1,0 +1,79 @@
+"""The KL reference `start`: the model that training began from, thinking as it does; knows weights and their file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import TrainerCallback
+
+from hrpo_patches.errors import InputError
+
+START_FILE = "reference_start.safetensors"
+
+
+class StartReference(TrainerCallback):
+    """Keeps the trainable weights of a model as they are now, and puts them in place of today's for a while.
+
+    A run writes them into its folder, for the process that resumes it may draw others before it loads a checkpoint.
+
+    Args:
+        model: unwrapped.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model as it was, in evaluation mode."""
+        training = self.model.training
+        today = self._swap(self.weights)
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self._swap(today)
+            self.model.train(training)
+
+    def _swap(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Make these the model's weights; returns the ones that they replace."""
+        replaced = {}
+        for name, value in weights.items():
+            parameter = self.model.get_parameter(name)
+            replaced[name], parameter.data = parameter.data, value.to(parameter.device)
+        return replaced
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        file = Path(args.output_dir) / START_FILE
+        if state.global_step == 0 and state.is_world_process_zero:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: weight.cpu().contiguous() for name, weight in self.weights.items()}, file)
+        elif state.global_step:
+            self._read(file)
+
+    def _read(self, file: Path) -> None:
+        if not file.is_file():
+            raise InputError(
+                f"{file} is missing: without it, the run's KL reference is not known; resume in its folder."
+            )
+        weights = load_file(file)
+        shapes = {name: weight.shape for name, weight in self.weights.items()}
+        if {name: weight.shape for name, weight in weights.items()} != shapes:
+            raise InputError(f"{file} holds other weights than this run trains: it belongs to another run.")
+        self.weights = {name: weight.to(self.weights[name]) for name, weight in weights.items()}
+
+
+@contextmanager
+def without_reference(args: Any) -> Iterator[None]:
+    """Keeps a trainer's constructor from making a reference of its own: for a while, `args.beta` is 0."""
+    beta, args.beta = args.beta, 0.0
+    try:
+        yield
+    finally:
+        args.beta = beta
