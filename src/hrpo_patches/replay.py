@@ -63,7 +63,8 @@ class EmbeddingHead:
         self.vocabulary = model.config.vocab_size
 
     def __call__(self, states: Tensor) -> Tensor:
-        logits = self.head(states).float() / self.temperature
+        logits = self.head(states)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         return embedding_residual(logits.softmax(-1), self.table.weight)
 
 
