@@ -1,9 +1,9 @@
 """Do thoughts carry a computation, and who teaches them to? Words over the group A5, thought one product at a time.
 
-The product of h elements of A5 cannot be had from a few layers at once, so a model of two layers needs a chain of h
-states. Every arm goes on from one start, which writes all prefix products out; then the first c of them are replaced by
-forced thoughts, c growing; then all are thoughts, and the product after them is the only loss. A line of --out is one arm
-of one seed; what is there already is not done again.
+The product of h elements of A5 cannot be had from a few layers at once, so a model of two layers needs a chain of
+h states. Every arm goes on from one start, which writes all prefix products out; then the first c of them are replaced
+by forced thoughts, c growing; then all are thoughts, and the product after them is the only loss. A line of --out is
+one arm of one seed; what is there already is not done again.
 """
 
 import argparse
@@ -12,6 +12,7 @@ import json
 import math
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -98,33 +99,43 @@ def prefix_products(words: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.stack(products, 1)
 
 
-def lesson(words: torch.Tensor, table: torch.Tensor, c: int, arm: Arm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels (n, SLOTS + h + 2): word, blanks, c fillers, h - c products, `=`, product."""
+def lesson(
+    words: torch.Tensor, table: torch.Tensor, c: int, arm: Arm, moved: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels: SLOTS with the word among blanks, c fillers, h - c products, `=`, product.
+
+    Word and steps begin `moved` places later, so that every place is used, whatever the length.
+    """
     n, h = words.shape
     products = prefix_products(words, table)
     body = products.clone()
     body[:, :c] = FILLER
-    labels = torch.full((n, SLOTS + h + 2), -100)
-    labels[:, SLOTS + c : SLOTS + h] = products[:, c:]
-    labels[:, -1] = products[:, -1]
-    parts = [words, torch.full((n, SLOTS - h), BLANK), body, torch.full((n, 1), EQUALS), products[:, -1:]]
+
+    def filled(count: int, token: int) -> torch.Tensor:
+        return torch.full((n, count), token)
+
+    labelled = [filled(SLOTS + moved + c, -100), products[:, c:], filled(1, -100), products[:, -1:]]
+    parts = [filled(moved, BLANK), words, filled(SLOTS - h - moved, BLANK), filled(moved, BLANK), body]
     if arm.steps == "none":
-        del parts[2]
-        labels = labels[:, h:].masked_fill(torch.arange(SLOTS + 2) < SLOTS + 1, -100)
-    return torch.cat(parts, 1), labels
+        parts, labelled = parts[:3], [filled(SLOTS + 1, -100), products[:, -1:]]
+    return torch.cat([*parts, filled(1, EQUALS), products[:, -1:]], 1), torch.cat(labelled, 1)
 
 
-def loss_of(model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch.Tensor, c: int) -> torch.Tensor:
+def loss_of(
+    model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch.Tensor, c: int, moved: int
+) -> torch.Tensor:
     """Cross-entropy of the written products and the answer; the states of the first pass come from a thinking roll."""
-    tokens, labels = lesson(words, table, c, arm)
+    tokens, labels = lesson(words, table, c, arm, moved)
     inputs, width = tokens[:, :-1], tokens.shape[1] - 1 - SLOTS
     if arm.residual is None or c == 0:
         logits = model(inputs, use_cache=False, logits_to_keep=width + 1).logits
     else:
-        mask = (torch.arange(width) < c).expand(len(inputs), width)
-        states = None
+        places = torch.arange(width)
+        mask = ((places >= moved) & (places < moved + c)).expand(len(inputs), width)
+        states, last = None, moved + c
         if arm.passes != "all":
-            states = pad(thinking_roll(model, inputs[:, : SLOTS + c], None, mask[:, :c]), (0, 0, 0, width - c))
+            states = thinking_roll(model, inputs[:, : SLOTS + last], None, mask[:, :last])
+            states = pad(states, (0, 0, 0, width - last))
         logits = replay_forward(
             model, inputs, thinking_states=states, thinking_mask=mask, passes=arm.passes, logits_to_keep=width + 1
         ).logits
@@ -173,35 +184,40 @@ def make_model(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalL
 
 
 class Course:
-    """The training of one arm on one seed: its optimizer, its batches and its learning curve."""
+    """The training of one arm on one seed: its optimizer, its batches and its learning curve.
 
-    def __init__(self, model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int, lr: float) -> None:
+    The learning rate rises for 50 steps and falls over all of them to a tenth, by a cosine.
+    """
+
+    def __init__(
+        self, model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int, lr: float, steps: int
+    ) -> None:
         self.model, self.arm, self.args = model, arm, args
         self.table = TASKS[args.task]()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
         self.generator = torch.Generator().manual_seed(seed)
-        self.lr, self.step, self.curve, self.seconds = lr, 0, [], 0.0
+        self.lr, self.steps, self.step, self.curve, self.seconds = lr, steps, 0, [], 0.0
 
     def tests(self, h: int, n: int) -> torch.Tensor:
         return words_of(n, h, True, torch.Generator().manual_seed(10_000 + h))
 
-    def run(self, steps: int, most, title: str) -> None:
+    def run(self, steps: int, most: Callable[[int], int] | None, title: str, batch_size: int) -> None:
         """So many steps, of which step i replaces up to most(i) products; None replaces all."""
         losses: list[float] = []
         for i in track(range(steps), description=title):
             started = time.perf_counter()
-            draw = torch.rand(3, generator=self.generator).tolist()
+            draw = torch.rand(4, generator=self.generator).tolist()
             h = LONGEST if draw[0] < 0.5 else 1 + int(draw[1] * LONGEST)
             c = h if most is None else min(h, most(i) if draw[2] < 0.5 else int(2 * (draw[2] - 0.5) * (most(i) + 1)))
             if self.arm.steps != "thoughts":
                 c = 0
-            loss = loss_of(
-                self.model, self.arm, words_of(self.args.batch_size, h, False, self.generator), self.table, c
-            )
+            moved = max(0, int((2 * draw[3] - 1) * (SLOTS - h + 1)))
+            words = words_of(batch_size, h, False, self.generator)
+            loss = loss_of(self.model, self.arm, words, self.table, c, moved)
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            rate = min(1.0, (i + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * i / steps)))
+            rate = min(1.0, (self.step + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * self.step / self.steps)))
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * rate
             self.optimizer.step()
@@ -220,33 +236,47 @@ class Course:
                 print(title, self.step, " ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "step"), flush=True)
 
 
-def start_of(arm: Arm, args: argparse.Namespace, seed: int) -> Path:
-    """Weights that write all products out, trained once for all arms of a seed that have as many layers."""
-    file = args.runs / f"start-{args.task}-{seed}-{arm.layers}.safetensors"
+def start_of(args: argparse.Namespace, seed: int) -> Path:
+    """Weights of two layers that write all products out, trained once for all arms of a seed."""
+    file = args.runs / f"start-{args.task}-{seed}.safetensors"
     if not file.is_file():
-        written = Arm(steps="written", residual=None, layers=arm.layers)
-        course = Course(make_model(written, args, seed), written, args, seed, args.lr_start)
-        course.run(args.written, lambda i: 0, f"start, seed {seed}, {arm.layers} layers")
+        arm = ARMS["written"]
+        course = Course(make_model(arm, args, seed), arm, args, seed, args.lr_start, args.written)
+        course.run(args.written, lambda i: 0, f"start, seed {seed}", args.batch_size_start)
         args.runs.mkdir(parents=True, exist_ok=True)
         save_model(course.model, str(file))
         file.with_suffix(".json").write_text(json.dumps({"curve": course.curve, "seconds": course.seconds}))
     return file
 
 
+def begun(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
+    """The arm's model at the start; layers that it has more than the start add nothing yet."""
+    model = make_model(arm, args, seed)
+    load_model(model, str(start_of(args, seed)), strict=False)
+    with torch.no_grad():
+        for layer in model.model.layers[ARMS["written"].layers :]:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    return model
+
+
 def run_arm(name: str, args: argparse.Namespace, seed: int) -> dict:
     """Train one arm; its row of results."""
     arm = ARMS[name]
-    file = start_of(arm, args, seed)
-    model = make_model(arm, args, seed)
-    load_model(model, str(file), strict=False)
-    course = Course(model, arm, args, seed + 1000, args.lr)
+    model = begun(arm, args, seed)
+    course = Course(model, arm, args, seed + 1000, args.lr, args.replaced + args.product)
+    size, taught = args.batch_size, None
     if arm.steps == "thoughts":
-        course.run(args.replaced, lambda i: 1 + LONGEST * i // args.replaced, f"{name}, seed {seed}, replaced")
+        course.run(args.replaced, lambda i: 1 + LONGEST * i // args.replaced, f"{name}, seed {seed}, replaced", size)
+        taught = {h: accuracy(model, arm, course.tests(h, args.tests), course.table) for h in TESTED}
     if arm.steps != "written":
-        course.run(args.product, None, f"{name}, seed {seed}, product")
+        course.run(args.product, None, f"{name}, seed {seed}, product", size)
     save_model(model, str(args.runs / f"{name}-{args.task}-{seed}.safetensors"))
     row = {"arm": name, "task": args.task, "seed": seed, "options": options_of(args)} | asdict(arm)
-    row |= {"accuracy": {h: accuracy(model, arm, course.tests(h, args.tests), course.table) for h in TESTED}}
+    row |= {
+        "taught": taught,
+        "accuracy": {h: accuracy(model, arm, course.tests(h, args.tests), course.table) for h in TESTED},
+    }
     if arm.residual is not None:
         words = course.tests(LONGEST, args.tests)
         row["controls"] = {c: accuracy(model, arm, words, course.table, c) for c in CONTROLS}
@@ -268,8 +298,9 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--r_max", type=float, default=0.3, help="upper end of λ's start")
     parser.add_argument("--lr_start", type=float, default=3e-3, help="learning rate of the start")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the arms")
-    parser.add_argument("--batch_size", type=int, default=128, help="words in a step")
-    parser.add_argument("--written", type=int, default=2000, help="steps of the start")
+    parser.add_argument("--batch_size_start", type=int, default=128, help="words in a step of the start")
+    parser.add_argument("--batch_size", type=int, default=64, help="words in a step of the arms")
+    parser.add_argument("--written", type=int, default=1500, help="steps of the start")
     parser.add_argument("--replaced", type=int, default=1500, help="steps in which thoughts replace written products")
     parser.add_argument("--product", type=int, default=1000, help="steps in which the product is the only loss")
     parser.add_argument("--every", type=int, default=250, help="steps between two points of a learning curve")

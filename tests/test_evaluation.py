@@ -125,7 +125,7 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(command, tmp_path, deco
     assert killed.returncode == -9, killed.stderr[-1000:]
     assert (tmp_path / "killed.json.part").exists() and not (tmp_path / "killed.json").exists()
     batches, complete = [], evaluation.complete
-    monkeypatch.setattr(evaluation, "complete", lambda *args: batches.append(args[-1]) or complete(*args))
+    monkeypatch.setattr(evaluation, "complete", lambda *args: batches.append(args[4]) or complete(*args))
     assert main(arguments) == whole and batches == [2]
     assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 

@@ -65,7 +65,7 @@ def test_importing_it_costs_less_than_50_ms():
 
 @pytest.mark.parametrize("function", [LlamaModel.forward, Qwen2Model.forward])
 def test_getsource_shows_the_patched_lines(function):
-    assert "self.blend_thinking(inputs_embeds, thinking_states" in inspect.getsource(function)
+    assert "inputs_embeds = self.think(" in inspect.getsource(function)
     assert "thinking.observe(outputs" in inspect.getsource(GenerationMixin._sample)
 
 
@@ -74,7 +74,7 @@ def test_a_traceback_shows_the_patched_line():
     try:
         model(torch.zeros(1, 2, dtype=torch.long), thinking_states=torch.zeros(1, 1, 32))
     except ValueError:
-        assert "inputs_embeds = self.blend_thinking(" in traceback.format_exc()
+        assert "inputs_embeds = self.think(" in traceback.format_exc()
     else:
         pytest.fail("nothing was raised")
 

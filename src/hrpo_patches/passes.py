@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers.cache_utils import Cache, DynamicLayer
 
 from hrpo_patches.config import Residual
 from hrpo_patches.errors import InputError
@@ -24,7 +25,10 @@ if TYPE_CHECKING:  # transformers is importing this module
 Passes = int | Literal["all"]
 Head = Callable[[Tensor], Tensor]  # last hidden states (..., d) -> finished residuals (..., d)
 
+Stretch = list[tuple[Tensor, Tensor]]  # some columns' keys and values (B, heads, columns, d / heads), by layer
+
 STRETCH = 512  # columns that are read at once where nothing thinks
+KEPT = 32  # thoughts of which a backward may keep everything
 _LOGITS = 2**24  # logits that the embedding residual of several thoughts holds at once
 
 
@@ -63,6 +67,10 @@ def _again(function: Callable[..., Any], *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
+
+
+def _once(function: Callable[..., Any], *args: Any) -> Any:
+    return function(*args)
 
 
 def inputs_of_last_pass(
@@ -105,8 +113,9 @@ def one_by_one(
 ) -> Tensor:
     """The last hidden states (B, L, d) of a model that thinks these positions anew, one after the other.
 
-    Before the first thinking column and after the last one, columns are read in parallel. A backward keeps keys,
-    values and states, and computes the rest anew: what attention saves would grow with the square of the thoughts.
+    Before the first thinking column and after the last one, columns are read in parallel. Of many thoughts, or under
+    gradient checkpointing, a backward keeps keys, values and states alone, and computes the rest anew: what attention
+    saves would grow with the square of the thoughts.
 
     Args:
         backbone, embeds, head, attention_mask, position_ids: as for `inputs_of_last_pass`.
@@ -119,7 +128,9 @@ def one_by_one(
     if position_ids is None:
         position_ids = torch.arange(length, device=embeds.device).unsqueeze(0)
     ends = [*range(STRETCH, first, STRETCH), *range(first, last + 2), *range(last + 1 + STRETCH, length, STRETCH)]
-    past: list[list[tuple[Tensor, Tensor]]] = []  # by stretch and layer: keys and values
+    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
+    again = _again if last - first >= KEPT or checkpointed else _once
+    past: list[Stretch] = []
     hidden: list[Tensor] = []
     start = 0
     for end in [*ends, length]:
@@ -133,7 +144,7 @@ def one_by_one(
         else:
             advance = partial(_advance, backbone)
         seen = attention_mask[:, :end] if attention_mask is not None else None
-        states, own = _again(advance, inputs, seen, position_ids[:, start:end], list(past))
+        states, own = again(advance, inputs, seen, position_ids[:, start:end], list(past))
         hidden.append(states)
         past.append(own)
         start = end
@@ -148,7 +159,7 @@ def _think_and_advance(
     state: Tensor,
     inputs: Tensor,
     *rest: Any,
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, Stretch]:
     """`_advance` by one column that thinks where `mask` (B, 1) says so, from the `state` (B, 1, d) before it."""
     made_from = state if head is None else head(state)
     return _advance(backbone, backbone.blend_thinking(inputs, made_from, mask, residual), *rest)
@@ -159,26 +170,37 @@ def _advance(
     inputs: Tensor,
     attention_mask: Tensor | None,
     position_ids: Tensor,
-    past: list[list[tuple[Tensor, Tensor]]],
-) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """The hidden states of the next columns, and their own keys and values by layer, given those before them."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache()
-    for layer, parts in enumerate(zip(*past, strict=True)):
-        keys, values = zip(*parts, strict=True)
-        cache.update(torch.cat(keys, dim=-2), torch.cat(values, dim=-2), layer)
+    past: list[Stretch],
+) -> tuple[Tensor, Stretch]:
+    """The hidden states of the next columns, and their own keys and values, given those of the stretches before."""
+    layers = [_Columns([stretch[i] for stretch in past]) for i in range(backbone.config.num_hidden_layers)]
     with _layers_not_checkpointed(backbone):
         out = backbone.forward(
             inputs_embeds=inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=cache,
+            past_key_values=Cache(layers=layers),
             use_cache=True,
         )
-    width = inputs.shape[1]
-    own = [(layer.keys[:, :, -width:], layer.values[:, :, -width:]) for layer in cache.layers]
-    return out.last_hidden_state, own
+    return out.last_hidden_state, [layer.own for layer in layers]
+
+
+class _Columns(DynamicLayer):
+    """A layer of a cache whose columns stay tensors of their own, so that a gradient finds each of them whole."""
+
+    own: tuple[Tensor, Tensor]
+
+    def __init__(self, before: Stretch) -> None:
+        super().__init__()
+        self.before = before
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.own = (key_states, value_states)
+        keys, values = zip(*self.before, self.own, strict=True)
+        return torch.cat(keys, dim=-2), torch.cat(values, dim=-2)
+
+    def get_seq_length(self) -> int:
+        return sum(keys.shape[-2] for keys, _ in self.before)
 
 
 @contextmanager

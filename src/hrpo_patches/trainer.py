@@ -100,9 +100,7 @@ class HRPOTrainer(GRPOTrainer):
         if args.residual is not None:
             restore_float32(self.model, before)
             if is_peft_model(self.model) and "ref" in self.model.peft_config:
-                self.model.delete_adapter(
-                    "ref"
-                )  # TRL's own, a copy of the adapter
+                self.model.delete_adapter("ref")  # TRL's own, a copy of the adapter
             check_model(self.model, self._base_model(), self._tokenizer, args)
             if self._base_model().config.thinking["residual_scale"] == "embedding":
                 thinking_backbone(self._base_model()).embedding_norm()  # before training can change the table
