@@ -30,7 +30,7 @@ from hrpo_patches.controls import CONTROLS, controlled
 from hrpo_patches.replay import replay_forward, thinking_roll
 
 SLOTS = 24  # an element's number is its place; thought j is always SLOTS positions behind element j
-LONGEST = 16  # of the words that are trained on
+LONGEST = 16  # of the words whose products are thought in training; the start has written out SLOTS
 ELEMENTS = 60
 BLANK, FILLER, EQUALS, END, PAD = range(ELEMENTS, ELEMENTS + 5)
 TESTED = (8, 16, 24)
@@ -99,13 +99,8 @@ def prefix_products(words: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     return torch.stack(products, 1)
 
 
-def lesson(
-    words: torch.Tensor, table: torch.Tensor, c: int, arm: Arm, moved: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels: SLOTS with the word among blanks, c fillers, h - c products, `=`, product.
-
-    Word and steps begin `moved` places later, so that every place is used, whatever the length.
-    """
+def lesson(words: torch.Tensor, table: torch.Tensor, c: int, arm: Arm) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels: the word in SLOTS places, c fillers, h - c products, `=`, product; of -100 nothing is learned."""
     n, h = words.shape
     products = prefix_products(words, table)
     body = products.clone()
@@ -114,28 +109,24 @@ def lesson(
     def filled(count: int, token: int) -> torch.Tensor:
         return torch.full((n, count), token)
 
-    labelled = [filled(SLOTS + moved + c, -100), products[:, c:], filled(1, -100), products[:, -1:]]
-    parts = [filled(moved, BLANK), words, filled(SLOTS - h - moved, BLANK), filled(moved, BLANK), body]
-    if arm.steps == "none":
-        parts, labelled = parts[:3], [filled(SLOTS + 1, -100), products[:, -1:]]
-    return torch.cat([*parts, filled(1, EQUALS), products[:, -1:]], 1), torch.cat(labelled, 1)
+    parts, labelled = [words, filled(SLOTS - h, BLANK)], [filled(SLOTS, -100)]
+    if arm.steps != "none":
+        parts, labelled = [*parts, body], [*labelled, filled(c, -100), products[:, c:]]
+    tokens = torch.cat([*parts, filled(1, EQUALS), products[:, -1:]], 1)
+    return tokens, torch.cat([*labelled, filled(1, -100), products[:, -1:]], 1)
 
 
-def loss_of(
-    model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch.Tensor, c: int, moved: int
-) -> torch.Tensor:
+def loss_of(model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch.Tensor, c: int) -> torch.Tensor:
     """Cross-entropy of the written products and the answer; the states of the first pass come from a thinking roll."""
-    tokens, labels = lesson(words, table, c, arm, moved)
+    tokens, labels = lesson(words, table, c, arm)
     inputs, width = tokens[:, :-1], tokens.shape[1] - 1 - SLOTS
     if arm.residual is None or c == 0:
         logits = model(inputs, use_cache=False, logits_to_keep=width + 1).logits
     else:
-        places = torch.arange(width)
-        mask = ((places >= moved) & (places < moved + c)).expand(len(inputs), width)
-        states, last = None, moved + c
+        mask = (torch.arange(width) < c).expand(len(inputs), width)
+        states = None
         if arm.passes != "all":
-            states = thinking_roll(model, inputs[:, : SLOTS + last], None, mask[:, :last])
-            states = pad(states, (0, 0, 0, width - last))
+            states = pad(thinking_roll(model, inputs[:, : SLOTS + c], None, mask[:, :c]), (0, 0, 0, width - c))
         logits = replay_forward(
             model, inputs, thinking_states=states, thinking_mask=mask, passes=arm.passes, logits_to_keep=width + 1
         ).logits
@@ -201,19 +192,20 @@ class Course:
     def tests(self, h: int, n: int) -> torch.Tensor:
         return words_of(n, h, True, torch.Generator().manual_seed(10_000 + h))
 
-    def run(self, steps: int, most: Callable[[int], int] | None, title: str, batch_size: int) -> None:
+    def run(
+        self, steps: int, most: Callable[[int], int] | None, title: str, batch_size: int, longest: int = LONGEST
+    ) -> None:
         """So many steps, of which step i replaces up to most(i) products; None replaces all."""
         losses: list[float] = []
         for i in track(range(steps), description=title):
             started = time.perf_counter()
-            draw = torch.rand(4, generator=self.generator).tolist()
-            h = LONGEST if draw[0] < 0.5 else 1 + int(draw[1] * LONGEST)
+            draw = torch.rand(3, generator=self.generator).tolist()
+            h = longest if draw[0] < 0.5 else 1 + int(draw[1] * longest)
             c = h if most is None else min(h, most(i) if draw[2] < 0.5 else int(2 * (draw[2] - 0.5) * (most(i) + 1)))
             if self.arm.steps != "thoughts":
                 c = 0
-            moved = max(0, int((2 * draw[3] - 1) * (SLOTS - h + 1)))
             words = words_of(batch_size, h, False, self.generator)
-            loss = loss_of(self.model, self.arm, words, self.table, c, moved)
+            loss = loss_of(self.model, self.arm, words, self.table, c)
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -242,7 +234,7 @@ def start_of(args: argparse.Namespace, seed: int) -> Path:
     if not file.is_file():
         arm = ARMS["written"]
         course = Course(make_model(arm, args, seed), arm, args, seed, args.lr_start, args.written)
-        course.run(args.written, lambda i: 0, f"start, seed {seed}", args.batch_size_start)
+        course.run(args.written, lambda i: 0, f"start, seed {seed}", args.batch_size_start, SLOTS)
         args.runs.mkdir(parents=True, exist_ok=True)
         save_model(course.model, str(file))
         file.with_suffix(".json").write_text(json.dumps({"curve": course.curve, "seconds": course.seconds}))
@@ -300,7 +292,7 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the arms")
     parser.add_argument("--batch_size_start", type=int, default=128, help="words in a step of the start")
     parser.add_argument("--batch_size", type=int, default=64, help="words in a step of the arms")
-    parser.add_argument("--written", type=int, default=1500, help="steps of the start")
+    parser.add_argument("--written", type=int, default=1400, help="steps of the start")
     parser.add_argument("--replaced", type=int, default=1500, help="steps in which thoughts replace written products")
     parser.add_argument("--product", type=int, default=1000, help="steps in which the product is the only loss")
     parser.add_argument("--every", type=int, default=250, help="steps between two points of a learning curve")

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hrpo_patches import evaluation
 from hrpo_patches.__main__ import main as cli
+from hrpo_patches.controls import CONTROLS
 from hrpo_patches.data import find_task, load_problems
 from hrpo_patches.errors import InputError
 from hrpo_patches.evaluation import main, marker_position
@@ -326,3 +327,54 @@ def test_two_evaluations_do_not_write_one_file(command, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="has come into being meanwhile; the results are in .*out.json.whole"):
         main(command("--limit", "2"))
     assert (tmp_path / "out.json").read_text() == "mine" and (tmp_path / "out.json.whole").is_file()
+
+
+@pytest.fixture(scope="module")
+def thoughtful(folder):
+    """An adapter that was trained with two forced thoughts."""
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", thinking={"r_min": 0.2, "r_max": 0.5})
+    trainer = small_trainer(folder / "thoughtful", model=base, answer_start=MARKER, thoughts=2, filler="~")
+    trainer.train()
+    trainer.save_model()
+    return folder / "thoughtful"
+
+
+def completed(results):
+    return [sample["completion"] for problem in results["problems"] for sample in problem["samples"]]
+
+
+def test_forced_thoughts_are_the_models_own_and_no_text_and_can_be_left_out(command, thoughtful, tmp_path):
+    flags = ["--adapter", str(thoughtful)]
+    results = main([*command(out="own.json"), *flags])
+    assert results["settings"]["thoughts"] == 2
+    assert not any("~" in text[:1] for text in completed(results))
+    assert max(s["tokens"] for p in results["problems"] for s in p["samples"]) <= 22
+    pauses = main([*command("--no-thinking", out="pauses.json"), *flags])
+    none = main([*command("--no-thinking", "--thoughts", "0", out="none.json"), *flags])
+    assert pauses["settings"]["thoughts"] == 2 and none["settings"]["thoughts"] == 0
+    assert len({tuple(completed(r)) for r in (results, pauses, none)}) == 3
+
+
+def test_every_control_can_be_asked_for_and_off_is_no_thinking(command, thoughtful):
+    flags = ["--adapter", str(thoughtful), "--batch_size", "4"]
+    texts = {name: completed(main([*command("--control", name, out=f"{name}.json"), *flags])) for name in CONTROLS}
+    plain = completed(main([*command("--no-thinking", out="plain.json"), *flags]))
+    assert texts["off"] == plain and texts["live"] != plain
+    assert all(texts[name] != texts["live"] for name in CONTROLS if name != "live")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--thoughts", "-1"], "--thoughts has to be from 0"),
+        (["--thoughts", "24"], "to below --max_new_tokens 24"),
+        (["--thoughts", "2", "--filler", "<nosuch>"], "no token '<nosuch>'"),
+        (["--control", "shuffled"], "has to be one of"),
+        (["--control", "mean", "--no-thinking"], "does not go with --no-thinking"),
+        (["--control", "swapped", "--batch_size", "11"], "a batch holds one"),
+    ],
+)
+def test_thoughts_and_controls_that_cannot_be_are_refused(command, flags, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        main(command(*flags))
+    assert not (tmp_path / "out.json").exists()
