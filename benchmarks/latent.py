@@ -100,7 +100,7 @@ def prefix_products(words: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
 
 
 def lesson(words: torch.Tensor, table: torch.Tensor, c: int, arm: Arm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels: the word in SLOTS places, c fillers, h - c products, `=`, product; of -100 nothing is learned."""
+    """Tokens and labels: the word in SLOTS places, c fillers, h - c products, `=`, product; -100 is not learned."""
     n, h = words.shape
     products = prefix_products(words, table)
     body = products.clone()
@@ -280,7 +280,8 @@ def options_of(args: argparse.Namespace) -> dict:
     return {k: v for k, v in vars(args).items() if k not in ("arms", "seeds", "task", "out", "runs", "every", "tests")}
 
 
-def main(flags: list[str] | None = None) -> None:
+def parsed(flags: list[str] | None) -> argparse.Namespace:
+    """The arguments of a command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="what is compared")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of weights and words")
@@ -301,7 +302,11 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/latent.jsonl"), help="a line for each arm"
     )
-    args = parser.parse_args(flags)
+    return parser.parse_args(flags)
+
+
+def main(flags: list[str] | None = None) -> None:
+    args = parsed(flags)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
     keys = [(row["arm"], row["task"], row["seed"], row["options"]) for row in done]
     for seed, name in itertools.product(args.seeds, args.arms):

@@ -28,6 +28,8 @@ def test_another_family_and_an_input_that_would_be_cut_are_refused():
     backbone.max_seq_length = 3
     with pytest.raises(InputError, match="4 positions.*max_seq_length=3"):
         take_thinking(backbone, dict(kwargs), 4)
+    with pytest.raises(InputError, match="one pass only"):
+        take_thinking(backbone, kwargs | {"thinking_passes": "all"}, 3)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hrpo_patches.errors import InputError
 from hrpo_patches.passes import Head, Passes, check_passes, live_states
 from hrpo_patches.thinking import embedding_residual
 from hrpo_patches.unsloth_backend import is_unsloth
+from hrpo_patches.unsloth_hooks import refuse_passes
 
 
 @dataclass
@@ -78,7 +79,7 @@ def passes_inputs(model: Any, passes: Passes, residual: Residual, temperature: f
     if passes == 1:
         return {}
     if is_unsloth(model):
-        raise InputError("unsloth's forward replays in one pass only; leave replay_passes at 1, or use transformers.")
+        refuse_passes()
     head: Head | None = EmbeddingHead(model, temperature) if residual == "embedding" else None
     return {"thinking_passes": passes, "thinking_head": head}
 

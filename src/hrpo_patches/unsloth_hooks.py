@@ -19,8 +19,11 @@ def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> tuple[A
         length: L, the number of input positions.
 
     Raises:
-        InputError: the family has no patches, or unsloth would cut the input, and the states would be out of place.
+        InputError: the family has no patches, more than one pass is asked for, or unsloth would cut the input, and the
+            states would be out of place.
     """
+    if kwargs.pop("thinking_passes", 1) != 1:
+        refuse_passes()
     thinking = tuple(kwargs.pop(name, None) for name in _KEYWORDS)
     if thinking[0] is None and thinking[1] is None:
         return None
@@ -35,6 +38,11 @@ def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> tuple[A
             f"FastLanguageModel.from_pretrained(..., max_seq_length={length})."
         )
     return thinking
+
+
+def refuse_passes() -> None:
+    """Raise the `InputError` of a model that runs unsloth's forward and is to replay in several passes."""
+    raise InputError("unsloth's forward replays in one pass only; leave replay_passes at 1, or use transformers.")
 
 
 def is_thinking_module(name: Any, model: Any = None) -> bool:

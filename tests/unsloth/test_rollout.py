@@ -4,6 +4,7 @@ import pytest
 import torch
 from rollouts import ragged, sample, worst
 
+from hrpo_patches import replay_forward
 from hrpo_patches.errors import InputError
 
 
@@ -64,6 +65,17 @@ def test_an_input_that_unsloth_would_cut_is_refused_when_thinking(load, tokenize
     states, mask = torch.zeros(1, 3, 32, device=model.device), torch.ones(1, 3, dtype=torch.bool, device=model.device)
     with pytest.raises(InputError, match="6 positions.*max_seq_length=4.*max_seq_length=6"):
         model(ids, thinking_states=states, thinking_mask=mask)
+
+
+def test_forced_thoughts_begin_every_completion_and_more_than_one_pass_is_refused(model, tokenizer):
+    inputs = ragged(tokenizer).to(model.device)
+    out = sample(model, tokenizer, inputs, max_new_tokens=6, biased=False, thoughts=3)
+    tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
+    assert (tokens[:, :3] == tokenizer.get_vocab()["."]).all() and out.thinking_mask[:, :3].all()
+    given = {"thinking_states": out.thinking_states, "thinking_mask": out.thinking_mask}
+    for passes in (2, "all"):
+        with pytest.raises(InputError, match="unsloth's forward replays in one pass only"):
+            replay_forward(model, out.sequences, passes=passes, **given)
 
 
 def test_this_unsloth_has_no_captured_decode_step_that_could_skip_the_blend():
