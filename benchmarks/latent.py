@@ -1,9 +1,10 @@
 """Do thoughts carry a computation, and who teaches them to? Words over the group A5, thought one product at a time.
 
-The product of h elements of A5 cannot be had from a few layers at once, so a model of two layers needs a chain of
-h states. Every arm goes on from one start, which writes all prefix products out; then the first c of them are replaced
-by forced thoughts, c growing; then all are thoughts, and the product after them is the only loss. A line of --out is
-one arm of one seed; what is there already is not done again.
+The product of h elements of A5 cannot be had from a few layers at once, so a model of two layers needs a chain of h
+states. Every arm goes on from one start, which writes all prefix products out. Then it is taught to think: either the
+first c products are replaced by forced thoughts, c growing (--curriculum replace), or all are thoughts and a loss that
+reads each prefix product out of the state before it fades away (readout). At last all are thoughts, and the product
+after them is the only loss. A line of --out is one arm of one seed; what is there already is not done again.
 """
 
 import argparse
@@ -116,8 +117,13 @@ def lesson(words: torch.Tensor, table: torch.Tensor, c: int, arm: Arm) -> tuple[
     return tokens, torch.cat([*labelled, filled(1, -100), products[:, -1:]], 1)
 
 
-def loss_of(model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch.Tensor, c: int) -> torch.Tensor:
-    """Cross-entropy of the written products and the answer; the states of the first pass come from a thinking roll."""
+def loss_of(
+    model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch.Tensor, c: int, readout: float = 0.0
+) -> torch.Tensor:
+    """Cross-entropy of the written products and the answer; the states of the first pass come from a thinking roll.
+
+    `readout` is the weight of another one: of each prefix product, by the state before its place, though it is thought.
+    """
     tokens, labels = lesson(words, table, c, arm)
     inputs, width = tokens[:, :-1], tokens.shape[1] - 1 - SLOTS
     if arm.residual is None or c == 0:
@@ -130,7 +136,11 @@ def loss_of(model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch
         logits = replay_forward(
             model, inputs, thinking_states=states, thinking_mask=mask, passes=arm.passes, logits_to_keep=width + 1
         ).logits
-    return cross_entropy(logits.flatten(0, 1), labels[:, SLOTS:].flatten(), ignore_index=-100)
+    loss = cross_entropy(logits.flatten(0, 1), labels[:, SLOTS:].flatten(), ignore_index=-100)
+    if readout:
+        products = prefix_products(words, table)
+        loss = loss + readout * cross_entropy(logits[:, : words.shape[1]].flatten(0, 1), products.flatten())
+    return loss
 
 
 @torch.no_grad()
@@ -193,19 +203,31 @@ class Course:
         return words_of(n, h, True, torch.Generator().manual_seed(10_000 + h))
 
     def run(
-        self, steps: int, most: Callable[[int], int] | None, title: str, batch_size: int, longest: int = LONGEST
+        self,
+        steps: int,
+        most: Callable[[int], int] | None,
+        title: str,
+        batch_size: int,
+        longest: int = LONGEST,
+        until: float | None = None,
     ) -> None:
-        """So many steps, of which step i replaces up to most(i) products; None replaces all."""
+        """So many steps, of which step i replaces up to most(i) products; None replaces all.
+
+        Stops early where the accuracy at every tested length is `until` or more.
+        """
         losses: list[float] = []
         for i in track(range(steps), description=title):
             started = time.perf_counter()
             draw = torch.rand(3, generator=self.generator).tolist()
             h = longest if draw[0] < 0.5 else 1 + int(draw[1] * longest)
             c = h if most is None else min(h, most(i) if draw[2] < 0.5 else int(2 * (draw[2] - 0.5) * (most(i) + 1)))
+            readout = 0.0
             if self.arm.steps != "thoughts":
                 c = 0
+            elif self.args.curriculum == "readout":
+                c, readout = h, 0.0 if most is None else 1 - i / steps
             words = words_of(batch_size, h, False, self.generator)
-            loss = loss_of(self.model, self.arm, words, self.table, c)
+            loss = loss_of(self.model, self.arm, words, self.table, c, readout)
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -225,6 +247,8 @@ class Course:
                 row |= {str(h): accuracy(self.model, self.arm, self.tests(h, 300), self.table) for h in TESTED}
                 self.curve.append(row)
                 losses.clear()
+                if until is not None and min(row[str(h)] for h in TESTED) >= until:
+                    break
                 print(title, self.step, " ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "step"), flush=True)
 
 
@@ -234,7 +258,7 @@ def start_of(args: argparse.Namespace, seed: int) -> Path:
     if not file.is_file():
         arm = ARMS["written"]
         course = Course(make_model(arm, args, seed), arm, args, seed, args.lr_start, args.written)
-        course.run(args.written, lambda i: 0, f"start, seed {seed}", args.batch_size_start, SLOTS)
+        course.run(args.written, lambda i: 0, f"start, seed {seed}", args.batch_size_start, SLOTS, until=0.99)
         args.runs.mkdir(parents=True, exist_ok=True)
         save_model(course.model, str(file))
         file.with_suffix(".json").write_text(json.dumps({"curve": course.curve, "seconds": course.seconds}))
@@ -286,6 +310,7 @@ def parsed(flags: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, help="what is compared")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0], help="of weights and words")
     parser.add_argument("--task", default="a5", choices=TASKS, help="the word problem of A5, or the control")
+    parser.add_argument("--curriculum", default="replace", choices=("replace", "readout"), help="of thinking")
     parser.add_argument("--width", type=int, default=128, help="the hidden size")
     parser.add_argument("--r_min", type=float, default=0.05, help="lower end of λ's start")
     parser.add_argument("--r_max", type=float, default=0.3, help="upper end of λ's start")
@@ -293,9 +318,9 @@ def parsed(flags: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the arms")
     parser.add_argument("--batch_size_start", type=int, default=128, help="words in a step of the start")
     parser.add_argument("--batch_size", type=int, default=64, help="words in a step of the arms")
-    parser.add_argument("--written", type=int, default=1400, help="steps of the start")
-    parser.add_argument("--replaced", type=int, default=1500, help="steps in which thoughts replace written products")
-    parser.add_argument("--product", type=int, default=1000, help="steps in which the product is the only loss")
+    parser.add_argument("--written", type=int, default=2500, help="steps of the start, at most")
+    parser.add_argument("--replaced", type=int, default=1200, help="steps in which thinking is taught")
+    parser.add_argument("--product", type=int, default=600, help="steps in which the product is the only loss")
     parser.add_argument("--every", type=int, default=250, help="steps between two points of a learning curve")
     parser.add_argument("--tests", type=int, default=2000, help="words of each length in the final tests")
     parser.add_argument("--runs", type=Path, default=Path("runs/latent"), help="where weights are kept")

@@ -1,9 +1,9 @@
 """What credit through time costs: a trainer's loss and backward by number of passes, against plain GRPO's.
 
 Every round takes all kinds in turn, from another one on; ratios are taken within a round. Each kind has its own
-trainer on its own copy of the model; all replay the same completions, every token of which thinks. Memory is the growth
-of the process's resident memory over a step, at its peak (Linux). With --drift it measures instead by how much the
-values of several passes differ from those of one, in float32 and bfloat16.
+trainer on its own copy of the model; all replay the same completions, every token of which thinks. Memory is the
+growth of the process's resident memory over a step, at its peak (Linux). With --drift it measures instead by how much
+the values of several passes differ from those of one, in float32 and bfloat16.
 """
 
 import argparse

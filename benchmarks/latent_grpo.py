@@ -1,0 +1,168 @@
+"""Does reward teach thoughts further? GRPO on words longer than any that was thought before, from latent.py's models.
+
+It begins with the model of latent.py's arm `all`, which has thought words of up to 16 elements. A few supervised
+steps teach it to end its thoughts with the marker and its answer with an end token; then GRPO rewards right products
+of words of --length elements, with as many forced thoughts, and the start as the KL reference. A line of --out is a run.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import hrpo_patches  # noqa: F401 - before transformers
+
+# isort: split
+import latent
+import torch
+from datasets import Dataset
+from safetensors.torch import load_model
+from tokenizers import Tokenizer, models, pre_tokenizers
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedTokenizerFast
+
+from hrpo_patches import HRPOConfig, HRPOTrainer
+from hrpo_patches.console import console
+from hrpo_patches.replay import replay_forward
+
+
+def tokenizer_of() -> PreTrainedTokenizerFast:
+    """Words for latent.py's tokens."""
+    names = [f"e{i}" for i in range(latent.ELEMENTS)] + ["_", ".", "=", "<end>", "<pad>"]
+    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", padding_side="left")
+
+
+def teach_form(model, words: torch.Tensor, table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One step on marker, product and end after the thoughts of these words."""
+    tokens, _ = latent.lesson(words, table, words.shape[1], latent.ARMS["all"])
+    tokens = torch.cat([tokens, torch.full((len(tokens), 1), latent.END)], 1)
+    width = tokens.shape[1] - 1 - latent.SLOTS
+    mask = (torch.arange(width) < words.shape[1]).expand(len(tokens), width)
+    logits = replay_forward(model, tokens[:, :-1], thinking_mask=mask, passes="all", logits_to_keep=3).logits
+    optimizer.zero_grad()
+    cross_entropy(logits.flatten(0, 1), tokens[:, -3:].flatten()).backward()
+    optimizer.step()
+
+
+def begun(args: argparse.Namespace, seed: int):
+    """The model that GRPO begins with."""
+    options = latent.parsed(["--task", args.task])
+    model = latent.make_model(latent.ARMS["all"], options, seed)
+    load_model(model, str(args.runs / f"all-{args.task}-{seed}.safetensors"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    generator = torch.Generator().manual_seed(seed)
+    table = latent.TASKS[args.task]()
+    for step in range(args.form):
+        h = latent.LONGEST - step % latent.LONGEST
+        teach_form(model, latent.words_of(64, h, False, generator), table, optimizer)
+    return model
+
+
+def problems(n: int, args: argparse.Namespace, seed: int) -> Dataset:
+    """Words of the asked length, none of which is tested, and their products."""
+    words = latent.words_of(n, args.length, False, torch.Generator().manual_seed(seed))
+    products = latent.prefix_products(words, latent.TASKS[args.task]())[:, -1].tolist()
+    prompts = [" ".join(f"e{i}" for i in word) + " _" * (latent.SLOTS - args.length) for word in words.tolist()]
+    return Dataset.from_dict({"prompt": prompts, "gold": [f"e{product}" for product in products]})
+
+
+def right(completion_ids: list[list[int]], gold: list[str], **_: object) -> list[float]:
+    """1 for exactly the marker, the product and the end."""
+    return [
+        float(ids == [latent.EQUALS, int(answer[1:]), latent.END])
+        for ids, answer in zip(completion_ids, gold, strict=True)
+    ]
+
+
+def accuracies(model, args: argparse.Namespace) -> dict[str, float]:
+    """On words of the tested part."""
+    arm, table = latent.ARMS["all"], latent.TASKS[args.task]()
+    lengths = sorted({*latent.TESTED, args.length})
+    tests = {h: latent.words_of(args.tests, h, True, torch.Generator().manual_seed(10_000 + h)) for h in lengths}
+    return {str(h): latent.accuracy(model.eval(), arm, words, table) for h, words in tests.items()}
+
+
+def run(passes: int | str, args: argparse.Namespace, seed: int) -> dict:
+    """One GRPO run; its row of results."""
+    model = begun(args, seed)
+    before = accuracies(model, args)
+    with tempfile.TemporaryDirectory() as folder:
+        config = HRPOConfig(
+            output_dir=folder,
+            answer_start="=",
+            filler=".",
+            thoughts=args.length,
+            replay_passes=passes,
+            reference="start",
+            beta=args.beta,
+            learning_rate=args.lr,
+            lr_residual_gate=args.lr,
+            lr_residual_Lambda=args.lr,
+            lr_thinking_projection=args.lr,
+            lr_scheduler_type="constant_with_warmup",
+            warmup_steps=5,
+            num_generations=8,
+            per_device_train_batch_size=args.batch_size,
+            max_completion_length=args.length + 4,
+            max_steps=args.steps,
+            temperature=1.0,
+            loss_type="grpo",
+            seed=seed,
+            report_to="none",
+            save_strategy="no",
+            monitor=False,
+            use_cpu=not torch.cuda.is_available(),
+            bf16=False,
+            gradient_checkpointing=False,
+        )
+        data = problems(args.steps * args.batch_size // 8, args, seed)
+        trainer = HRPOTrainer(model, right, config, data, processing_class=tokenizer_of())
+        started = time.perf_counter()
+        trainer.train()
+        seconds = time.perf_counter() - started
+    log = [
+        {k: row[k] for k in ("step", "reward", "kl", "grad_norm")} for row in trainer.state.log_history if "kl" in row
+    ]
+    row = {"passes": passes, "seed": seed, "options": options_of(args), "before": before, "seconds": seconds}
+    return row | {"after": accuracies(trainer.model, args), "log": log}
+
+
+def options_of(args: argparse.Namespace) -> dict:
+    """What makes two runs the same one, beside passes and seed."""
+    return {k: v for k, v in vars(args).items() if k not in ("passes", "seeds", "runs", "out", "tests")}
+
+
+def main(flags: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--passes", nargs="+", default=["1", "all"], help="of the loss: what is compared")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of latent.py's models, and of GRPO")
+    parser.add_argument("--task", default="a5", choices=latent.TASKS, help="the word problem of A5, or the control")
+    parser.add_argument("--length", type=int, default=24, help="elements of a word, and thoughts")
+    parser.add_argument("--form", type=int, default=64, help="supervised steps on marker, product and end")
+    parser.add_argument("--steps", type=int, default=150, help="of GRPO")
+    parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of all weights")
+    parser.add_argument("--beta", type=float, default=0.01, help="weight of the KL divergence from the start")
+    parser.add_argument("--batch_size", type=int, default=128, help="completions in a step, 8 of a word")
+    parser.add_argument("--tests", type=int, default=2000, help="words of each length in the tests")
+    parser.add_argument("--runs", type=Path, default=Path("runs/latent"), help="where latent.py keeps weights")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latent-grpo.jsonl"), help="a line a run")
+    args = parser.parse_args(flags)
+    done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
+    keys = [(str(row["passes"]), row["seed"], row["options"]) for row in done]
+    for seed in args.seeds:
+        for passes in args.passes:
+            if (passes, seed, options_of(args)) in keys:
+                print(f"{passes}, seed {seed}: done already")
+                continue
+            row = run(passes, args, seed)
+            print({k: row[k] for k in ("passes", "seed", "before", "after", "seconds")}, flush=True)
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            with args.out.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
+
+if __name__ == "__main__":
+    console(main)
