@@ -122,7 +122,7 @@ def loss_of(
 ) -> torch.Tensor:
     """Cross-entropy of the written products and the answer; the states of the first pass come from a thinking roll.
 
-    `readout` is the weight of another one: of each prefix product, by the state before its place, though it is thought.
+    `readout` is the weight of another one: of each prefix product, read out of the state before its place.
     """
     tokens, labels = lesson(words, table, c, arm)
     inputs, width = tokens[:, :-1], tokens.shape[1] - 1 - SLOTS

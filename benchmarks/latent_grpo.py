@@ -2,7 +2,8 @@
 
 It begins with the model of latent.py's arm `all`, which has thought words of up to 16 elements. A few supervised
 steps teach it to end its thoughts with the marker and its answer with an end token; then GRPO rewards right products
-of words of --length elements, with as many forced thoughts, and the start as the KL reference. A line of --out is a run.
+of words of --length elements, with as many forced thoughts, and the start as the KL reference. A line of --out is one
+run.
 """
 
 import argparse
