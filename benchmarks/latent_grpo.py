@@ -19,9 +19,10 @@ import latent
 import torch
 from datasets import Dataset
 from safetensors.torch import load_model
-from tokenizers import Tokenizer, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hrpo_patches import HRPOConfig, HRPOTrainer
 from hrpo_patches.console import console
@@ -29,10 +30,12 @@ from hrpo_patches.replay import replay_forward
 
 
 def tokenizer_of() -> PreTrainedTokenizerFast:
-    """Words for latent.py's tokens."""
+    """Words for latent.py's tokens; the single bytes behind them are in no prompt, and the model cannot say them."""
     names = [f"e{i}" for i in range(latent.ELEMENTS)] + ["_", ".", "=", "<end>", "<pad>"]
-    backend = Tokenizer(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="<pad>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    names += [character for character in bytes_to_unicode().values() if character not in names]
+    backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges=[], ignore_merges=True))
+    split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Sequence(split), decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>", pad_token="<pad>", padding_side="left")
 
 
@@ -109,6 +112,7 @@ def run(passes: int | str, args: argparse.Namespace, seed: int) -> dict:
             per_device_train_batch_size=args.batch_size,
             max_completion_length=args.length + 4,
             max_steps=args.steps,
+            logging_steps=1,
             temperature=1.0,
             loss_type="grpo",
             seed=seed,
@@ -124,9 +128,8 @@ def run(passes: int | str, args: argparse.Namespace, seed: int) -> dict:
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-    log = [
-        {k: row[k] for k in ("step", "reward", "kl", "grad_norm")} for row in trainer.state.log_history if "kl" in row
-    ]
+    kept = ("step", "reward", "kl", "grad_norm")
+    log = [{key: row.get(key) for key in kept} for row in trainer.state.log_history if "kl" in row]
     row = {"passes": passes, "seed": seed, "options": options_of(args), "before": before, "seconds": seconds}
     return row | {"after": accuracies(trainer.model, args), "log": log}
 

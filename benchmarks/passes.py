@@ -29,14 +29,17 @@ from hrpo_patches.console import console
 from hrpo_patches.models import load_model
 from hrpo_patches.replay import replay_forward
 
-KINDS = {"none": ("none", 1)} | {f"k = {k}": ("projection", k) for k in (1, 2, 4, "all")}
+KINDS = {"none": ("none", 1)} | {f"k = {k}": ("thinking", k) for k in (1, 2, 4, "all")}
 QUESTION = "A farmer has {} hens. Each hen lays {} eggs a week. How many eggs does the farmer have after three weeks?"
 
 
 def trainer_of(kind: str, args: argparse.Namespace, folder: str) -> HRPOTrainer:
     """A trainer with LoRA on a fresh copy of the model."""
     residual, passes = KINDS[kind]
-    model, tokenizer = load_model(args.model_name, ThinkingConfig() if residual != "none" else None, torch.float32)
+    residual = args.residual if residual != "none" else residual
+    model, tokenizer = load_model(
+        args.model_name, ThinkingConfig(residual) if residual != "none" else None, torch.float32
+    )
     config = HRPOConfig(
         output_dir=folder,
         residual=residual,
@@ -174,6 +177,9 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=4, help="completions in a step")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each with all kinds")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of the layers")
+    parser.add_argument(
+        "--residual", default="projection", choices=("projection", "embedding"), help="of the thoughts"
+    )
     parser.add_argument("--drift", action="store_true", help="measure values instead of costs")
     parser.add_argument("--r_min", type=float, default=0.5, help="lower end of λ, for --drift")
     parser.add_argument("--r_max", type=float, default=0.9, help="upper end of λ, for --drift")

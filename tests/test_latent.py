@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny import byte_tokenizer, tiny_model
 
 PATH = Path(__file__).parents[1] / "benchmarks" / "latent.py"
 
@@ -91,3 +92,63 @@ def test_the_values_of_an_arm_do_not_depend_on_its_passes_and_its_gradient_does(
         gradients.append(model.model.layers[1].mlp.down_proj.weight.grad.clone())
     assert values == pytest.approx([values[0]] * 3, rel=1e-5)
     assert not torch.allclose(gradients[0], gradients[2], rtol=0.01) and not torch.allclose(gradients[0], gradients[1])
+
+
+def loaded(name, monkeypatch):
+    monkeypatch.syspath_prepend(str(PATH.parent))
+    spec = importlib.util.spec_from_file_location(name, PATH.with_name(f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the_answer(tmp_path, monkeypatch, capsys):
+    grpo = loaded("latent_grpo", monkeypatch)
+    latent, out = grpo.latent, tmp_path / "grpo.jsonl"
+    taught = ["--runs", tmp_path, "--out", tmp_path / "out.jsonl", "--arms", "all", "k1", "--written", 1]
+    taught += [
+        "--replaced",
+        1,
+        "--product",
+        1,
+        "--batch_size",
+        4,
+        "--batch_size_start",
+        4,
+        "--every",
+        1,
+        "--tests",
+        20,
+    ]
+    latent.main(list(map(str, taught)))
+    assert grpo.tokenizer_of()("e3 e59 e0 _ _")["input_ids"] == [3, 59, 0, latent.BLANK, latent.BLANK]
+    assert grpo.tokenizer_of().get_vocab()["."] == latent.FILLER
+    assert grpo.right([[62, 7, 63], [62, 7], [7, 63], [62, 8, 63]], ["e7"] * 4) == [1.0, 0.0, 0.0, 0.0]
+    flags = ["--runs", tmp_path, "--out", out, "--seeds", 0, "--steps", 2, "--batch_size", 16, "--length", 8]
+    flags = list(map(str, [*flags, "--form", 2, "--tests", 20]))
+    grpo.main(flags)
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [row["passes"] for row in rows] == ["1", "all"] and rows[0]["before"] == rows[1]["before"]
+    assert [len(row["log"]) for row in rows] == [2, 2]
+    assert [row["log"][0]["kl"] for row in rows] == pytest.approx([0, 0], abs=1e-5)
+    assert rows[0]["log"][0]["reward"] == rows[1]["log"][0]["reward"]
+    grpo.main(flags)
+    assert len(out.read_text().splitlines()) == 2 and "done already" in capsys.readouterr().out
+    report = loaded("latent_report", monkeypatch)
+    report.main(["--results", str(tmp_path / "out.jsonl"), "--grpo", str(out), "--png", str(tmp_path / "latent.png")])
+    printed = capsys.readouterr().out
+    assert "| `all` | **" in printed and "| 1 | " in printed and "swapped" in printed
+    assert (tmp_path / "latent.png").stat().st_size > 10_000
+
+
+def test_the_cost_benchmark_measures_every_number_of_passes_and_the_drift(tmp_path, monkeypatch, capsys):
+    tiny_model("llama", thinking=False).save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    bench = loaded("passes", monkeypatch)
+    flags = ["--model_name", str(tmp_path / "base"), "--thoughts", "4", "--out", str(tmp_path / "cost.json")]
+    bench.main([*flags, "--rounds", "2"])
+    (found,) = json.loads((tmp_path / "cost.json").read_text())["costs"]
+    assert len(found["rounds"]) == 2 and all(set(row) == set(bench.KINDS) for row in found["rounds"])
+    bench.main([*flags, "--drift"])
+    drift = json.loads((tmp_path / "cost.json").read_text())
+    assert drift["float32, k = 2"]["largest"] < 1e-3 and drift["bfloat16, k = all"]["largest"] < 1
