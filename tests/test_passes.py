@@ -208,6 +208,21 @@ def test_gradient_checkpointing_changes_nothing(family, residual, k):
     assert all(layer.gradient_checkpointing for layer in model.model.layers)
 
 
+@pytest.mark.parametrize("k", [3, "all"])
+def test_data_parallel_training_sees_one_forward(family, k, tmp_path):
+    model = thinking_model(family)
+    rollout = rollout_of(model)
+    expected = gradients(model, replayed(model, rollout, k))
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        wrapped = torch.nn.parallel.DistributedDataParallel(model)  # every weight is used, once
+        found = gradients(wrapped, replayed(wrapped, rollout, k))
+    finally:
+        torch.distributed.destroy_process_group()
+    assert difference({name.removeprefix("module."): g for name, g in found.items()}, expected) < 1e-9
+
+
 def test_thoughts_with_gaps_and_long_stretches_without_any_are_exact(family, monkeypatch):
     monkeypatch.setattr(passes, "STRETCH", 3)
     model = thinking_model(family)

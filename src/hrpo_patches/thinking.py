@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hrpo_patches.config import Residual, ThinkingConfig
 from hrpo_patches.errors import InputError
@@ -231,8 +232,6 @@ class ThinkingMixin(_Base):
         Raises:
             InputError: as `think`.
         """
-        from transformers.modeling_outputs import BaseModelOutputWithPast
-
         kind, head = self._check_passes(embeds, mask, residual, "all", head, attention_mask)
         assert mask is not None
         hidden = one_by_one(self, embeds, mask.to(embeds.device), kind, head, attention_mask, position_ids)
