@@ -13,7 +13,6 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -168,7 +167,14 @@ def accuracy(
 def make_model(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
     """A small Llama; the plain weights of a seed are the same for all arms with as many layers."""
     torch.manual_seed(seed)
-    thinking = {"residual": arm.residual, "answer_start": "=", "r_min": args.r_min, "r_max": args.r_max}
+    scale = "embedding" if arm.residual == "projection" else "unit"
+    thinking = {
+        "residual": arm.residual,
+        "residual_scale": scale,
+        "answer_start": "=",
+        "r_min": args.r_min,
+        "r_max": args.r_max,
+    }
     config = LlamaConfig(
         vocab_size=ELEMENTS + 5,
         hidden_size=args.width,
@@ -187,82 +193,102 @@ def make_model(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalL
 class Course:
     """The training of one arm on one seed: its optimizer, its batches and its learning curve.
 
-    The learning rate rises for 50 steps and falls over all of them to a tenth, by a cosine.
+    Attributes:
+        most: how many products may be replaced. It grows by one when the mean loss of 25 steps is below `advance`, by the
+            same rule for every arm, so that nobody is taught the next thought before it has the last.
     """
 
-    def __init__(
-        self, model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int, lr: float, steps: int
-    ) -> None:
-        self.model, self.arm, self.args = model, arm, args
+    def __init__(self, model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int, lr: float) -> None:
+        self.model, self.arm, self.args, self.lr = model, arm, args, lr
         self.table = TASKS[args.task]()
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
         self.generator = torch.Generator().manual_seed(seed)
-        self.lr, self.steps, self.step, self.curve, self.seconds = lr, steps, 0, [], 0.0
+        self.step, self.most, self.curve, self.seconds = 0, 1, [], 0.0
 
     def tests(self, h: int, n: int) -> torch.Tensor:
+        """Words of the tested part, the same ones for every arm."""
         return words_of(n, h, True, torch.Generator().manual_seed(10_000 + h))
 
-    def run(
-        self,
-        steps: int,
-        most: Callable[[int], int] | None,
-        title: str,
-        batch_size: int,
-        longest: int = LONGEST,
-        until: float | None = None,
-    ) -> None:
-        """So many steps, of which step i replaces up to most(i) products; None replaces all.
+    def run(self, phase: str, steps: int, batch_size: int, title: str) -> None:
+        """At most so many steps of a phase: "written", "taught" or "product", in which the product is the only loss.
 
-        Stops early where the accuracy at every tested length is `until` or more.
+        The first ends where every tested length is right to 99%, the second when all thoughts are taught. The learning
+        rate rises for 50 steps, and in the last phase falls to a tenth, by a cosine.
         """
         losses: list[float] = []
+        recent: list[float] = []
         for i in track(range(steps), description=title):
             started = time.perf_counter()
-            draw = torch.rand(3, generator=self.generator).tolist()
-            h = longest if draw[0] < 0.5 else 1 + int(draw[1] * longest)
-            c = h if most is None else min(h, most(i) if draw[2] < 0.5 else int(2 * (draw[2] - 0.5) * (most(i) + 1)))
-            readout = 0.0
-            if self.arm.steps != "thoughts":
-                c = 0
-            elif self.args.curriculum == "readout":
-                c, readout = h, 0.0 if most is None else 1 - i / steps
-            words = words_of(batch_size, h, False, self.generator)
-            loss = loss_of(self.model, self.arm, words, self.table, c, readout)
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-            rate = min(1.0, (self.step + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * self.step / self.steps)))
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * rate
-            self.optimizer.step()
-            losses.append(loss.item())
+            fall = 0.1 + 0.45 * (1 + math.cos(math.pi * i / steps)) if phase == "product" else 1.0
+            loss = self.advance(phase, i / steps, batch_size, min(1.0, (self.step + 1) / 50) * fall)
+            losses.append(loss)
+            recent.append(loss)
             self.step += 1
             self.seconds += time.perf_counter() - started
-            if self.step % self.args.every == 0:
-                row = {
-                    "step": self.step,
-                    "most": LONGEST if most is None else most(i),
-                    "loss": sum(losses) / len(losses),
-                }
+            all_taught = False
+            if phase == "taught" and len(recent) >= 25 and sum(recent[-25:]) / 25 < self.args.advance:
+                all_taught = self.most == LONGEST
+                self.most = min(LONGEST, self.most + 1)
+                recent.clear()
+            if self.step % self.args.every == 0 or all_taught:
+                row = {"step": self.step, "phase": phase, "most": self.most, "loss": sum(losses) / len(losses)}
                 row |= {str(h): accuracy(self.model, self.arm, self.tests(h, 300), self.table) for h in TESTED}
                 self.curve.append(row)
                 losses.clear()
-                if until is not None and min(row[str(h)] for h in TESTED) >= until:
+                print(title, {k: round(v, 3) if k != "phase" else v for k, v in row.items()}, flush=True)
+                if all_taught or (phase == "written" and min(row[str(h)] for h in TESTED) >= 0.99):
                     break
-                print(title, self.step, " ".join(f"{k} {v:.3f}" for k, v in row.items() if k != "step"), flush=True)
+
+    def advance(self, phase: str, share: float, batch_size: int, rate: float) -> float:
+        """One step, when this share of the phase is over, at this share of the learning rate; its loss."""
+        draw = torch.rand(3, generator=self.generator).tolist()
+        longest = SLOTS if phase == "written" else LONGEST
+        h = longest if draw[0] < 0.5 else 1 + int(draw[1] * longest)
+        c, readout = h, 0.0
+        if self.arm.steps != "thoughts":
+            c = 0
+        elif phase == "taught" and self.args.curriculum == "replace":
+            c = min(h, self.most if draw[2] < 0.5 else int((2 * draw[2] - 1) * (self.most + 1)))
+        elif phase == "taught":
+            readout = 1 - share
+        loss = loss_of(self.model, self.arm, words_of(batch_size, h, False, self.generator), self.table, c, readout)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.lr * rate
+        self.optimizer.step()
+        return loss.item()
+
+
+def weights_of(name: str, args: argparse.Namespace, seed: int, options: dict) -> Path:
+    """Where the weights of an arm are kept, or the start's; other options, another file."""
+    digest = zlib.crc32(json.dumps(options, sort_keys=True).encode())
+    return args.runs / f"{name}-{args.task}-{seed}-{digest:08x}.safetensors"
 
 
 def start_of(args: argparse.Namespace, seed: int) -> Path:
     """Weights of two layers that write all products out, trained once for all arms of a seed."""
-    file = args.runs / f"start-{args.task}-{seed}.safetensors"
+    shaping = ("width", "lr_start", "batch_size_start", "written")
+    file = weights_of("start", args, seed, {name: options_of(args)[name] for name in shaping})
     if not file.is_file():
         arm = ARMS["written"]
-        course = Course(make_model(arm, args, seed), arm, args, seed, args.lr_start, args.written)
-        course.run(args.written, lambda i: 0, f"start, seed {seed}", args.batch_size_start, SLOTS, until=0.99)
+        course = Course(make_model(arm, args, seed), arm, args, seed, args.lr_start)
+        course.run("written", args.written, args.batch_size_start, f"start, seed {seed}")
         args.runs.mkdir(parents=True, exist_ok=True)
         save_model(course.model, str(file))
         file.with_suffix(".json").write_text(json.dumps({"curve": course.curve, "seconds": course.seconds}))
     return file
+
+
+@torch.no_grad()
+def fit_projection(model: LlamaForCausalLM, table: torch.Tensor, seed: int) -> None:
+    """Start W where it maps a state to the embedding of the product that it predicts, by least squares on 512 words."""
+    words = words_of(512, SLOTS, False, torch.Generator().manual_seed(seed + 2000))
+    tokens, _ = lesson(words, table, 0, ARMS["written"])
+    hidden = model.model(tokens).last_hidden_state[:, SLOTS - 1 : -3].flatten(0, 1)
+    wanted = model.get_input_embeddings()(prefix_products(words, table)).flatten(0, 1)
+    model.model.thinking_projection.weight.copy_(torch.linalg.lstsq(hidden, wanted).solution.T)
 
 
 def begun(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
@@ -273,6 +299,10 @@ def begun(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
         for layer in model.model.layers[ARMS["written"].layers :]:
             layer.self_attn.o_proj.weight.zero_()
             layer.mlp.down_proj.weight.zero_()
+        if arm.residual is not None:
+            model.model.thinking_residual_gate_i.bias.fill_(args.gate)
+    if arm.residual == "projection" and args.fit:
+        fit_projection(model, TASKS[args.task](), seed)
     return model
 
 
@@ -280,14 +310,14 @@ def run_arm(name: str, args: argparse.Namespace, seed: int) -> dict:
     """Train one arm; its row of results."""
     arm = ARMS[name]
     model = begun(arm, args, seed)
-    course = Course(model, arm, args, seed + 1000, args.lr, args.replaced + args.product)
-    size, taught = args.batch_size, None
+    course = Course(model, arm, args, seed + 1000, args.lr)
+    taught = None
     if arm.steps == "thoughts":
-        course.run(args.replaced, lambda i: 1 + LONGEST * i // args.replaced, f"{name}, seed {seed}, replaced", size)
+        course.run("taught", args.taught, args.batch_size, f"{name}, seed {seed}, taught")
         taught = {h: accuracy(model, arm, course.tests(h, args.tests), course.table) for h in TESTED}
     if arm.steps != "written":
-        course.run(args.product, None, f"{name}, seed {seed}, product", size)
-    save_model(model, str(args.runs / f"{name}-{args.task}-{seed}.safetensors"))
+        course.run("product", args.product, args.batch_size, f"{name}, seed {seed}, product")
+    save_model(model, str(weights_of(name, args, seed, options_of(args))))
     row = {"arm": name, "task": args.task, "seed": seed, "options": options_of(args)} | asdict(arm)
     row |= {
         "taught": taught,
@@ -312,15 +342,18 @@ def parsed(flags: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--task", default="a5", choices=TASKS, help="the word problem of A5, or the control")
     parser.add_argument("--curriculum", default="replace", choices=("replace", "readout"), help="of thinking")
     parser.add_argument("--width", type=int, default=128, help="the hidden size")
-    parser.add_argument("--r_min", type=float, default=0.05, help="lower end of λ's start")
-    parser.add_argument("--r_max", type=float, default=0.3, help="upper end of λ's start")
+    parser.add_argument("--r_min", type=float, default=0.01, help="lower end of λ's start")
+    parser.add_argument("--r_max", type=float, default=0.1, help="upper end of λ's start")
+    parser.add_argument("--gate", type=float, default=2.0, help="start of the bias of the gate i")
+    parser.add_argument("--fit", action=argparse.BooleanOptionalAction, default=True, help="start W on activations")
     parser.add_argument("--lr_start", type=float, default=3e-3, help="learning rate of the start")
     parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of the arms")
     parser.add_argument("--batch_size_start", type=int, default=128, help="words in a step of the start")
     parser.add_argument("--batch_size", type=int, default=64, help="words in a step of the arms")
     parser.add_argument("--written", type=int, default=2500, help="steps of the start, at most")
-    parser.add_argument("--replaced", type=int, default=1200, help="steps in which thinking is taught")
-    parser.add_argument("--product", type=int, default=600, help="steps in which the product is the only loss")
+    parser.add_argument("--taught", type=int, default=800, help="steps in which thinking is taught, at most")
+    parser.add_argument("--advance", type=float, default=0.3, help="loss below which the next thought is taught")
+    parser.add_argument("--product", type=int, default=800, help="steps in which the product is the only loss")
     parser.add_argument("--every", type=int, default=250, help="steps between two points of a learning curve")
     parser.add_argument("--tests", type=int, default=2000, help="words of each length in the final tests")
     parser.add_argument("--runs", type=Path, default=Path("runs/latent"), help="where weights are kept")

@@ -53,9 +53,9 @@ def teach_form(model, words: torch.Tensor, table: torch.Tensor, optimizer: torch
 
 def begun(args: argparse.Namespace, seed: int):
     """The model that GRPO begins with."""
-    options = latent.parsed(["--task", args.task])
+    options = latent.parsed(["--task", args.task, "--runs", str(args.runs)])
     model = latent.make_model(latent.ARMS["all"], options, seed)
-    load_model(model, str(args.runs / f"all-{args.task}-{seed}.safetensors"))
+    load_model(model, str(latent.weights_of("all", options, seed, latent.options_of(options))))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     generator = torch.Generator().manual_seed(seed)
     table = latent.TASKS[args.task]()

@@ -64,7 +64,7 @@ def test_more_layers_add_nothing_at_the_start(latent, tmp_path):
 
 def test_every_arm_runs_is_written_once_and_is_done_when_asked_again(latent, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    flags = ["--runs", tmp_path, "--out", out, "--written", 2, "--replaced", 2, "--product", 1, "--width", 16]
+    flags = ["--runs", tmp_path, "--out", out, "--written", 2, "--taught", 2, "--product", 1, "--width", 16]
     flags = list(map(str, [*flags, "--batch_size", 4, "--batch_size_start", 4, "--every", 1, "--tests", 40]))
     latent.main(flags)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
@@ -126,6 +126,9 @@ def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the
     assert grpo.right([[62, 7, 63], [62, 7], [7, 63], [62, 8, 63]], ["e7"] * 4) == [1.0, 0.0, 0.0, 0.0]
     flags = ["--runs", tmp_path, "--out", out, "--seeds", 0, "--steps", 2, "--batch_size", 16, "--length", 8]
     flags = list(map(str, [*flags, "--form", 2, "--tests", 20]))
+    (weights,) = tmp_path.glob("all-*.safetensors")
+    defaults = latent.parsed(["--runs", str(tmp_path)])
+    weights.rename(latent.weights_of("all", defaults, 0, latent.options_of(defaults)))
     grpo.main(flags)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["passes"] for row in rows] == ["1", "all"] and rows[0]["before"] == rows[1]["before"]
