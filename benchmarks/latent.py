@@ -20,6 +20,7 @@ import hrpo_patches  # noqa: F401 - before transformers
 
 # isort: split
 import torch
+from latent_words import ELEMENTS, END, EQUALS, PAD, SLOTS, TASKS, lesson, prefix_products, words_of
 from rich.progress import track
 from safetensors.torch import load_model, save_model
 from torch.nn.functional import cross_entropy, pad
@@ -29,10 +30,7 @@ from hrpo_patches.console import console
 from hrpo_patches.controls import CONTROLS, controlled
 from hrpo_patches.replay import replay_forward, thinking_roll
 
-SLOTS = 24  # an element's number is its place; thought j is always SLOTS positions behind element j
 LONGEST = 16  # of the words whose products are thought in training; the start has written out SLOTS
-ELEMENTS = 60
-BLANK, FILLER, EQUALS, END, PAD = range(ELEMENTS, ELEMENTS + 5)
 TESTED = (8, 16, 24)
 
 
@@ -65,57 +63,6 @@ ARMS = {
 }
 
 
-def alternating() -> torch.Tensor:
-    """The multiplication table (60, 60) of A5, the even permutations of five things."""
-    swaps = {p: sum(a > b for a, b in itertools.combinations(p, 2)) for p in itertools.permutations(range(5))}
-    even = [p for p, count in swaps.items() if count % 2 == 0]
-    index = {p: i for i, p in enumerate(even)}
-    return torch.tensor([[index[tuple(q[i] for i in p)] for q in even] for p in even])
-
-
-def cyclic() -> torch.Tensor:
-    """The control, in which nothing should differ: sums modulo 60."""
-    return (torch.arange(ELEMENTS)[:, None] + torch.arange(ELEMENTS)) % ELEMENTS
-
-
-TASKS = {"a5": alternating, "sum": cyclic}
-
-
-def words_of(n: int, h: int, test: bool, generator: torch.Generator) -> torch.Tensor:
-    """(n, h) elements; one word in ten, by its hash, is for testing (of one element: none is)."""
-    found = torch.empty(0, h, dtype=torch.long)
-    while len(found) < n:
-        words = torch.randint(ELEMENTS, ((12 if test else 2) * n, h), generator=generator)
-        kept = [h == 1 or (zlib.crc32(bytes(word)) % 10 == 0) == test for word in words.tolist()]
-        found = torch.cat([found, words[torch.tensor(kept)]])
-    return found[:n]
-
-
-def prefix_products(words: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """(n, h): of the first 1, 2, ... h elements."""
-    products = [words[:, 0]]
-    for column in words.T[1:]:
-        products.append(table[products[-1], column])
-    return torch.stack(products, 1)
-
-
-def lesson(words: torch.Tensor, table: torch.Tensor, c: int, arm: Arm) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and labels: the word in SLOTS places, c fillers, h - c products, `=`, product; -100 is not learned."""
-    n, h = words.shape
-    products = prefix_products(words, table)
-    body = products.clone()
-    body[:, :c] = FILLER
-
-    def filled(count: int, token: int) -> torch.Tensor:
-        return torch.full((n, count), token)
-
-    parts, labelled = [words, filled(SLOTS - h, BLANK)], [filled(SLOTS, -100)]
-    if arm.steps != "none":
-        parts, labelled = [*parts, body], [*labelled, filled(c, -100), products[:, c:]]
-    tokens = torch.cat([*parts, filled(1, EQUALS), products[:, -1:]], 1)
-    return tokens, torch.cat([*labelled, filled(1, -100), products[:, -1:]], 1)
-
-
 def loss_of(
     model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch.Tensor, c: int, readout: float = 0.0
 ) -> torch.Tensor:
@@ -123,7 +70,7 @@ def loss_of(
 
     `readout` is the weight of another one: of each prefix product, read out of the state before its place.
     """
-    tokens, labels = lesson(words, table, c, arm)
+    tokens, labels = lesson(words, table, c, arm.steps != "none")
     inputs, width = tokens[:, :-1], tokens.shape[1] - 1 - SLOTS
     if arm.residual is None or c == 0:
         logits = model(inputs, use_cache=False, logits_to_keep=width + 1).logits
@@ -149,7 +96,7 @@ def accuracy(
     """The share of words whose product is right, after h steps of the arm's kind."""
     n, h = words.shape
     products = prefix_products(words, table)
-    tokens = lesson(words, table, h, arm)[0][:, :-1]
+    tokens = lesson(words, table, h, arm.steps != "none")[0][:, :-1]
     if arm.steps == "written":
         tokens = tokens[:, :SLOTS]
         for _ in range(h):
@@ -194,8 +141,8 @@ class Course:
     """The training of one arm on one seed: its optimizer, its batches and its learning curve.
 
     Attributes:
-        most: how many products may be replaced. It grows by one when the mean loss of 25 steps is below `advance`, by the
-            same rule for every arm, so that nobody is taught the next thought before it has the last.
+        most: how many products may be replaced. It grows by one when the mean loss of 25 steps is below `advance`: one
+            rule for every arm, so that nobody is taught the next thought before it has the last.
     """
 
     def __init__(self, model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace, seed: int, lr: float) -> None:
@@ -283,9 +230,9 @@ def start_of(args: argparse.Namespace, seed: int) -> Path:
 
 @torch.no_grad()
 def fit_projection(model: LlamaForCausalLM, table: torch.Tensor, seed: int) -> None:
-    """Start W where it maps a state to the embedding of the product that it predicts, by least squares on 512 words."""
+    """Start W where it maps a state to the embedding of the product that it predicts: least squares on 512 words."""
     words = words_of(512, SLOTS, False, torch.Generator().manual_seed(seed + 2000))
-    tokens, _ = lesson(words, table, 0, ARMS["written"])
+    tokens, _ = lesson(words, table, 0)
     hidden = model.model(tokens).last_hidden_state[:, SLOTS - 1 : -3].flatten(0, 1)
     wanted = model.get_input_embeddings()(prefix_products(words, table)).flatten(0, 1)
     model.model.thinking_projection.weight.copy_(torch.linalg.lstsq(hidden, wanted).solution.T)

@@ -18,6 +18,7 @@ import hrpo_patches  # noqa: F401 - before transformers
 import latent
 import torch
 from datasets import Dataset
+from latent_words import ELEMENTS, END, EQUALS, SLOTS, TASKS, lesson, prefix_products, words_of
 from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
@@ -31,7 +32,7 @@ from hrpo_patches.replay import replay_forward
 
 def tokenizer_of() -> PreTrainedTokenizerFast:
     """Words for latent.py's tokens; the single bytes behind them are in no prompt, and the model cannot say them."""
-    names = [f"e{i}" for i in range(latent.ELEMENTS)] + ["_", ".", "=", "<end>", "<pad>"]
+    names = [f"e{i}" for i in range(ELEMENTS)] + ["_", ".", "=", "<end>", "<pad>"]
     names += [character for character in bytes_to_unicode().values() if character not in names]
     backend = Tokenizer(models.BPE({name: i for i, name in enumerate(names)}, merges=[], ignore_merges=True))
     split = [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -41,9 +42,9 @@ def tokenizer_of() -> PreTrainedTokenizerFast:
 
 def teach_form(model, words: torch.Tensor, table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
     """One step on marker, product and end after the thoughts of these words."""
-    tokens, _ = latent.lesson(words, table, words.shape[1], latent.ARMS["all"])
-    tokens = torch.cat([tokens, torch.full((len(tokens), 1), latent.END)], 1)
-    width = tokens.shape[1] - 1 - latent.SLOTS
+    tokens, _ = lesson(words, table, words.shape[1])
+    tokens = torch.cat([tokens, torch.full((len(tokens), 1), END)], 1)
+    width = tokens.shape[1] - 1 - SLOTS
     mask = (torch.arange(width) < words.shape[1]).expand(len(tokens), width)
     logits = replay_forward(model, tokens[:, :-1], thinking_mask=mask, passes="all", logits_to_keep=3).logits
     optimizer.zero_grad()
@@ -58,34 +59,31 @@ def begun(args: argparse.Namespace, seed: int):
     load_model(model, str(latent.weights_of("all", options, seed, latent.options_of(options))))
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
     generator = torch.Generator().manual_seed(seed)
-    table = latent.TASKS[args.task]()
+    table = TASKS[args.task]()
     for step in range(args.form):
         h = latent.LONGEST - step % latent.LONGEST
-        teach_form(model, latent.words_of(64, h, False, generator), table, optimizer)
+        teach_form(model, words_of(64, h, False, generator), table, optimizer)
     return model
 
 
 def problems(n: int, args: argparse.Namespace, seed: int) -> Dataset:
     """Words of the asked length, none of which is tested, and their products."""
-    words = latent.words_of(n, args.length, False, torch.Generator().manual_seed(seed))
-    products = latent.prefix_products(words, latent.TASKS[args.task]())[:, -1].tolist()
-    prompts = [" ".join(f"e{i}" for i in word) + " _" * (latent.SLOTS - args.length) for word in words.tolist()]
+    words = words_of(n, args.length, False, torch.Generator().manual_seed(seed))
+    products = prefix_products(words, TASKS[args.task]())[:, -1].tolist()
+    prompts = [" ".join(f"e{i}" for i in word) + " _" * (SLOTS - args.length) for word in words.tolist()]
     return Dataset.from_dict({"prompt": prompts, "gold": [f"e{product}" for product in products]})
 
 
 def right(completion_ids: list[list[int]], gold: list[str], **_: object) -> list[float]:
     """1 for exactly the marker, the product and the end."""
-    return [
-        float(ids == [latent.EQUALS, int(answer[1:]), latent.END])
-        for ids, answer in zip(completion_ids, gold, strict=True)
-    ]
+    return [float(ids == [EQUALS, int(answer[1:]), END]) for ids, answer in zip(completion_ids, gold, strict=True)]
 
 
 def accuracies(model, args: argparse.Namespace) -> dict[str, float]:
     """On words of the tested part."""
-    arm, table = latent.ARMS["all"], latent.TASKS[args.task]()
+    arm, table = latent.ARMS["all"], TASKS[args.task]()
     lengths = sorted({*latent.TESTED, args.length})
-    tests = {h: latent.words_of(args.tests, h, True, torch.Generator().manual_seed(10_000 + h)) for h in lengths}
+    tests = {h: words_of(args.tests, h, True, torch.Generator().manual_seed(10_000 + h)) for h in lengths}
     return {str(h): latent.accuracy(model.eval(), arm, words, table) for h, words in tests.items()}
 
 
@@ -143,7 +141,7 @@ def main(flags: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--passes", nargs="+", default=["1", "all"], help="of the loss: what is compared")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of latent.py's models, and of GRPO")
-    parser.add_argument("--task", default="a5", choices=latent.TASKS, help="the word problem of A5, or the control")
+    parser.add_argument("--task", default="a5", choices=TASKS, help="the word problem of A5, or the control")
     parser.add_argument("--length", type=int, default=24, help="elements of a word, and thoughts")
     parser.add_argument("--form", type=int, default=64, help="supervised steps on marker, product and end")
     parser.add_argument("--steps", type=int, default=150, help="of GRPO")

@@ -48,7 +48,7 @@ def main_table(rows: list[dict]) -> str:
 
 
 def control_table(rows: list[dict]) -> str:
-    """Accuracies at h = 16 with the thoughts replaced."""
+    """Accuracies at h = 16 with other residuals in the thoughts' place."""
     rows = [row for row in rows if row.get("controls")]
     names = list(rows[0]["controls"]) if rows else []
     lines = []
@@ -76,12 +76,13 @@ def draw(rows: list[dict], grpo: list[dict], path: Path) -> None:
     left, right = figure.subplots(1, 2)
     for color, (arm, group) in enumerate(grouped([row for row in rows if row["curve"]], "arm").items()):
         for i, row in enumerate(group):
-            steps, values = zip(*((point["step"], point["16"]) for point in row["curve"]), strict=True)
-            left.plot(steps, values, f"C{color}", label=arm if i == 0 else None, alpha=0.7)
-    replaced = [row["options"]["replaced"] for row in rows]
-    if replaced:
-        left.axvline(replaced[0], color="grey", linestyle=":", label="from here, the product is the only loss")
+            for phase, style in (("taught", ":"), ("product", "-")):
+                points = [point for point in row["curve"] if point["phase"] == phase]
+                label = arm if i == 0 and style == "-" else None
+                values = [point["16"] for point in points]
+                left.plot([p["step"] for p in points], values, f"C{color}{style}", label=label, alpha=0.7)
     left.set(xlabel="step", ylabel="products of 16 elements right", ylim=(-0.02, 1.02))
+    left.set_title("dotted: thinking is taught; solid: the product is the only loss", fontsize=9)
     left.legend(fontsize=8)
     for color, (passes, group) in enumerate(grouped(grpo, "passes").items()):
         for i, row in enumerate(group):

@@ -1,4 +1,4 @@
-"""The experiment on credit through time: its data, its arms and its file of results."""
+"""The experiment on credit through time: its data, its arms, GRPO on top, its files of results and their report."""
 
 import importlib.util
 import json
@@ -8,64 +8,99 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
-PATH = Path(__file__).parents[1] / "benchmarks" / "latent.py"
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+SMALL = [
+    "--taught",
+    "2",
+    "--product",
+    "1",
+    "--batch_size",
+    "4",
+    "--batch_size_start",
+    "4",
+    "--every",
+    "1",
+    "--tests",
+    "20",
+]
 
 
-@pytest.fixture(scope="module")
-def latent():
-    spec = importlib.util.spec_from_file_location("latent", PATH)
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_the_table_is_that_of_the_alternating_group(latent):
-    table = latent.alternating()
+@pytest.fixture(autouse=True)
+def benchmarks_import_each_other(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.fixture
+def latent():
+    return loaded("latent")
+
+
+@pytest.fixture
+def data():
+    return loaded("latent_words")
+
+
+def test_the_table_is_that_of_the_alternating_group(data):
+    table = data.alternating()
     identity = next(i for i in range(60) if torch.equal(table[i], torch.arange(60)))
     everything = torch.arange(60)
     assert torch.equal(table[:, identity], everything)
     assert all(sorted(row) == list(range(60)) for row in [*table.tolist(), *table.T.tolist()])
     a, b, c = torch.randint(60, (3, 500))
     assert torch.equal(table[table[a, b], c], table[a, table[b, c]])
-    assert (table[a, b] != table[b, a]).any()  # and its commutators are the whole group: it is not solvable
     inverse = (table == identity).long().argmax(1)
     commutators = table[table[everything[:, None], everything], table[inverse[:, None], inverse]]
-    assert len(commutators.unique()) == 60
+    assert len(commutators.unique()) == 60  # its commutators are all of it: it is not solvable
 
 
-def test_words_for_testing_are_never_trained_on(latent):
-    trained = latent.words_of(2000, 2, False, torch.Generator().manual_seed(0)).tolist()
-    tested = latent.words_of(300, 2, True, torch.Generator().manual_seed(1)).tolist()
+def test_words_for_testing_are_never_trained_on(data):
+    trained = data.words_of(2000, 2, False, torch.Generator().manual_seed(0)).tolist()
+    tested = data.words_of(300, 2, True, torch.Generator().manual_seed(1)).tolist()
     assert not {tuple(word) for word in trained} & {tuple(word) for word in tested}
 
 
-def test_a_lesson_says_the_products_that_are_not_thought_and_the_answer(latent):
-    table = latent.alternating()
-    words = torch.tensor([[3, 7, 11]])
-    two = int(table[3, 7])
-    three = int(table[two, 11])
-    tokens, labels = latent.lesson(words, table, 2, latent.ARMS["all"])
-    blanks = [latent.BLANK] * (latent.SLOTS - 3)
-    assert tokens[0].tolist() == [3, 7, 11, *blanks, latent.FILLER, latent.FILLER, three, latent.EQUALS, three]
-    assert labels[0, latent.SLOTS :].tolist() == [-100, -100, three, -100, three]
-    tokens, labels = latent.lesson(words, table, 3, latent.ARMS["fillers"])
-    assert labels[0, latent.SLOTS :].tolist() == [-100] * 4 + [three]  # the product is the only loss
-    tokens, _ = latent.lesson(words, table, 0, latent.ARMS["none"])
-    assert tokens[0, latent.SLOTS :].tolist() == [latent.EQUALS, three]
+def test_a_lesson_says_the_products_that_are_not_thought_and_the_answer(data):
+    table, words = data.alternating(), torch.tensor([[3, 7, 11]])
+    three = int(table[table[3, 7], 11])
+    tokens, labels = data.lesson(words, table, 2)
+    blanks = [data.BLANK] * (data.SLOTS - 3)
+    assert tokens[0].tolist() == [3, 7, 11, *blanks, data.FILLER, data.FILLER, three, data.EQUALS, three]
+    assert labels[0, data.SLOTS :].tolist() == [-100, -100, three, -100, three]
+    _, labels = data.lesson(words, table, 3)
+    assert labels[0, data.SLOTS :].tolist() == [-100] * 4 + [three]  # the product is the only loss
+    tokens, labels = data.lesson(words, table, 0, steps=False)
+    assert tokens[0, data.SLOTS :].tolist() == [data.EQUALS, three] and labels[0].max() == labels[0, -1] == three
 
 
 def test_more_layers_add_nothing_at_the_start(latent, tmp_path):
-    args = latent.parsed(["--runs", str(tmp_path), "--written", "1", "--width", "16", "--out", str(tmp_path / "out")])
+    args = latent.parsed(["--runs", str(tmp_path), "--written", "1", "--width", "16"])
     tokens = torch.randint(60, (2, 30))
     two, five = (latent.begun(latent.ARMS[name], args, 0).eval() for name in ("fillers", "fillers-5"))
     assert len(five.model.layers) == 5
     torch.testing.assert_close(two(tokens).logits, five(tokens).logits)
 
 
+def test_the_projection_starts_where_it_gives_the_embedding_of_the_product(latent, data, tmp_path):
+    args = latent.parsed(["--runs", str(tmp_path), "--written", "1"])
+    model = latent.begun(latent.ARMS["all"], args, 0)
+    table = data.alternating()
+    words = data.words_of(50, 24, True, torch.Generator().manual_seed(0))
+    hidden = model.model(data.lesson(words, table, 0)[0]).last_hidden_state[:, data.SLOTS - 1 : -3]
+    wanted = model.get_input_embeddings()(data.prefix_products(words, table))
+    assert (model.model.thinking_projection(hidden) - wanted).norm() < 0.999 * wanted.norm()
+    assert model.model.thinking_projection.weight.std() > 0.01  # not the published start, 0.001
+
+
 def test_every_arm_runs_is_written_once_and_is_done_when_asked_again(latent, tmp_path, capsys):
     out = tmp_path / "out.jsonl"
-    flags = ["--runs", tmp_path, "--out", out, "--written", 2, "--taught", 2, "--product", 1, "--width", 16]
-    flags = list(map(str, [*flags, "--batch_size", 4, "--batch_size_start", 4, "--every", 1, "--tests", 40]))
+    flags = [*map(str, ["--runs", tmp_path, "--out", out, "--written", 2, "--width", 16]), *SMALL]
     latent.main(flags)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["arm"] for row in rows] == list(latent.ARMS)
@@ -76,13 +111,13 @@ def test_every_arm_runs_is_written_once_and_is_done_when_asked_again(latent, tmp
     before = out.read_bytes()
     latent.main(flags)
     assert out.read_bytes() == before and "done already" in capsys.readouterr().out
-    latent.main([*flags, "--arms", "k1", "--lr", "0.01"])
+    latent.main([*flags, "--arms", "k1", "--curriculum", "readout"])
     assert len(out.read_text().splitlines()) == len(rows) + 1
 
 
-def test_the_values_of_an_arm_do_not_depend_on_its_passes_and_its_gradient_does(latent, tmp_path):
+def test_the_values_of_an_arm_do_not_depend_on_its_passes_and_its_gradient_does(latent, data, tmp_path):
     args = latent.parsed(["--runs", str(tmp_path), "--written", "1", "--width", "16"])
-    table, words = latent.alternating(), torch.randint(60, (4, 6))
+    table, words = data.alternating(), torch.randint(60, (4, 6))
     values, gradients = [], []
     for name in ("k1", "k4", "all"):
         model = latent.begun(latent.ARMS[name], args, 0)
@@ -90,45 +125,23 @@ def test_the_values_of_an_arm_do_not_depend_on_its_passes_and_its_gradient_does(
         loss.backward()
         values.append(loss.item())
         gradients.append(model.model.layers[1].mlp.down_proj.weight.grad.clone())
-    assert values == pytest.approx([values[0]] * 3, rel=1e-5)
+    assert values == pytest.approx([values[0]] * 3, rel=1e-4)
     assert not torch.allclose(gradients[0], gradients[2], rtol=0.01) and not torch.allclose(gradients[0], gradients[1])
 
 
-def loaded(name, monkeypatch):
-    monkeypatch.syspath_prepend(str(PATH.parent))
-    spec = importlib.util.spec_from_file_location(name, PATH.with_name(f"{name}.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the_answer(tmp_path, monkeypatch, capsys):
-    grpo = loaded("latent_grpo", monkeypatch)
+def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the_answer(data, tmp_path, capsys):
+    grpo = loaded("latent_grpo")
     latent, out = grpo.latent, tmp_path / "grpo.jsonl"
-    taught = ["--runs", tmp_path, "--out", tmp_path / "out.jsonl", "--arms", "all", "k1", "--written", 1]
-    taught += [
-        "--replaced",
-        1,
-        "--product",
-        1,
-        "--batch_size",
-        4,
-        "--batch_size_start",
-        4,
-        "--every",
-        1,
-        "--tests",
-        20,
-    ]
-    latent.main(list(map(str, taught)))
-    assert grpo.tokenizer_of()("e3 e59 e0 _ _")["input_ids"] == [3, 59, 0, latent.BLANK, latent.BLANK]
-    assert grpo.tokenizer_of().get_vocab()["."] == latent.FILLER
+    arms = ["--runs", tmp_path, "--out", tmp_path / "out.jsonl", "--arms", "all", "k1", "--written", 1]
+    latent.main([*map(str, arms), *SMALL])
+    assert grpo.tokenizer_of()("e3 e59 e0 _ _")["input_ids"] == [3, 59, 0, data.BLANK, data.BLANK]
+    assert grpo.tokenizer_of().get_vocab()["."] == data.FILLER
     assert grpo.right([[62, 7, 63], [62, 7], [7, 63], [62, 8, 63]], ["e7"] * 4) == [1.0, 0.0, 0.0, 0.0]
-    flags = ["--runs", tmp_path, "--out", out, "--seeds", 0, "--steps", 2, "--batch_size", 16, "--length", 8]
-    flags = list(map(str, [*flags, "--form", 2, "--tests", 20]))
     (weights,) = tmp_path.glob("all-*.safetensors")
     defaults = latent.parsed(["--runs", str(tmp_path)])
     weights.rename(latent.weights_of("all", defaults, 0, latent.options_of(defaults)))
+    flags = ["--runs", tmp_path, "--out", out, "--seeds", 0, "--steps", 2, "--batch_size", 16, "--length", 8]
+    flags = list(map(str, [*flags, "--form", 2, "--tests", 20]))
     grpo.main(flags)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["passes"] for row in rows] == ["1", "all"] and rows[0]["before"] == rows[1]["before"]
@@ -137,17 +150,17 @@ def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the
     assert rows[0]["log"][0]["reward"] == rows[1]["log"][0]["reward"]
     grpo.main(flags)
     assert len(out.read_text().splitlines()) == 2 and "done already" in capsys.readouterr().out
-    report = loaded("latent_report", monkeypatch)
-    report.main(["--results", str(tmp_path / "out.jsonl"), "--grpo", str(out), "--png", str(tmp_path / "latent.png")])
+    report = ["--results", tmp_path / "out.jsonl", "--grpo", out, "--png", tmp_path / "latent.png"]
+    loaded("latent_report").main(list(map(str, report)))
     printed = capsys.readouterr().out
     assert "| `all` | **" in printed and "| 1 | " in printed and "swapped" in printed
     assert (tmp_path / "latent.png").stat().st_size > 10_000
 
 
-def test_the_cost_benchmark_measures_every_number_of_passes_and_the_drift(tmp_path, monkeypatch, capsys):
+def test_the_cost_benchmark_measures_every_number_of_passes_and_the_drift(tmp_path, capsys):
     tiny_model("llama", thinking=False).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    bench = loaded("passes", monkeypatch)
+    bench = loaded("passes")
     flags = ["--model_name", str(tmp_path / "base"), "--thoughts", "4", "--out", str(tmp_path / "cost.json")]
     bench.main([*flags, "--rounds", "2"])
     (found,) = json.loads((tmp_path / "cost.json").read_text())["costs"]
