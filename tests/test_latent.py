@@ -9,20 +9,7 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-SMALL = [
-    "--taught",
-    "2",
-    "--product",
-    "1",
-    "--batch_size",
-    "4",
-    "--batch_size_start",
-    "4",
-    "--every",
-    "1",
-    "--tests",
-    "20",
-]
+SMALL = "--taught 2 --product 1 --batch_size 4 --batch_size_start 4 --every 1 --tests 20".split()  # noqa: SIM905
 
 
 def loaded(name):
