@@ -31,7 +31,8 @@ from hrpo_patches.controls import CONTROLS, controlled
 from hrpo_patches.replay import replay_forward, thinking_roll
 
 LONGEST = 16  # of the words whose products are thought in training; the start has written out SLOTS
-TESTED = (8, 16, 24)
+CURVED = (8, 16, 24)  # lengths on a learning curve; of 24 elements, no blank is left between word and thoughts
+TESTED = (8, 16, 20, 23, 24)
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,11 @@ def accuracy(
     return (logits[:, -1].argmax(-1) == products[:, -1]).float().mean().item()
 
 
+def tests(h: int, n: int) -> torch.Tensor:
+    """Words of the tested part, the same ones for every arm and seed."""
+    return words_of(n, h, True, torch.Generator().manual_seed(10_000 + h))
+
+
 def make_model(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
     """A small Llama; the plain weights of a seed are the same for all arms with as many layers."""
     torch.manual_seed(seed)
@@ -152,10 +158,6 @@ class Course:
         self.generator = torch.Generator().manual_seed(seed)
         self.step, self.most, self.curve, self.seconds = 0, 1, [], 0.0
 
-    def tests(self, h: int, n: int) -> torch.Tensor:
-        """Words of the tested part, the same ones for every arm."""
-        return words_of(n, h, True, torch.Generator().manual_seed(10_000 + h))
-
     def run(self, phase: str, steps: int, batch_size: int, title: str) -> None:
         """At most so many steps of a phase: "written", "taught" or "product", in which the product is the only loss.
 
@@ -179,11 +181,11 @@ class Course:
                 recent.clear()
             if self.step % self.args.every == 0 or all_taught:
                 row = {"step": self.step, "phase": phase, "most": self.most, "loss": sum(losses) / len(losses)}
-                row |= {str(h): accuracy(self.model, self.arm, self.tests(h, 300), self.table) for h in TESTED}
+                row |= {str(h): accuracy(self.model, self.arm, tests(h, 300), self.table) for h in CURVED}
                 self.curve.append(row)
                 losses.clear()
                 print(title, {k: round(v, 3) if k != "phase" else v for k, v in row.items()}, flush=True)
-                if all_taught or (phase == "written" and min(row[str(h)] for h in TESTED) >= 0.99):
+                if all_taught or (phase == "written" and min(row[str(h)] for h in CURVED) >= 0.99):
                     break
 
     def advance(self, phase: str, share: float, batch_size: int, rate: float) -> float:
@@ -253,27 +255,42 @@ def begun(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
     return model
 
 
-def run_arm(name: str, args: argparse.Namespace, seed: int) -> dict:
-    """Train one arm; its row of results."""
-    arm = ARMS[name]
-    model = begun(arm, args, seed)
+def tests_of(model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace) -> dict[str, float]:
+    """Accuracy at every tested length."""
+    table = TASKS[args.task]()
+    return {str(h): accuracy(model, arm, tests(h, args.tests), table) for h in TESTED}
+
+
+def trained(name: str, args: argparse.Namespace, seed: int) -> tuple[LlamaForCausalLM, dict]:
+    """An arm's model after its training, and what was seen on the way; read from --runs if they are there."""
+    arm, file = ARMS[name], weights_of(name, args, seed, options_of(args))
+    model, record = begun(arm, args, seed), file.with_suffix(".json")
+    if file.is_file() and record.is_file():
+        load_model(model, str(file))
+        return model, json.loads(record.read_text())
     course = Course(model, arm, args, seed + 1000, args.lr)
-    taught = None
+    seen: dict = {"begun": tests_of(model, arm, args), "taught": None}
     if arm.steps == "thoughts":
         course.run("taught", args.taught, args.batch_size, f"{name}, seed {seed}, taught")
-        taught = {h: accuracy(model, arm, course.tests(h, args.tests), course.table) for h in TESTED}
+        seen["taught"] = tests_of(model, arm, args)
     if arm.steps != "written":
         course.run("product", args.product, args.batch_size, f"{name}, seed {seed}, product")
-    save_model(model, str(weights_of(name, args, seed, options_of(args))))
+    seen |= {"curve": course.curve, "seconds": course.seconds}
+    record.write_text(json.dumps(seen))
+    save_model(model, str(file))
+    return model, seen
+
+
+def run_arm(name: str, args: argparse.Namespace, seed: int) -> dict:
+    """One arm's row of results."""
+    arm = ARMS[name]
+    model, seen = trained(name, args, seed)
     row = {"arm": name, "task": args.task, "seed": seed, "options": options_of(args)} | asdict(arm)
-    row |= {
-        "taught": taught,
-        "accuracy": {h: accuracy(model, arm, course.tests(h, args.tests), course.table) for h in TESTED},
-    }
+    row["accuracy"] = tests_of(model, arm, args)
     if arm.residual is not None:
-        words = course.tests(LONGEST, args.tests)
-        row["controls"] = {c: accuracy(model, arm, words, course.table, c) for c in CONTROLS}
-    return row | {"curve": course.curve, "seconds": course.seconds}
+        words, table = tests(LONGEST, args.tests), TASKS[args.task]()
+        row["controls"] = {control: accuracy(model, arm, words, table, control) for control in CONTROLS}
+    return row | seen
 
 
 def options_of(args: argparse.Namespace) -> dict:

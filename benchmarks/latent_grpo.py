@@ -83,8 +83,7 @@ def accuracies(model, args: argparse.Namespace) -> dict[str, float]:
     """On words of the tested part."""
     arm, table = latent.ARMS["all"], TASKS[args.task]()
     lengths = sorted({*latent.TESTED, args.length})
-    tests = {h: words_of(args.tests, h, True, torch.Generator().manual_seed(10_000 + h)) for h in lengths}
-    return {str(h): latent.accuracy(model.eval(), arm, words, table) for h, words in tests.items()}
+    return {str(h): latent.accuracy(model.eval(), arm, latent.tests(h, args.tests), table) for h in lengths}
 
 
 def run(passes: int | str, args: argparse.Namespace, seed: int) -> dict:
