@@ -319,7 +319,7 @@ def parsed(flags: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--advance", type=float, default=0.3, help="loss below which the next thought is taught")
     parser.add_argument("--product", type=int, default=800, help="steps in which the product is the only loss")
     parser.add_argument("--every", type=int, default=250, help="steps between two points of a learning curve")
-    parser.add_argument("--tests", type=int, default=2000, help="words of each length in the final tests")
+    parser.add_argument("--tests", type=int, default=1000, help="words of each length in the final tests")
     parser.add_argument("--runs", type=Path, default=Path("runs/latent"), help="where weights are kept")
     parser.add_argument(
         "--out", type=Path, default=Path("benchmarks/results/latent.jsonl"), help="a line for each arm"

@@ -1,9 +1,9 @@
-"""Does reward teach thoughts further? GRPO on words longer than any that was thought before, from latent.py's models.
+"""Does reward teach thoughts further? GRPO on the product alone, from a model of latent.py's that was taught to think.
 
-It begins with the model of latent.py's arm `all`, which has thought words of up to 16 elements. A few supervised
-steps teach it to end its thoughts with the marker and its answer with an end token; then GRPO rewards right products
-of words of --length elements, with as many forced thoughts, and the start as the KL reference. A line of --out is one
-run.
+It begins with the arm `all` after its curriculum, before the phase in which the product is the only supervised loss;
+a few steps teach it the form of an answer, the marker after its thoughts and the end after the product, and nothing of
+the product. Then GRPO rewards right products of words of --length elements, with as many forced thoughts, and the
+start as the KL reference. A line of --out is one run.
 """
 
 import argparse
@@ -19,7 +19,6 @@ import latent
 import torch
 from datasets import Dataset
 from latent_words import ELEMENTS, END, EQUALS, SLOTS, TASKS, lesson, prefix_products, words_of
-from safetensors.torch import load_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedTokenizerFast
@@ -41,28 +40,27 @@ def tokenizer_of() -> PreTrainedTokenizerFast:
 
 
 def teach_form(model, words: torch.Tensor, table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One step on marker, product and end after the thoughts of these words."""
+    """One step on the marker after the thoughts and the end after the product, of which nothing is learned."""
     tokens, _ = lesson(words, table, words.shape[1])
     tokens = torch.cat([tokens, torch.full((len(tokens), 1), END)], 1)
     width = tokens.shape[1] - 1 - SLOTS
     mask = (torch.arange(width) < words.shape[1]).expand(len(tokens), width)
     logits = replay_forward(model, tokens[:, :-1], thinking_mask=mask, passes="all", logits_to_keep=3).logits
     optimizer.zero_grad()
-    cross_entropy(logits.flatten(0, 1), tokens[:, -3:].flatten()).backward()
+    cross_entropy(logits[:, [0, 2]].flatten(0, 1), tokens[:, [-3, -1]].flatten()).backward()
     optimizer.step()
 
 
 def begun(args: argparse.Namespace, seed: int):
     """The model that GRPO begins with."""
-    options = latent.parsed(["--task", args.task, "--runs", str(args.runs)])
-    model = latent.make_model(latent.ARMS["all"], options, seed)
-    load_model(model, str(latent.weights_of("all", options, seed, latent.options_of(options))))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4)
+    options = latent.parsed(["--task", args.task, "--runs", str(args.runs), "--product", "0"])
+    options.taught, options.written = args.taught, args.written
+    model, _ = latent.trained("all", options, seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     generator = torch.Generator().manual_seed(seed)
-    table = TASKS[args.task]()
     for step in range(args.form):
-        h = latent.LONGEST - step % latent.LONGEST
-        teach_form(model, words_of(64, h, False, generator), table, optimizer)
+        words = words_of(64, latent.LONGEST - step % latent.LONGEST, False, generator)
+        teach_form(model, words, TASKS[args.task](), optimizer)
     return model
 
 
@@ -141,13 +139,15 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--passes", nargs="+", default=["1", "all"], help="of the loss: what is compared")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of latent.py's models, and of GRPO")
     parser.add_argument("--task", default="a5", choices=TASKS, help="the word problem of A5, or the control")
-    parser.add_argument("--length", type=int, default=24, help="elements of a word, and thoughts")
-    parser.add_argument("--form", type=int, default=64, help="supervised steps on marker, product and end")
+    parser.add_argument("--length", type=int, default=16, help="elements of a word, and thoughts")
+    parser.add_argument("--written", type=int, default=2500, help="steps of latent.py's start, at most")
+    parser.add_argument("--taught", type=int, default=800, help="steps of latent.py's curriculum, at most")
+    parser.add_argument("--form", type=int, default=100, help="supervised steps on marker and end")
     parser.add_argument("--steps", type=int, default=150, help="of GRPO")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of all weights")
     parser.add_argument("--beta", type=float, default=0.01, help="weight of the KL divergence from the start")
     parser.add_argument("--batch_size", type=int, default=128, help="completions in a step, 8 of a word")
-    parser.add_argument("--tests", type=int, default=2000, help="words of each length in the tests")
+    parser.add_argument("--tests", type=int, default=1000, help="words of each length in the tests")
     parser.add_argument("--runs", type=Path, default=Path("runs/latent"), help="where latent.py keeps weights")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latent-grpo.jsonl"), help="a line a run")
     args = parser.parse_args(flags)

@@ -128,11 +128,8 @@ def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the
     assert grpo.tokenizer_of()("e3 e59 e0 _ _")["input_ids"] == [3, 59, 0, data.BLANK, data.BLANK]
     assert grpo.tokenizer_of().get_vocab()["."] == data.FILLER
     assert grpo.right([[62, 7, 63], [62, 7], [7, 63], [62, 8, 63]], ["e7"] * 4) == [1.0, 0.0, 0.0, 0.0]
-    (weights,) = tmp_path.glob("all-*.safetensors")
-    defaults = latent.parsed(["--runs", str(tmp_path)])
-    weights.rename(latent.weights_of("all", defaults, 0, latent.options_of(defaults)))  # as if it had had all steps
     flags = ["--runs", tmp_path, "--out", out, "--seeds", 0, "--steps", 2, "--batch_size", 16, "--length", 8]
-    flags = list(map(str, [*flags, "--form", 2, "--tests", 20]))
+    flags = list(map(str, [*flags, "--form", 2, "--tests", 20, "--written", 1, "--taught", 2]))
     grpo.main(flags)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["passes"] for row in rows] == ["1", "all"] and rows[0]["before"] == rows[1]["before"]
