@@ -11,7 +11,7 @@ from runs import small_trainer
 from tiny import FAMILIES, byte_tokenizer, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hrpo_patches import evaluation
+from hrpo_patches import evaluate, evaluation
 from hrpo_patches.__main__ import main as cli
 from hrpo_patches.controls import CONTROLS
 from hrpo_patches.data import find_task, load_problems
@@ -102,7 +102,7 @@ def test_samples_are_summed_up_as_pass_and_majority(command):
 KILLED = """
 import os, signal, sys
 import hrpo_patches
-from hrpo_patches import evaluation
+from hrpo_patches import evaluate, evaluation
 add, seen = evaluation.Progressed.add, []
 
 def then_die(self, samples):
@@ -361,6 +361,29 @@ def test_every_control_can_be_asked_for_and_off_is_no_thinking(command, thoughtf
     plain = completed(main([*command("--no-thinking", out="plain.json"), *flags]))
     assert texts["off"] == plain and texts["live"] != plain
     assert all(texts[name] != texts["live"] for name in CONTROLS if name != "live")
+
+
+def test_each_batch_is_controlled_by_its_own_gold_answers(command, thoughtful, monkeypatch):
+    seen = []
+    controlled = evaluate.controlled
+
+    def spy(model, name, golds):
+        seen.append(golds)
+        return controlled(model, name, golds)
+
+    monkeypatch.setattr(evaluate, "controlled", spy)
+    results = main([*command("--control", "swapped"), "--adapter", str(thoughtful), "--batch_size", "4"])
+    golds = [str(problem["gold"]) for problem in results["problems"]]
+    lengths = [len(problem["prompt"]) for problem in results["problems"]]
+    order = sorted(range(12), key=lambda i: lengths[i])
+    assert seen == [[golds[i] for i in order[start : start + 4]] for start in (0, 4, 8)]
+
+
+def test_a_refused_control_leaves_nothing_that_blocks_the_corrected_command(command, tmp_path):
+    with pytest.raises(InputError, match="a batch holds one"):
+        main(command("--control", "swapped", "--batch_size", "1"))
+    assert not (tmp_path / "out.json.part").exists()
+    main(command("--control", "swapped", "--batch_size", "6"))
 
 
 @pytest.mark.parametrize(

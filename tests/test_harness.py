@@ -84,6 +84,28 @@ def test_an_adapter_thinks_in_the_harness_as_it_does_without(folder, tmp_path):
         assert sample["resps"] == [[text]]
 
 
+def test_forced_thoughts_are_no_text_of_the_harness_and_stop_nothing(folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", thinking={"r_min": 0.5, "r_max": 0.9})
+    trainer = small_trainer(tmp_path / "adapter", model=base, thoughts=3, filler=".")
+    trainer.train()
+    trainer.save_model()
+    model = ThinkingLM(pretrained=str(folder / "base"), peft=str(tmp_path / "adapter"), device="cpu")
+    tokenizer = byte_tokenizer()
+    ids = tokenizer(["Hi"], return_tensors="pt")["input_ids"]
+    thought = model.model.generate(
+        ids,
+        max_new_tokens=11,
+        do_sample=False,
+        thinking=True,
+        tokenizer=tokenizer,
+        attention_mask=torch.ones_like(ids),
+    )
+    assert (thought[0, ids.shape[1] : ids.shape[1] + 3] == tokenizer.get_vocab()["."]).all()
+    for stop in (["."], ["QQQ"]):  # a stop that the filler spells
+        out = model._model_generate(ids, ids.shape[1] + 8, stop, attention_mask=torch.ones_like(ids))
+        assert torch.equal(out[:, ids.shape[1] :], thought[:, ids.shape[1] + 3 :])
+
+
 def test_what_cannot_think_is_refused(folder, tmp_path):
     base = {"pretrained": str(folder / "base"), "device": "cpu"}
     with pytest.raises(InputError, match="never trained to think, so it would think at random; add thinking=False"):

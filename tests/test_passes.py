@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoKrConfig, LoraConfig, get_peft_model
 from rollouts import TEMPERATURE, completions, ragged, sample, sampled_logps
 from tiny import byte_tokenizer, tiny_model
+from transformers import DynamicCache
 
 from hrpo_patches import passes, replay_forward, thinking_roll
 from hrpo_patches.checkpoint import trained_modules
+from hrpo_patches.controls import controlled
 from hrpo_patches.errors import InputError
 from hrpo_patches.passes import STRETCH
 
@@ -176,11 +178,11 @@ def plant(monkeypatch, fault):
     def faulty_pass(hidden, width, head):
         return live(hidden, width, head).detach() if fault == "detached" else hidden[:, -width:]
 
-    def faulty_step(backbone, mask, residual, head, state, inputs, attention, positions, past):
+    def faulty_step(backbone, thinks, state, inputs, attention, positions, past):
         position = int(positions[0, 0])
         seen[position] = state
         state = state.detach() if fault == "detached" else seen.get(position - 1, state)
-        return advance(backbone, mask, residual, head, state, inputs, attention, positions, past)
+        return advance(backbone, thinks, state, inputs, attention, positions, past)
 
     monkeypatch.setattr(passes, "live_states", faulty_pass)
     monkeypatch.setattr(passes, "_think_and_advance", faulty_step)
@@ -218,6 +220,9 @@ def test_data_parallel_training_sees_one_forward(family, k, tmp_path):
     try:
         wrapped = torch.nn.parallel.DistributedDataParallel(model)  # every weight is used, once
         found = gradients(wrapped, replayed(wrapped, rollout, k))
+        nobody = (*rollout[:3], torch.zeros_like(rollout[3]))
+        for _ in range(2):  # also where nobody thinks, or the second forward would wait for gradients of the first
+            replayed(wrapped, nobody, k).backward()
     finally:
         torch.distributed.destroy_process_group()
     assert difference({name.removeprefix("module."): g for name, g in found.items()}, expected) < 1e-9
@@ -235,6 +240,72 @@ def test_thoughts_with_gaps_and_long_stretches_without_any_are_exact(family, mon
     nothing = (tokens, attention, states, torch.zeros_like(mask))
     assert replayed(model, nothing, "all").item() == pytest.approx(replayed(model, nothing, 1).item(), abs=1e-6)
     assert STRETCH > 64
+
+
+def test_dropout_of_other_adapters_is_refused_too():
+    model = tiny_model("llama", thinking=FELT)
+    kind = {"target_modules": ["q_proj"], "rank_dropout": 0.5, "module_dropout": 0.5}
+    model = get_peft_model(model, LoKrConfig(r=4, init_weights=False, **kind)).double().train()
+    with pytest.raises(InputError, match="(rank|module)_dropout is 0.5"):
+        replayed(model, rollout_of(model), 2)
+
+
+@pytest.mark.parametrize("k", [8, "all"])
+def test_given_positions_are_those_of_every_pass(family, k):
+    model = thinking_model(family)
+    tokens, attention, states, mask = rollout_of(model)
+    given = {"thinking_states": states, "thinking_mask": mask}
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens) * 3  # which are not those that a pass would take
+    ours = replay_forward(model, tokens, attention, passes=k, position_ids=positions, **given).logits
+    plain = replay_forward(model, tokens, attention, passes=k, **given).logits
+    first = replay_forward(model, tokens, attention, position_ids=positions, **given).logits
+    states = thinking_roll_with(model, tokens, attention, mask, positions)
+    again = replay_forward(
+        model, tokens, attention, position_ids=positions, thinking_states=states, thinking_mask=mask
+    ).logits
+    assert (ours - plain).abs().max() > 1e-2 < (ours - first).abs().max()
+    assert (ours - again).abs().max() < 1e-4
+
+
+def thinking_roll_with(model, tokens, attention, mask, positions):
+    """States of a roll, by hand: each column's state from a forward over what comes before it."""
+    width = mask.shape[1]
+    states = torch.zeros(*mask.shape, 32).double()
+    with torch.no_grad():
+        for column in range(width):
+            out = model(
+                tokens,
+                attention,
+                position_ids=positions,
+                thinking_states=states,
+                thinking_mask=mask,
+                output_last_hidden_state=True,
+            )
+            states[:, column] = out.last_hidden_state[:, -width - 1 + column]
+    return states
+
+
+def test_many_thoughts_are_recomputed_to_the_same_gradient_under_the_control_of_their_forward(family, monkeypatch):
+    model = thinking_model(family)
+    rollout = rollout_of(model)
+    expected = gradients(model, replayed(model, rollout, "all"))
+    with controlled(model, "token"):
+        under_control = gradients(model, replayed(model, rollout, "all"))
+    monkeypatch.setattr(passes, "KEPT", 3)
+    assert difference(gradients(model, replayed(model, rollout, "all")), expected) < 1e-9
+    with controlled(model, "token"):
+        value = replayed(model, rollout, "all")
+    found = gradients(model, value)  # the control is gone when the backward recomputes
+    compared = {name: g for name, g in found.items() if under_control[name].norm() > 0}
+    assert difference(compared, {name: under_control[name] for name in compared}) < 1e-9
+
+
+def test_the_embedding_residuals_logits_are_made_in_chunks(family, monkeypatch):
+    model = thinking_model(family, "embedding")
+    rollout = rollout_of(model)
+    expected = gradients(model, replayed(model, rollout, 3))
+    monkeypatch.setattr(passes, "_LOGITS", 2 * 8 * model.config.vocab_size)  # two columns of eight rows
+    assert difference(gradients(model, replayed(model, rollout, 3)), expected) < 1e-9
 
 
 def test_a_sliding_window_slides_in_every_pass():
@@ -295,9 +366,14 @@ def test_dropout_is_refused_where_it_would_be_drawn_anew_in_each_pass(k):
         rollout = rollout_of(model)
         with pytest.raises(InputError, match=f"{name}.* is 0.[123]"):
             replayed(model, rollout, k)
+        with torch.no_grad(), pytest.raises(InputError, match=name):
+            replayed(model, rollout, k)
         assert replayed(model.eval(), rollout, k).isfinite()
-        with torch.no_grad():
-            assert replayed(model.train(), rollout, k).isfinite()
+        model.eval()
+        (model.get_base_model() if hasattr(model, "get_base_model") else model).model.layers.train()
+        if name != "projection_dropout":
+            with pytest.raises(InputError, match=name):
+                replayed(model, rollout, k)
 
 
 @pytest.mark.parametrize("k", [2, "all"])
@@ -312,9 +388,16 @@ def test_what_several_passes_cannot_do_is_refused(family, k):
         replay_forward(model, tokens, attention[:, None, None] > 0, passes=k, **given)
     with pytest.raises(InputError, match="replay_forward"):
         model(tokens, thinking_passes=k, thinking_residual="embedding", **given)
+    with pytest.raises(InputError, match=r"attention_mask \(B, L\)"):
+        replay_forward(model, tokens, torch.cat([attention, attention], 1), passes=k, **given)
+    with pytest.raises(InputError, match="leave past_key_values out"):
+        replay_forward(model, tokens, attention, passes=k, past_key_values=DynamicCache(), **given)
+    with pytest.raises(InputError, match="has to be bool"):
+        replay_forward(model, tokens, attention, passes=k, **given | {"thinking_mask": mask.long()})
     if k == "all":
-        with pytest.raises(InputError, match="output_hidden_states"):
-            replay_forward(model, tokens, attention, passes=k, output_hidden_states=True, **given)
+        for name in ("output_hidden_states", "output_attentions"):
+            with pytest.raises(InputError, match=name):
+                model(tokens, thinking_passes="all", thinking_mask=mask, **{name: True})
     else:
         with pytest.raises(InputError, match="one of them is missing"):
             replay_forward(model, tokens, attention, passes=k, thinking_mask=mask)

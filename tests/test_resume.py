@@ -94,6 +94,28 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, whole, tmp_path, wh
     assert log_of(folder)[:STEPS] == log_of(whole)[:STEPS]
 
 
+def test_a_run_that_goes_on_from_an_adapter_resumes_with_its_forced_thoughts_and_with_no_others(options, tmp_path):
+    taught = run(
+        RUN, *options, "--max_steps", 1, "--thoughts", 3, "--filler", "~", "--output_dir", tmp_path / "taught"
+    )
+    assert taught.returncode == 0, taught.stderr
+    further = [*options, "--adapter", tmp_path / "taught", "--output_dir", tmp_path / "further"]
+    assert run(RUN, *further, "--max_steps", 1).returncode == 0
+    again = [*further, "--max_steps", 2, "--resume_from_checkpoint", "latest"]
+    other = run(RUN, *again, "--thoughts", 2)
+    assert other.returncode != 0 and "was trained with --thoughts 3, not 2" in other.stderr
+    resumed = run(RUN, *again)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "further" / "thinking_config.json").read_text())["thoughts"] == 3
+
+
+def test_a_plain_run_resumes_with_its_pauses_only(options, tmp_path):
+    plain = [*options, "--residual", "none", "--projection_dropout", 0, "--output_dir", tmp_path / "plain"]
+    assert run(RUN, *plain, "--thoughts", 3, "--max_steps", 1).returncode == 0
+    other = run(RUN, *plain, "--max_steps", 2, "--thoughts", 2, "--resume_from_checkpoint", "latest")
+    assert other.returncode != 0 and "was trained with --thoughts 3, not 2" in other.stderr
+
+
 def test_the_embedding_scale_is_measured_before_training_can_change_the_table(tmp_path):
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "peft_config": None, "beta": 0.0}
 

@@ -5,10 +5,13 @@ import torch
 from datasets import Dataset
 from rollouts import ragged, real_tokens
 from runs import PROMPTS, config, lengths_differ, lora, small_trainer
+from safetensors.torch import save_file
 from tiny import byte_tokenizer, tiny_model
+from transformers import GenerationConfig
 
 from hrpo_patches import HRPOConfig, HRPOTrainer, load_adapter, replay_forward
 from hrpo_patches.checkpoint import load_plain_adapter
+from hrpo_patches.decoding import ForcedThoughts, ThinkingDecoder
 from hrpo_patches.errors import InputError
 from hrpo_patches.replay import Rollout
 
@@ -187,7 +190,7 @@ REFUSED = [
     ({"reference": "last"}, "reference has to be one of"),
     ({"replay_passes": 2, "residual": "none"}, "about thinking"),
     ({"reference": "start", "residual": "none"}, "about thinking"),
-    ({"replay_passes": 2, "residual": "embedding", "top_p": 0.9}, "top_p changes the distribution"),
+    ({"replay_passes": 2, "residual": "embedding", "top_p": 0.9}, "top_p=0.9 changes the distribution"),
     ({"replay_passes": "all", "residual": "embedding", "generation_kwargs": {"no_repeat_ngram_size": 2}}, "no_repeat"),
     ({"thoughts": 2, "residual": "none", "use_transformers_continuous_batching": True}, "cannot think"),
 ]
@@ -293,3 +296,113 @@ def test_a_run_with_forced_thoughts_and_its_own_start_resumes_exactly(tmp_path):
 def test_the_options_are_texts_on_a_command_line_and_numbers_in_python():
     for given, passes in (("4", 4), (4, 4), ("all", "all")):
         assert HRPOConfig(replay_passes=given, report_to="none", use_cpu=True, bf16=False).passes == passes
+
+
+def test_the_models_own_distribution_is_refused_as_the_runs_is(tmp_path):
+    model = tiny_model("llama", thinking=FELT)
+    model.generation_config.typical_p = 0.3
+    with pytest.raises(InputError, match="typical_p=0.3 changes the distribution"):
+        small_trainer(tmp_path, model=model, residual="embedding", replay_passes="all")
+
+
+def test_the_embedding_residual_is_made_at_the_rollouts_temperature(tmp_path):
+    trainer = small_trainer(tmp_path, residual="embedding", max_completion_length=6, temperature=0.6)
+    batch = batch_of(trainer)
+    *values, _ = scored(trainer, batch, 1)
+    *others, _ = scored(trainer, batch, "all")
+    assert (values[0] - others[0]).abs().max() < 1e-4
+
+
+def fillers_in(trainer):
+    """How many of the first completion tokens of a batch are the filler of `adapter`."""
+    return (batch_of(trainer)["completion_ids"][:, 0] == byte_tokenizer().get_vocab()["~"]).sum().item()
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    trainer = small_trainer(tmp_path / "adapter", thoughts=FORCED, filler="~")
+    trainer.train()
+    trainer.save_model()
+    return tmp_path / "adapter"
+
+
+def test_going_on_without_forced_thoughts_has_none(adapter, tmp_path):
+    model = load_adapter(tiny_model("llama"), adapter, is_trainable=True)
+    trainer = small_trainer(tmp_path / "none", model=model, peft_config=None, thoughts=0)
+    assert trainer._fillers == [] and fillers_in(trainer) < 4  # of eight; a random model may say it by chance
+    model = tiny_model("llama", thinking=False)
+    model.generation_config.thoughts, model.generation_config.filler_token_id = 2, 5
+    own = small_trainer(tmp_path / "own", model=model, residual="none")
+    assert own._fillers == [5, 5] and own.args.thoughts == 2
+    model = tiny_model("llama", thinking=False)
+    model.generation_config.thoughts, model.generation_config.filler_token_id = 2, 5
+    assert small_trainer(tmp_path / "zero", model=model, residual="none", thoughts=0)._fillers == []
+
+
+def test_an_adapters_filler_wins_over_one_that_its_base_was_left_with(adapter, tokenizer):
+    base = tiny_model("llama")
+    base.generation_config.filler_token_id = tokenizer.get_vocab()["@"]
+    inputs = ragged(tokenizer)
+    out = load_adapter(base, adapter).generate(**inputs, tokenizer=tokenizer, max_new_tokens=6)
+    assert (out[:, inputs["input_ids"].shape[1]] == tokenizer.get_vocab()["~"]).all()
+
+
+@pytest.mark.parametrize("residual", ["projection", "none"])
+def test_a_full_model_keeps_its_end_tokens_beside_its_forced_thoughts(residual, tmp_path):
+    model = tiny_model("llama", thinking=FELT if residual == "projection" else False)
+    options = {"peft_config": None, "residual": residual, "thoughts": FORCED, "beta": 0.0}
+    trainer = small_trainer(tmp_path, model=model, **options)
+    trainer.train()
+    trainer.save_model()
+    saved = GenerationConfig.from_pretrained(tmp_path)
+    assert saved.eos_token_id in (model.config.eos_token_id, [model.config.eos_token_id])
+    assert saved.thoughts == FORCED and saved.filler_token_id == byte_tokenizer().get_vocab()["."]
+
+
+def test_stop_strings_do_not_see_the_fillers(family, tokenizer):
+    model, inputs = tiny_model(family, thinking=FELT), ragged(tokenizer)
+    options = {"do_sample": False, "max_new_tokens": 8, "thoughts": FORCED, "tokenizer": tokenizer}
+    free = model.generate(**inputs, thinking=True, **options)
+    stopped = model.generate(**inputs, thinking=True, stop_strings=["..", "."], **options)
+    assert torch.equal(stopped[:, : free.shape[1]], free[:, : stopped.shape[1]])
+    biased = {(tokenizer.get_vocab()["."],): 50.0}
+    for stop, length in ((".", 1), ("...", 3)):  # after so many dots of its own, of which it says nothing else
+        out = model.generate(**inputs, thinking=True, stop_strings=[stop], sequence_bias=biased, **options)
+        assert out.shape[1] - inputs["input_ids"].shape[1] == FORCED + length
+
+
+def test_a_filler_that_ends_a_completion_or_is_no_token_is_refused(tokenizer):
+    model, inputs = tiny_model("llama"), ragged(tokenizer)
+    for filler in (99999, -1):
+        with pytest.raises(InputError, match="has to be the id of one of the model's tokens"):
+            model.generate(**inputs, thoughts=1, max_new_tokens=4, filler_token_id=filler)
+    model.generation_config.eos_token_id = [5, tokenizer.get_vocab()["."]]
+    with pytest.raises(InputError, match="ends a completion"):
+        model.generate(**inputs, thoughts=1, max_new_tokens=4, tokenizer=tokenizer)
+
+
+def test_steps_that_are_undone_are_no_steps_of_the_fillers(tokenizer):
+    model, inputs = tiny_model("llama"), ragged(tokenizer)
+    decoder = ThinkingDecoder(model, inputs["input_ids"], tokenizer, True)
+    decoder.forced = ForcedThoughts(2, 7)
+    with torch.no_grad():
+        outputs = model(**inputs, output_last_hidden_state=True)
+    tokens = torch.full((len(inputs["input_ids"]),), 11)
+    seen = [decoder.observe(outputs, outputs.logits[:, -1], tokens, tokens > 0)[0].item() for _ in range(3)]
+    decoder.undo(2)
+    seen += [decoder.observe(outputs, outputs.logits[:, -1], tokens, tokens > 0)[0].item() for _ in range(2)]
+    assert seen == [7, 7, 11, 7, 11] and len(decoder.states) == 3
+
+
+def test_the_reference_start_has_no_dropout_and_refuses_another_runs_weights(tmp_path):
+    peft_config = lora(lora_dropout=0.5)
+    trainer = small_trainer(tmp_path / "run", reference="start", peft_config=peft_config, save_strategy="steps")
+    batches = [batch_of(trainer)["ref_per_token_logps"] for _ in range(2)]
+    with trainer.ref_model.in_place():
+        assert not trainer.model.training
+    assert trainer.model.training and len(batches) == 2
+    trainer.train()
+    other = {name: torch.zeros(1) for name in trainer.ref_model.weights}
+    save_file(other, tmp_path / "run" / "reference_start.safetensors")
+    with pytest.raises(InputError, match="belongs to another run"):
+        trainer.ref_model._read(tmp_path / "run" / "reference_start.safetensors")

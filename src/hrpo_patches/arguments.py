@@ -12,13 +12,19 @@ from pathlib import Path
 import torch
 
 from hrpo_patches.backend import BACKENDS
-from hrpo_patches.checkpoint import check_same_thinking, last_checkpoint
+from hrpo_patches.checkpoint import (
+    THINKING_FILE,
+    check_same_pauses,
+    check_same_thinking,
+    last_checkpoint,
+    read_thinking,
+)
 from hrpo_patches.command_line import option, parsed
 from hrpo_patches.config import VARIANT, ThinkingConfig
 from hrpo_patches.data import examples_of, find_task
 from hrpo_patches.errors import InputError
 from hrpo_patches.report import require_matplotlib
-from hrpo_patches.trainer_config import HRPOConfig
+from hrpo_patches.trainer_config import HRPOConfig, check_reference, read_passes
 
 
 @dataclass
@@ -97,6 +103,9 @@ class RunArguments:
         """How the model is to think; None for plain GRPO."""
         variant = {name: getattr(self, name) for name in VARIANT}
         forced = {name: value for name in ("thoughts", "filler") if (value := getattr(self, name)) is not None}
+        if self.adapter is not None and (Path(self.adapter) / THINKING_FILE).is_file():
+            own = read_thinking(Path(self.adapter))
+            forced = {name: own[name] for name in ("thoughts", "filler") if name in own} | forced
         limits = {"r_min": self.residual_r_min, "r_max": self.residual_r_max, "answer_start": self.answer_start}
         if self.residual == "none":
             if used := [name for name, value in variant.items() if value != getattr(ThinkingConfig, name)]:
@@ -109,7 +118,14 @@ class RunArguments:
         """Raise `InputError` for whatever can be known to be wrong before any work."""
         if self.residual not in ("projection", "embedding", "none"):
             raise InputError(f"--residual has to be projection, embedding or none, not {self.residual!r}.")
-        self.thinking()
+        thinking = self.thinking()
+        read_passes(self.replay_passes)
+        check_reference(self.reference)
+        forced = thinking.thoughts if thinking is not None else self.thoughts or 0
+        if forced >= self.max_completion_length:
+            raise InputError(
+                f"--thoughts {forced} leave no room in --max_completion_length {self.max_completion_length}."
+            )
         if self.backend not in BACKENDS:
             raise InputError(f"--backend has to be auto, transformers or unsloth, not {self.backend!r}.")
         if self.prompt not in ("auto", "chat", "plain"):
@@ -157,6 +173,8 @@ class RunArguments:
         if holds and checkpoint.resolve().parent != folder.resolve():
             raise InputError(f"{folder} already holds another run than the checkpoint {checkpoint}.")
         check_same_thinking(checkpoint, self.residual, self.thinking())
+        if self.residual == "none":
+            check_same_pauses(checkpoint, self.thoughts or 0)
 
     def trainer_config(self) -> HRPOConfig:
         """The trainer's arguments."""

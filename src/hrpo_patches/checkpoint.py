@@ -62,6 +62,14 @@ def save_pauses(thoughts: int, filler: int, folder: str | Path) -> None:
     GenerationConfig(thoughts=thoughts, filler_token_id=filler).save_pretrained(folder)
 
 
+def check_same_pauses(folder: Path, wanted: int) -> None:
+    """Raise `InputError` unless a run without thinking that wrote `folder` had so many forced thoughts."""
+    file = folder / _GENERATION_FILE
+    was = (GenerationConfig.from_pretrained(folder).thoughts or 0) if file.is_file() else 0
+    if was != wanted:
+        raise InputError(f"{folder} was trained with --thoughts {was}, not {wanted}.")
+
+
 def last_checkpoint(run: Path) -> Path | None:
     """The newest complete checkpoint of a run; a save that was cut short is passed over, which is said."""
     numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
@@ -235,6 +243,7 @@ def load_adapter(
         raise InputError(f"{folder} lacks {lost[0]}: it is damaged, or belongs to another base model.")
     peft_model.generation_config.thinking = True
     peft_model.generation_config.thoughts = thinking.thoughts or None
+    peft_model.generation_config.filler_token_id = None  # the adapter's is known by name
     if is_unsloth(model):
         return finish_adapter(peft_model, is_trainable)
     return peft_model if is_trainable else peft_model.eval()

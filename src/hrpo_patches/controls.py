@@ -64,11 +64,11 @@ def controlled(model: Any, name: str, golds: Sequence[Hashable] = ()) -> Iterato
     groups = torch.tensor([ranks[gold] for gold in golds])
     functions = {"zeroed": _zeroed, "off": _off, "mean": _mean, "token": _token}
     functions |= {"swapped": lambda residual, embeds, mask: (_swapped(residual, mask, groups), mask)}
-    backbone.thinking_control = functions.get(name)
+    before, backbone.thinking_control = backbone.thinking_control, functions.get(name)
     try:
         yield
     finally:
-        backbone.thinking_control = None
+        backbone.thinking_control = before
 
 
 def _zeroed(residual: Tensor, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,8 +86,8 @@ def _token(residual: Tensor, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tens
 def _mean(residual: Tensor, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     if len(mask) < 2:
         raise InputError("the control 'mean' needs other rows, and the batch holds one.")
-    share = mask.unsqueeze(-1) / mask.sum(0).clamp(min=1).view(1, -1, 1)
-    return (residual * share).sum(0, keepdim=True).expand_as(residual), mask
+    thinking = torch.where(mask.unsqueeze(-1), residual, 0.0)
+    return (thinking.sum(0, keepdim=True) / mask.sum(0).clamp(min=1).view(1, -1, 1)).expand_as(residual), mask
 
 
 def _swapped(residual: Tensor, mask: Tensor, groups: Tensor) -> Tensor:

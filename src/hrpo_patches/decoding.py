@@ -19,7 +19,7 @@ from hrpo_patches.marker import marker_table
 from hrpo_patches.thinking import ThinkingMixin, embedding_residual
 
 if TYPE_CHECKING:  # transformers is importing this module
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 _RATIO_CHUNK = 128  # columns of the (B, C, d) gate that are computed at once
 
@@ -98,8 +98,18 @@ def check_request(
     if forced and generation_config.filler_token_id is None:
         thinking = ThinkingConfig.of(model.config) or ThinkingConfig()
         generation_config.filler_token_id = filler_id(tokenizer, thinking)
+    if forced:
+        _check_filler(model, generation_config)
     if backbone is not None:
         _check_thinking(backbone, tokenizer)
+
+
+def _check_filler(model: PreTrainedModel, generation_config: GenerationConfig) -> None:
+    filler, ends = generation_config.filler_token_id, generation_config.eos_token_id
+    if not isinstance(filler, int) or not 0 <= filler < model.get_input_embeddings().weight.shape[0]:
+        raise InputError(f"filler_token_id has to be the id of one of the model's tokens, not {filler!r}.")
+    if filler in (ends if isinstance(ends, list) else [ends]):
+        raise InputError(f"the filler of forced thoughts, token {filler}, ends a completion; name another one.")
 
 
 def _check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase | None) -> None:
@@ -127,11 +137,16 @@ def _is_wrapped(backbone: ThinkingMixin, name: str) -> bool:
 
 
 def start_thinking(
-    model: PreTrainedModel, input_ids: Tensor, generation_config: GenerationConfig, model_kwargs: dict[str, Any]
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    stopping_criteria: StoppingCriteriaList,
 ) -> ThinkingDecoder | ForcedThoughts | None:
     """Called by `_sample` before the prefill: the decoder, or None where nothing is thought or forced.
 
-    `model_kwargs` loses the tokenizer and gains the request for the last hidden state.
+    `model_kwargs` loses the tokenizer and gains the request for the last hidden state; stopping criteria that look at
+    text do not see forced thoughts.
 
     Raises:
         InputError: there are more forced thoughts than a completion has room for.
@@ -140,6 +155,8 @@ def start_thinking(
     room = generation_config.max_length - input_ids.shape[1]
     if forced >= room:
         raise InputError(f"thoughts={forced} leave no room for an answer in a completion of {room} tokens.")
+    if forced:
+        stopping_criteria[:] = [_over_text(criterion, input_ids.shape[1], forced) for criterion in stopping_criteria]
     if not generation_config.thinking:
         return ForcedThoughts(forced, generation_config.filler_token_id) if forced else None
     record = generation_config.return_dict_in_generate or not model_kwargs["use_cache"]
@@ -147,6 +164,20 @@ def start_thinking(
     decoder.forced = ForcedThoughts(forced, generation_config.filler_token_id)
     model_kwargs["output_last_hidden_state"] = True
     return decoder
+
+
+def _over_text(criterion: Any, start: int, forced: int) -> Any:
+    """A stopping criterion that sees the prompt, up to `start`, and what follows the forced thoughts."""
+    if type(criterion).__name__ in ("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria"):
+        return criterion  # they look at the length, the clock, and the last token
+
+    def without_fillers(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if input_ids.shape[1] <= start + forced:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        text = torch.cat([input_ids[:, :start], input_ids[:, start + forced :]], dim=1)
+        return criterion(text, scores, **kwargs)
+
+    return without_fillers
 
 
 class ForcedThoughts:

@@ -21,7 +21,7 @@ from hrpo_patches.controls import CONTROLS, check_control
 from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of
 from hrpo_patches.decoding import filler_id
 from hrpo_patches.errors import InputError
-from hrpo_patches.evaluate import Decoding, complete, prompt_ids, uses_chat
+from hrpo_patches.evaluate import Decoding, batches_of, complete, prompt_ids, uses_chat
 from hrpo_patches.marker import marker_table
 from hrpo_patches.models import base_of, open_model
 from hrpo_patches.rewards import answer_of, grade
@@ -201,6 +201,16 @@ def prompts_of(
     return [prompt_of(task, problem["question"], marker, examples, chat) for problem in problems]
 
 
+def token_ids(
+    arguments: EvalArguments, prompts: list[Any], problems: list[Problem], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[list[int]], list[str]]:
+    """The ids of every sample's prompt, and its gold answer; an `InputError` if the control cannot be applied."""
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts for _ in range(arguments.samples)]
+    golds = [str(problem["answer"]) for problem in problems for _ in range(arguments.samples)]
+    check_control(arguments.control, [[golds[i] for i in batch] for batch in batches_of(ids, arguments.batch_size)])
+    return ids, golds
+
+
 def answer_all(
     arguments: EvalArguments,
     task: Task,
@@ -211,8 +221,7 @@ def answer_all(
 ) -> None:
     """Answer what `done` does not hold yet, batch by batch, with a bar that shows the accuracy so far."""
     model, tokenizer, marker = opened_model
-    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts for _ in range(arguments.samples)]
-    golds = [str(problem["answer"]) for problem in problems for _ in range(arguments.samples)]
+    ids, golds = token_ids(arguments, prompts, problems, tokenizer)
     table = marker_table(tokenizer, marker, model.config.vocab_size)
     columns = (
         TextColumn("{task.description}"),
@@ -278,6 +287,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     problems = load_problems(task, arguments.dataset, arguments.split, arguments.corpus)[: arguments.limit]
     model, tokenizer, marker = opened(arguments)
     prompts = prompts_of(arguments, task, problems, marker, tokenizer)
+    token_ids(arguments, prompts, problems, tokenizer)  # before there is a file of progress
     settings = settings_of(arguments, prompts, problems)
     done = Progressed(Path(arguments.out), settings)
     answer_all(arguments, task, problems, prompts, (model, tokenizer, marker), done)

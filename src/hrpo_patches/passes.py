@@ -38,11 +38,20 @@ def check_passes(passes: Any) -> None:
         raise InputError(f"replay passes have to be a whole number from 1, or 'all', not {passes!r}.")
 
 
-def refuse_dropout(backbone: ThinkingMixin) -> None:
-    """Raise `InputError` if a dropout is at work, which would draw another mask in each pass."""
-    rates = {"attention_dropout": getattr(backbone.config, "attention_dropout", 0.0)}
-    rates["projection_dropout"] = backbone.config.thinking.get("projection_dropout", 0.0)
-    rates |= {name: module.p for name, module in backbone.named_modules() if isinstance(module, nn.Dropout)}
+def refuse_dropout(backbone: ThinkingMixin, today: bool = True) -> None:
+    """Raise `InputError` if a dropout is at work, today or when it is trained: each pass would draw another mask."""
+    rates: dict[str, float] = {}
+    for path, module in backbone.named_modules():
+        if today and not module.training:
+            continue
+        if module is backbone:
+            rates["projection_dropout"] = backbone.config.thinking.get("projection_dropout", 0.0)
+        if isinstance(module, nn.Dropout):
+            rates[path] = module.p
+        for name, value in vars(module).items():  # attention's, and those of PEFT's other adapters
+            if "dropout" in name:
+                values = value.values() if isinstance(value, dict) else [value]
+                rates |= {f"{path}.{name}": rate for rate in values if isinstance(rate, float)}
     if used := [name for name, rate in rates.items() if rate]:
         raise InputError(
             f"more than one replay pass needs all dropout at 0, for each pass would draw another mask: {used[0]} is "
@@ -123,8 +132,8 @@ def one_by_one(
         residual: how.
     """
     length, width = embeds.shape[1], mask.shape[1]
-    columns = mask.any(0).nonzero().flatten().tolist()
-    first, last = (length - width + columns[0], length - width + columns[-1]) if columns else (length, length - 1)
+    columns = mask.any(0).nonzero().flatten().tolist() or [0]  # DDP wants every weight used, also if nobody thinks
+    first, last = length - width + columns[0], length - width + columns[-1]
     if position_ids is None:
         position_ids = torch.arange(length, device=embeds.device).unsqueeze(0)
     ends = [*range(STRETCH, first, STRETCH), *range(first, last + 2), *range(last + 1 + STRETCH, length, STRETCH)]
@@ -140,7 +149,8 @@ def one_by_one(
         if first <= start <= last:
             state = hidden[-1][:, -1:]
             column = start - length + width
-            advance = partial(_think_and_advance, backbone, mask[:, column : column + 1], residual, head, state)
+            thinks = (mask[:, column : column + 1], residual, head, backbone.thinking_control)
+            advance = partial(_think_and_advance, backbone, thinks, state)
         else:
             advance = partial(_advance, backbone)
         seen = attention_mask[:, :end] if attention_mask is not None else None
@@ -153,16 +163,23 @@ def one_by_one(
 
 def _think_and_advance(
     backbone: ThinkingMixin,
-    mask: Tensor,
-    residual: Residual,
-    head: Head | None,
+    thinks: tuple[Tensor, Residual, Head | None, Any],
     state: Tensor,
     inputs: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, Stretch]:
-    """`_advance` by one column that thinks where `mask` (B, 1) says so, from the `state` (B, 1, d) before it."""
+    """`_advance` by one column that thinks where its mask (B, 1) says so, from the `state` (B, 1, d) before it.
+
+    The control is that of the forward, for a backward may compute this anew when the control is gone.
+    """
+    mask, residual, head, control = thinks
     made_from = state if head is None else head(state)
-    return _advance(backbone, backbone.blend_thinking(inputs, made_from, mask, residual), *rest)
+    today, backbone.thinking_control = backbone.thinking_control, control
+    try:
+        blended = backbone.blend_thinking(inputs, made_from, mask, residual)
+    finally:
+        backbone.thinking_control = today
+    return _advance(backbone, blended, *rest)
 
 
 def _advance(

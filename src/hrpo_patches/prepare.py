@@ -97,7 +97,35 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig) -> None
             f"used or trained; unwrap the model, or train with residual='embedding'."
         )
     if passes_inputs(base, args.passes, backbone.config.thinking["residual"]):
-        refuse_dropout(backbone)
+        refuse_dropout(backbone, today=False)
+
+
+# What changes the distribution that a rollout samples from, beside the temperature, and the values that do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_k": (0,),
+    **dict.fromkeys(("top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty"), (1.0,)),
+    **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff"), (0.0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"), ()),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "watermarking_config"), ()),
+}
+
+
+def check_distribution(rollout: Any, model: Any) -> None:
+    """Refuse a rollout whose distribution a live state cannot make again: that is taken from the temperature alone.
+
+    Args:
+        rollout: the trainer's generation config.
+        model: the model's own, which says what that leaves open.
+    """
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(rollout, name, None)
+        value = value if value is not None else getattr(model, name, None)
+        if value is not None and value not in neutral:
+            raise InputError(
+                f"{name}={value!r} changes the distribution that the embedding residual is made from, and several "
+                f"replay passes, or the reference 'start', make it again from the temperature alone; leave it out."
+            )
 
 
 def restore_float32(model: nn.Module, before: dict[str, Tensor]) -> None:

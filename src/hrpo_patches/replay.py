@@ -15,7 +15,6 @@ from torch.nn.functional import pad
 
 from hrpo_patches.config import Residual
 from hrpo_patches.decoding import thinking_backbone
-from hrpo_patches.errors import InputError
 from hrpo_patches.passes import Head, Passes, check_passes, live_states
 from hrpo_patches.thinking import embedding_residual
 from hrpo_patches.unsloth_backend import is_unsloth
@@ -119,10 +118,6 @@ def replay_forward(
     """
     inner = _unwrapped(model)
     residual = kwargs.pop("thinking_residual", None) or thinking_backbone(inner).config.thinking["residual"]
-    if passes == "all" and (
-        used := [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]
-    ):
-        raise InputError(f"{used[0]} does not go with passes='all', whose layers see a position at a time.")
     return model(
         input_ids=input_ids,
         attention_mask=attention_mask,

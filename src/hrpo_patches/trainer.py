@@ -30,6 +30,7 @@ from hrpo_patches.nonfinite import keep
 from hrpo_patches.optim import regroup
 from hrpo_patches.passes import Passes
 from hrpo_patches.prepare import (
+    check_distribution,
     check_model,
     configure,
     float32_copies,
@@ -102,6 +103,8 @@ class HRPOTrainer(GRPOTrainer):
             if is_peft_model(self.model) and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")  # TRL's own, a copy of the adapter
             check_model(self.model, self._base_model(), self._tokenizer, args)
+            if args.residual == "embedding" and (args.passes != 1 or from_start):
+                check_distribution(self.generation_config, self._base_model().generation_config)
             if self._base_model().config.thinking["residual_scale"] == "embedding":
                 thinking_backbone(self._base_model()).embedding_norm()  # before training can change the table
             self.generation_config.thinking = True
@@ -119,12 +122,15 @@ class HRPOTrainer(GRPOTrainer):
 
     def _force_thoughts(self, several_turns: bool) -> None:
         """Let every completion begin with the run's forced thoughts, also where nothing is blended."""
-        thinking = ThinkingConfig.of(self._base_model().config) or ThinkingConfig()
+        own = self._base_model().generation_config
+        thinking, known = ThinkingConfig.of(self._base_model().config) or ThinkingConfig(), None
         if self.args.residual is None:
-            own = {"thoughts": self.args.thoughts or 0, "filler": self.args.filler or thinking.filler}
-            thinking = ThinkingConfig(**own)  # type: ignore[arg-type]
+            count = self.args.thoughts if self.args.thoughts is not None else own.thoughts or 0
+            known = own.filler_token_id if self.args.filler is None else None
+            thinking = ThinkingConfig(thoughts=count, filler=self.args.filler or thinking.filler)
         self.args.thoughts, self.args.filler = thinking.thoughts, thinking.filler
         self._fillers: list[int] = []
+        self.generation_config.thoughts, own.thoughts = thinking.thoughts, thinking.thoughts or None
         if not thinking.thoughts:
             return
         if several_turns:
@@ -134,9 +140,9 @@ class HRPOTrainer(GRPOTrainer):
                 f"thoughts={thinking.thoughts} leave no room for an answer in completions of max_completion_length="
                 f"{self.args.max_completion_length} tokens."
             )
-        self._fillers = [filler_id(self._tokenizer, thinking)] * thinking.thoughts
-        for generation in (self.generation_config, self._base_model().generation_config):
-            generation.thoughts, generation.filler_token_id = thinking.thoughts, self._fillers[0]
+        known = known if known is not None else filler_id(self._tokenizer, thinking)
+        self._fillers = [known] * thinking.thoughts
+        self.generation_config.filler_token_id = own.filler_token_id = known
 
     def _base_model(self) -> Any:
         model = self.accelerator.unwrap_model(self.model)
@@ -338,5 +344,5 @@ class HRPOTrainer(GRPOTrainer):
         super()._save(output_dir, state_dict)
         if self.args.residual is not None:
             save_thinking(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
-        elif self._fillers:
+        elif self._fillers and is_peft_model(self.model):  # a full model's own file says so already
             save_pauses(len(self._fillers), self._fillers[0], output_dir or self.args.output_dir)

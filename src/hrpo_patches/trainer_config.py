@@ -15,6 +15,19 @@ Reference = Literal["base", "start"]
 GRPOConfig: Any = released("trl.trainer.grpo_config", "GRPOConfig")
 
 
+def read_passes(given: Any) -> Passes:
+    """`replay_passes` as Python gives it or as a command line does; an `InputError` if it cannot be."""
+    passes = int(given) if isinstance(given, str) and given.isdecimal() else given
+    check_passes(passes)
+    return passes
+
+
+def check_reference(reference: str) -> None:
+    """Raise `InputError` unless there is such a KL reference."""
+    if reference not in get_args(Reference):
+        raise InputError(f"reference has to be one of {get_args(Reference)}, not {reference!r}.")
+
+
 @dataclass
 class HRPOConfig(GRPOConfig):
     """TRL's `GRPOConfig` with the options of thinking.
@@ -60,11 +73,8 @@ class HRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         if self.residual == "none":
             self.residual = None
-        passes: Any = self.replay_passes
-        self.replay_passes = int(passes) if isinstance(passes, str) and passes.isdigit() else passes  # type: ignore[assignment]
-        check_passes(self.replay_passes)
-        if self.reference not in get_args(Reference):
-            raise InputError(f"reference has to be one of {get_args(Reference)}, not {self.reference!r}.")
+        self.replay_passes = read_passes(self.replay_passes)  # type: ignore[assignment]
+        check_reference(self.reference)
         if self.residual is not None:
             given = {name: getattr(self, name) for name in ("residual", "answer_start", "thoughts", "filler")}
             ThinkingConfig.from_dict({name: value for name, value in given.items() if value is not None})
@@ -72,8 +82,8 @@ class HRPOConfig(GRPOConfig):
             self._refuse_what_cannot_think()
         if self.residual is None and (self.replay_passes != 1 or self.reference != "base"):
             raise InputError("replay_passes and reference are about thinking; they do not go with residual='none'.")
-        if self.residual == "embedding" and self.replay_passes != 1:
-            self._refuse_other_distributions()
+        if self.reference == "start" and self.sync_ref_model:
+            raise InputError("sync_ref_model moves the reference, and reference='start' keeps it; leave one out.")
         super().__post_init__()
 
     def _refuse_what_cannot_think(self) -> None:
@@ -89,16 +99,6 @@ class HRPOConfig(GRPOConfig):
             raise InputError(
                 f"{wrong[0]} cannot think: its decoding hands no hidden state from step to step. Leave it out, or "
                 f"train plain GRPO with residual='none'."
-            )
-
-    def _refuse_other_distributions(self) -> None:
-        # A live state's distribution is made from the temperature alone.
-        plain = {"top_p": (1.0,), "top_k": (0, None), "min_p": (None, 0.0), "repetition_penalty": (1.0,)}
-        changed = [name for name, values in plain.items() if getattr(self, name) not in values]
-        if changed := [*changed, *(self.generation_kwargs or {})]:
-            raise InputError(
-                f"{changed[0]} changes the distribution that the embedding residual is made from; with more than one "
-                f"replay pass leave it out."
             )
 
     @property
