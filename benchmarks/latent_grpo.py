@@ -1,9 +1,9 @@
 """Does reward teach thoughts further? GRPO on the product alone, from a model of latent.py's that was taught to think.
 
-It begins with the arm `all` after its curriculum, before the phase in which the product is the only supervised loss;
-a few steps teach it the form of an answer, the marker after its thoughts and the end after the product, and nothing of
-the product. Then GRPO rewards right products of words of --length elements, with as many forced thoughts, and the
-start as the KL reference. A line of --out is one run.
+It begins with the arm `all` after its curriculum, before the phase in which the product is the only supervised loss.
+A few steps of its head alone, which no thought is made with, teach it the form of an answer: marker, product, end.
+Then GRPO rewards right products of words of --length elements, with as many forced thoughts, and the start as the KL
+reference. A line of --out is one run.
 """
 
 import argparse
@@ -40,14 +40,14 @@ def tokenizer_of() -> PreTrainedTokenizerFast:
 
 
 def teach_form(model, words: torch.Tensor, table: torch.Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One step on the marker after the thoughts and the end after the product, of which nothing is learned."""
+    """One step on marker, product and end after the thoughts; of the head alone, which no thought is made with."""
     tokens, _ = lesson(words, table, words.shape[1])
     tokens = torch.cat([tokens, torch.full((len(tokens), 1), END)], 1)
     width = tokens.shape[1] - 1 - SLOTS
     mask = (torch.arange(width) < words.shape[1]).expand(len(tokens), width)
     logits = replay_forward(model, tokens[:, :-1], thinking_mask=mask, passes="all", logits_to_keep=3).logits
     optimizer.zero_grad()
-    cross_entropy(logits[:, [0, 2]].flatten(0, 1), tokens[:, [-3, -1]].flatten()).backward()
+    cross_entropy(logits.flatten(0, 1), tokens[:, -3:].flatten()).backward()
     optimizer.step()
 
 
@@ -56,7 +56,7 @@ def begun(args: argparse.Namespace, seed: int):
     options = latent.parsed(["--task", args.task, "--runs", str(args.runs), "--product", "0"])
     options.taught, options.written = args.taught, args.written
     model, _ = latent.trained("all", options, seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.lm_head.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(seed)
     for step in range(args.form):
         words = words_of(64, latent.LONGEST - step % latent.LONGEST, False, generator)
@@ -142,8 +142,8 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--length", type=int, default=16, help="elements of a word, and thoughts")
     parser.add_argument("--written", type=int, default=2500, help="steps of latent.py's start, at most")
     parser.add_argument("--taught", type=int, default=800, help="steps of latent.py's curriculum, at most")
-    parser.add_argument("--form", type=int, default=100, help="supervised steps on marker and end")
-    parser.add_argument("--steps", type=int, default=150, help="of GRPO")
+    parser.add_argument("--form", type=int, default=200, help="supervised steps on marker and end")
+    parser.add_argument("--steps", type=int, default=300, help="of GRPO")
     parser.add_argument("--lr", type=float, default=1e-4, help="learning rate of all weights")
     parser.add_argument("--beta", type=float, default=0.01, help="weight of the KL divergence from the start")
     parser.add_argument("--batch_size", type=int, default=128, help="completions in a step, 8 of a word")
