@@ -122,7 +122,7 @@ class RunArguments:
         read_passes(self.replay_passes)
         check_reference(self.reference)
         forced = thinking.thoughts if thinking is not None else self.thoughts or 0
-        if forced >= self.max_completion_length:
+        if forced and forced >= self.max_completion_length:
             raise InputError(
                 f"--thoughts {forced} leave no room in --max_completion_length {self.max_completion_length}."
             )
