@@ -11,7 +11,7 @@ from tiny import tiny_config, tiny_model
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hrpo_patches.decoding import ThinkingDecoder
+from hrpo_patches.decoding import ForcedThoughts, ThinkingDecoder
 from hrpo_patches.errors import InputError
 from hrpo_patches.thinking import embedding_residual
 
@@ -220,3 +220,72 @@ def test_a_marker_that_cannot_be_spelled_is_refused_before_decoding():
 
 def test_a_model_config_never_asks_generate_to_think():
     assert GenerationConfig.from_model_config(tiny_config("llama", thinking=BOLD)).thinking is None
+
+
+def test_forced_thoughts_think_and_are_no_text_of_the_marker(family, tokenizer):
+    model = tiny_model(family, thinking=BOLD | {"answer_start": "####", "filler": "##"})
+    inputs = ragged(tokenizer)
+    out = model.generate(
+        **inputs,
+        tokenizer=tokenizer,
+        thinking=True,
+        thoughts=1,
+        max_new_tokens=10,
+        do_sample=False,
+        return_dict_in_generate=True,
+        sequence_bias={(tokenizer.get_vocab()["##"],): 30.0},
+    )
+    tokens = out.sequences[:, -10:]
+    assert (tokens == tokenizer.get_vocab()["##"]).all() and real_tokens(model, tokens).all()
+    assert out.thinking_mask.tolist() == [[True, True] + [False] * (10 - 2)] * len(tokens)  # ## and #### of text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thoughts": -1}, "whole number from 0, not -1"),
+        ({"thoughts": 1.5}, "whole number from 0"),
+        ({"thoughts": 4}, "thoughts=4 leave no room for an answer in a completion of 4 tokens"),
+        ({"thoughts": 2, "num_beams": 2}, "num_beams"),
+        ({"thoughts": 2, "tokenizer": None}, "which token is the filler"),
+    ],
+)
+def test_generate_refuses_forced_thoughts_that_cannot_be(options, message, tokenizer):
+    model = tiny_model("llama")
+    with pytest.raises(InputError, match=message):
+        model.generate(**ragged(tokenizer), **{"tokenizer": tokenizer, "max_new_tokens": 4} | options)
+
+
+def test_stop_strings_do_not_see_the_fillers(family, tokenizer):
+    model, inputs = tiny_model(family, thinking=BOLD), ragged(tokenizer)
+    options = {"do_sample": False, "max_new_tokens": 8, "thoughts": 3, "tokenizer": tokenizer}
+    free = model.generate(**inputs, thinking=True, **options)
+    stopped = model.generate(**inputs, thinking=True, stop_strings=["..", "."], **options)
+    assert torch.equal(stopped[:, : free.shape[1]], free[:, : stopped.shape[1]])
+    biased = {(tokenizer.get_vocab()["."],): 50.0}
+    for stop, length in ((".", 1), ("...", 3)):  # after so many dots of its own, of which it says nothing else
+        out = model.generate(**inputs, thinking=True, stop_strings=[stop], sequence_bias=biased, **options)
+        assert out.shape[1] - inputs["input_ids"].shape[1] == 3 + length
+
+
+def test_a_filler_that_ends_a_completion_or_is_no_token_is_refused(tokenizer):
+    model, inputs = tiny_model("llama"), ragged(tokenizer)
+    for filler in (99999, -1):
+        with pytest.raises(InputError, match="has to be the id of one of the model's tokens"):
+            model.generate(**inputs, thoughts=1, max_new_tokens=4, filler_token_id=filler)
+    model.generation_config.eos_token_id = [5, tokenizer.get_vocab()["."]]
+    with pytest.raises(InputError, match="ends a completion"):
+        model.generate(**inputs, thoughts=1, max_new_tokens=4, tokenizer=tokenizer)
+
+
+def test_steps_that_are_undone_are_no_steps_of_the_fillers(tokenizer):
+    model, inputs = tiny_model("llama"), ragged(tokenizer)
+    decoder = ThinkingDecoder(model, inputs["input_ids"], tokenizer, True)
+    decoder.forced = ForcedThoughts(2, 7)
+    with torch.no_grad():
+        outputs = model(**inputs, output_last_hidden_state=True)
+    tokens = torch.full((len(inputs["input_ids"]),), 11)
+    seen = [decoder.observe(outputs, outputs.logits[:, -1], tokens, tokens > 0)[0].item() for _ in range(3)]
+    decoder.undo(2)
+    seen += [decoder.observe(outputs, outputs.logits[:, -1], tokens, tokens > 0)[0].item() for _ in range(2)]
+    assert seen == [7, 7, 11, 7, 11] and len(decoder.states) == 3

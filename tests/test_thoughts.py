@@ -3,7 +3,7 @@
 import pytest
 import torch
 from datasets import Dataset
-from rollouts import ragged, real_tokens
+from rollouts import ragged
 from runs import PROMPTS, config, lengths_differ, lora, small_trainer
 from safetensors.torch import save_file
 from tiny import byte_tokenizer, tiny_model
@@ -11,7 +11,6 @@ from transformers import GenerationConfig
 
 from hrpo_patches import HRPOConfig, HRPOTrainer, load_adapter, replay_forward
 from hrpo_patches.checkpoint import load_plain_adapter
-from hrpo_patches.decoding import ForcedThoughts, ThinkingDecoder
 from hrpo_patches.errors import InputError
 from hrpo_patches.replay import Rollout
 
@@ -161,24 +160,6 @@ def test_a_plain_adapter_remembers_its_pauses(tmp_path, tokenizer):
     assert (out[:, start : start + FORCED] == tokenizer.get_vocab()["~"]).all()
 
 
-def test_forced_thoughts_think_and_are_no_text_of_the_marker(family, tokenizer):
-    model = tiny_model(family, thinking=FELT | {"answer_start": "####", "filler": "##"})
-    inputs = ragged(tokenizer)
-    out = model.generate(
-        **inputs,
-        tokenizer=tokenizer,
-        thinking=True,
-        thoughts=1,
-        max_new_tokens=LENGTH,
-        do_sample=False,
-        return_dict_in_generate=True,
-        sequence_bias={(tokenizer.get_vocab()["##"],): 30.0},
-    )
-    tokens = out.sequences[:, -LENGTH:]
-    assert (tokens == tokenizer.get_vocab()["##"]).all() and real_tokens(model, tokens).all()
-    assert out.thinking_mask.tolist() == [[True, True] + [False] * (LENGTH - 2)] * len(tokens)  # ## and #### of text
-
-
 REFUSED = [
     ({"thoughts": -1}, "thoughts has to be 0 or more, not -1"),
     ({"thoughts": LENGTH}, f"thoughts={LENGTH} leave no room"),
@@ -200,22 +181,6 @@ REFUSED = [
 def test_what_cannot_work_is_one_sentence(options, message, tmp_path):
     with pytest.raises(InputError, match=message):
         small_trainer(tmp_path, **options)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"thoughts": -1}, "whole number from 0, not -1"),
-        ({"thoughts": 1.5}, "whole number from 0"),
-        ({"thoughts": 4}, "thoughts=4 leave no room for an answer in a completion of 4 tokens"),
-        ({"thoughts": 2, "num_beams": 2}, "num_beams"),
-        ({"thoughts": 2, "tokenizer": None}, "which token is the filler"),
-    ],
-)
-def test_generate_refuses_forced_thoughts_that_cannot_be(options, message, tokenizer):
-    model = tiny_model("llama")
-    with pytest.raises(InputError, match=message):
-        model.generate(**ragged(tokenizer), **{"tokenizer": tokenizer, "max_new_tokens": 4} | options)
 
 
 def test_dropout_is_refused_before_training_with_more_than_one_pass(tmp_path):
@@ -357,41 +322,6 @@ def test_a_full_model_keeps_its_end_tokens_beside_its_forced_thoughts(residual, 
     saved = GenerationConfig.from_pretrained(tmp_path)
     assert saved.eos_token_id in (model.config.eos_token_id, [model.config.eos_token_id])
     assert saved.thoughts == FORCED and saved.filler_token_id == byte_tokenizer().get_vocab()["."]
-
-
-def test_stop_strings_do_not_see_the_fillers(family, tokenizer):
-    model, inputs = tiny_model(family, thinking=FELT), ragged(tokenizer)
-    options = {"do_sample": False, "max_new_tokens": 8, "thoughts": FORCED, "tokenizer": tokenizer}
-    free = model.generate(**inputs, thinking=True, **options)
-    stopped = model.generate(**inputs, thinking=True, stop_strings=["..", "."], **options)
-    assert torch.equal(stopped[:, : free.shape[1]], free[:, : stopped.shape[1]])
-    biased = {(tokenizer.get_vocab()["."],): 50.0}
-    for stop, length in ((".", 1), ("...", 3)):  # after so many dots of its own, of which it says nothing else
-        out = model.generate(**inputs, thinking=True, stop_strings=[stop], sequence_bias=biased, **options)
-        assert out.shape[1] - inputs["input_ids"].shape[1] == FORCED + length
-
-
-def test_a_filler_that_ends_a_completion_or_is_no_token_is_refused(tokenizer):
-    model, inputs = tiny_model("llama"), ragged(tokenizer)
-    for filler in (99999, -1):
-        with pytest.raises(InputError, match="has to be the id of one of the model's tokens"):
-            model.generate(**inputs, thoughts=1, max_new_tokens=4, filler_token_id=filler)
-    model.generation_config.eos_token_id = [5, tokenizer.get_vocab()["."]]
-    with pytest.raises(InputError, match="ends a completion"):
-        model.generate(**inputs, thoughts=1, max_new_tokens=4, tokenizer=tokenizer)
-
-
-def test_steps_that_are_undone_are_no_steps_of_the_fillers(tokenizer):
-    model, inputs = tiny_model("llama"), ragged(tokenizer)
-    decoder = ThinkingDecoder(model, inputs["input_ids"], tokenizer, True)
-    decoder.forced = ForcedThoughts(2, 7)
-    with torch.no_grad():
-        outputs = model(**inputs, output_last_hidden_state=True)
-    tokens = torch.full((len(inputs["input_ids"]),), 11)
-    seen = [decoder.observe(outputs, outputs.logits[:, -1], tokens, tokens > 0)[0].item() for _ in range(3)]
-    decoder.undo(2)
-    seen += [decoder.observe(outputs, outputs.logits[:, -1], tokens, tokens > 0)[0].item() for _ in range(2)]
-    assert seen == [7, 7, 11, 7, 11] and len(decoder.states) == 3
 
 
 def test_the_reference_start_has_no_dropout_and_refuses_another_runs_weights(tmp_path):
