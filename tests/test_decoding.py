@@ -8,10 +8,10 @@ import pytest
 import torch
 from rollouts import completions, ragged, real_tokens, sample
 from tiny import tiny_config, tiny_model
-from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel
+from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hrpo_patches.decoding import ForcedThoughts, ThinkingDecoder
+from hrpo_patches.decoding import ForcedThoughts, ThinkingDecoder, start_thinking
 from hrpo_patches.errors import InputError
 from hrpo_patches.thinking import embedding_residual
 
@@ -289,3 +289,10 @@ def test_steps_that_are_undone_are_no_steps_of_the_fillers(tokenizer):
     decoder.undo(2)
     seen += [decoder.observe(outputs, outputs.logits[:, -1], tokens, tokens > 0)[0].item() for _ in range(2)]
     assert seen == [7, 7, 11, 7, 11] and len(decoder.states) == 3
+
+
+@pytest.mark.parametrize("longest", [None, 1])
+def test_a_plain_generation_is_asked_nothing_about_the_room_for_thoughts(tokenizer, longest):
+    model, inputs = tiny_model("llama"), ragged(tokenizer)
+    plain = GenerationConfig(max_length=longest)
+    assert start_thinking(model, inputs["input_ids"], plain, {}, StoppingCriteriaList()) is None

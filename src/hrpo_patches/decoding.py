@@ -152,10 +152,10 @@ def start_thinking(
         InputError: there are more forced thoughts than a completion has room for.
     """
     forced = generation_config.thoughts or 0
-    room = generation_config.max_length - input_ids.shape[1]
-    if forced >= room:
-        raise InputError(f"thoughts={forced} leave no room for an answer in a completion of {room} tokens.")
     if forced:
+        room = generation_config.max_length - input_ids.shape[1]
+        if forced >= room:
+            raise InputError(f"thoughts={forced} leave no room for an answer in a completion of {room} tokens.")
         stopping_criteria[:] = [_over_text(criterion, input_ids.shape[1], forced) for criterion in stopping_criteria]
     if not generation_config.thinking:
         return ForcedThoughts(forced, generation_config.filler_token_id) if forced else None

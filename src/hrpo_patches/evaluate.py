@@ -107,8 +107,8 @@ def complete(
             inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
             if decoding.temperature:
                 set_seed(decoding.seed + number)
-            control = controlled(model, decoding.control, [golds[i] for i in batch])
-            with control if decoding.control != "live" else nullcontext():
+            replaced = decoding.control != "live"
+            with controlled(model, decoding.control, [golds[i] for i in batch]) if replaced else nullcontext():
                 out = model.generate(
                     **inputs,
                     max_new_tokens=decoding.max_new_tokens,

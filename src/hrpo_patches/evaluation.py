@@ -215,13 +215,16 @@ def answer_all(
     arguments: EvalArguments,
     task: Task,
     problems: list[Problem],
-    prompts: list[Any],
+    tokens: tuple[list[list[int]], list[str]],
     opened_model: tuple[Any, PreTrainedTokenizerBase, str],
     done: Progressed,
 ) -> None:
-    """Answer what `done` does not hold yet, batch by batch, with a bar that shows the accuracy so far."""
+    """Answer what `done` does not hold yet, batch by batch, with a bar that shows the accuracy so far.
+
+    `tokens` are those of `token_ids`.
+    """
     model, tokenizer, marker = opened_model
-    ids, golds = token_ids(arguments, prompts, problems, tokenizer)
+    ids, golds = tokens
     table = marker_table(tokenizer, marker, model.config.vocab_size)
     columns = (
         TextColumn("{task.description}"),
@@ -287,10 +290,10 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     problems = load_problems(task, arguments.dataset, arguments.split, arguments.corpus)[: arguments.limit]
     model, tokenizer, marker = opened(arguments)
     prompts = prompts_of(arguments, task, problems, marker, tokenizer)
-    token_ids(arguments, prompts, problems, tokenizer)  # before there is a file of progress
+    tokens = token_ids(arguments, prompts, problems, tokenizer)  # refuses before there is a file of progress
     settings = settings_of(arguments, prompts, problems)
     done = Progressed(Path(arguments.out), settings)
-    answer_all(arguments, task, problems, prompts, (model, tokenizer, marker), done)
+    answer_all(arguments, task, problems, tokens, (model, tokenizer, marker), done)
     samples = sorted((sample for batch in done.batches for sample in batch), key=lambda sample: sample["item"])
     n = arguments.samples
     rows = [
