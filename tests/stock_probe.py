@@ -12,7 +12,7 @@ from tiny import FAMILIES, byte_tokenizer, tiny_model
 tokenizer, results = byte_tokenizer(), {}
 inputs = tokenizer(["Hi", "What is 3 + 4?", "####"], return_tensors="pt", padding=True)
 for family in FAMILIES:
-    model = tiny_model(family)
+    model = tiny_model(family, thinking=None)
     out = model(**inputs, labels=inputs["input_ids"])
     out.loss.backward()
     results |= {f"{family}.logits": out.logits.detach(), f"{family}.loss": out.loss.detach()}

@@ -16,12 +16,14 @@ def test_the_diffs_have_not_drifted_from_what_refresh_writes(tmp_path):
 
 def test_an_edit_to_the_tree_is_in_the_refreshed_diff(tmp_path):
     tree = tmp_path / "tree"
-    target = export.checkout(tree)[0]
+    files = export.checkout(tree)
+    (at,) = [i for i, file in enumerate(files) if file.name == "modeling_llama.py"]
+    target = files[at]
     target.write_text(
         target.read_text().replace("self.add_thinking_modules(config)", "self.add_other_modules(config)")
     )
-    first = export.refresh(tree, tmp_path / "patches")[0]
-    assert "+        self.add_other_modules(config)" in first.read_text()
+    written = export.refresh(tree, tmp_path / "patches")[at]
+    assert "+        self.add_other_modules(config)" in written.read_text()
 
 
 def test_every_diff_says_why_for_which_version_and_until_when():

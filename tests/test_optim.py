@@ -51,7 +51,7 @@ def test_each_trainable_parameter_is_in_one_group_with_its_rate(tmp_path, wrap):
     assert sorted(i for i, _ in placed) == sorted(names)
     for i, group in placed:
         assert group["lr"] == rates[group_of(names[i])], names[i]
-        decays = names[i].endswith("weight") and "norm" not in names[i]
+        decays = names[i].endswith("weight") and "norm" not in names[i] and group_of(names[i]) == "base"
         assert group["weight_decay"] == (0.1 if decays else 0.0), names[i]
 
 

@@ -28,7 +28,7 @@ def test_the_state_dict_of_thinking_false_has_stock_keys():
         "import sys; sys.path.insert(0, sys.argv[1])\n"
         "from tiny import FAMILIES, tiny_model\n"
         "assert 'hrpo_patches' not in sys.modules\n"
-        "print('\\n'.join(f'{f} {k}' for f in FAMILIES for k in tiny_model(f).state_dict()))"
+        "print('\\n'.join(f'{f} {k}' for f in FAMILIES for k in tiny_model(f, thinking=None).state_dict()))"
     )
     out = subprocess.run([sys.executable, "-c", code, HERE], check=True, capture_output=True, text=True).stdout
     ours = [f"{family} {key}" for family in FAMILIES for key in tiny_model(family, thinking=False).state_dict()]

@@ -1,5 +1,6 @@
 """The maths against its formulas, and the thinking weights on every way a model can come to life."""
 
+import json
 import math
 
 import pytest
@@ -117,14 +118,56 @@ def test_a_checkpoint_without_thinking_weights_gets_fresh_ones(family, tmp_path,
     assert "thinking" not in caplog.text
 
 
-def test_a_checkpoint_config_that_says_nothing_thinks_with_the_defaults(family, tmp_path):
-    model = tiny_model(family, thinking=False)
-    model.config.thinking = None
-    model.save_pretrained(tmp_path)
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+@pytest.mark.parametrize("asked", [{}, True])
+def test_a_plain_checkpoint_thinks_with_the_defaults_where_it_is_asked_to(family, tmp_path, asked):
+    tiny_model(family, thinking=None).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, thinking=asked)
     assert_fresh(loaded)
     assert loaded.config.thinking == ThinkingConfig().to_dict()
     assert loaded.generation_config.thinking is None
+    assert tiny_model(family, thinking=asked).config.thinking == ThinkingConfig().to_dict()
+
+
+@pytest.mark.parametrize("unasked", [None, False])
+def test_a_model_that_is_not_asked_to_think_is_plain(family, tmp_path, unasked):
+    tiny_model(family, thinking=None).save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, thinking=unasked)
+    for model in (tiny_model(family, thinking=unasked), loaded, AutoModelForCausalLM.from_pretrained(tmp_path)):
+        assert not any("thinking" in name for name, _ in [*model.named_modules(), *model.state_dict().items()])
+        assert "thinking" not in model.config.to_dict() and model.config.thinking is None
+
+
+def test_modules_that_are_added_to_a_plain_model_are_fresh_and_leave_the_rest_alone(family):
+    model = tiny_model(family, thinking=None).to(torch.bfloat16)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model.model.begin_thinking(ThinkingConfig(r_min=0.98))
+    assert_fresh(model, r_min=0.98)
+    assert not model.model.thinking_projection.training
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in before.items())
+
+
+def test_saving_changes_nothing_in_the_live_config(family, tmp_path):
+    model = tiny_model(family)
+    before = dict(model.config.thinking)
+    model.save_pretrained(tmp_path)
+    assert model.config.thinking == before and not before["in_checkpoint"]
+    assert json.loads((tmp_path / "config.json").read_text())["thinking"] == before | {"in_checkpoint": True}
+
+
+def test_a_checkpoint_whose_config_hides_its_thinking_weights_is_refused_unless_it_is_said_what_to_do(
+    family, tmp_path
+):
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["thinking"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="holds thinking weights"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+    thinking = AutoModelForCausalLM.from_pretrained(tmp_path, thinking={})
+    assert torch.equal(thinking.model.thinking_projection.weight, model.model.thinking_projection.weight)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, thinking=False)
+    assert not any("thinking" in name for name in plain.state_dict())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -196,10 +239,6 @@ def test_the_thinking_modules_leave_the_base_weights_of_a_seed_alone(family):
         assert torch.equal(ours.state_dict()[key], value), key
 
 
-def test_config_thinking_false_leaves_the_modules_out(family):
-    assert not [key for key in tiny_model(family, thinking=False).state_dict() if "thinking" in key]
-
-
 def test_lambda_can_be_drawn_anew(family):
     model = tiny_model(family)
     model.model.thinking_residual_Lambda.reset_lambda_parameters(0.5, 0.6)
@@ -227,8 +266,8 @@ def test_thinking_inputs_that_do_not_fit_are_refused(states, mask, message):
 
 
 def test_thinking_inputs_to_a_model_without_thinking_are_refused():
-    with pytest.raises(InputError, match="thinking=False"):
-        tiny_model("llama", thinking=False)(
+    with pytest.raises(InputError, match="a plain model"):
+        tiny_model("llama", thinking=None)(
             torch.zeros(1, 5, dtype=torch.long),
             thinking_states=torch.zeros(1, 1, 32),
             thinking_mask=torch.ones(1, 1, dtype=torch.bool),

@@ -145,8 +145,7 @@ def test_thinking_weights_that_a_run_does_not_use_are_frozen(tmp_path, residual)
 
 
 def test_the_separate_reference_of_a_full_fine_tuning_does_not_think(tmp_path):
-    model = tiny_model("llama", thinking=False)
-    model.config.thinking = None
+    model = tiny_model("llama", thinking=None)
     model.save_pretrained(tmp_path / "base")
     trainer = small_trainer(tmp_path / "run", model=str(tmp_path / "base"), peft_config=None, beta=0.1)
     trainer._rollout = Rollout(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool), "projection")
@@ -259,8 +258,6 @@ def test_a_model_that_cannot_think_is_refused(tmp_path):
     other.save_pretrained(tmp_path / "gpt2")
     with pytest.raises(InputError, match="is a gpt2 model"):
         small_trainer(tmp_path, model=str(tmp_path / "gpt2"))
-    with pytest.raises(InputError, match="thinking=False"):
-        small_trainer(tmp_path, model=tiny_model("llama", thinking=False))
 
 
 def test_a_thinking_checkpoint_is_not_turned_into_another_kind(tmp_path):
@@ -306,8 +303,7 @@ def test_arguments_that_do_not_think_are_refused(tmp_path):
 
 
 def test_a_model_given_by_name_gets_its_thinking_from_the_arguments(tmp_path):
-    model = tiny_model("llama", thinking=False)
-    model.config.thinking = None
+    model = tiny_model("llama", thinking=None)
     model.save_pretrained(tmp_path / "base")
     trainer = small_trainer(tmp_path / "run", model=str(tmp_path / "base"), residual="embedding", answer_start="###")
     assert isinstance(trainer.model, PeftModel)

@@ -26,8 +26,11 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def tiny_config(family: str, **options):
-    """A config of two layers, d = 32, that fits `byte_tokenizer`."""
+    """A config of two layers, d = 32, that fits `byte_tokenizer`, of a model that thinks, unless thinking=None."""
     size = len(byte_tokenizer())
+    given = {"vocab_size": size, "thinking": {}} | options
+    if given["thinking"] is None:
+        del given["thinking"]
     return FAMILIES[family][0](
         hidden_size=32,
         intermediate_size=64,
@@ -39,7 +42,7 @@ def tiny_config(family: str, **options):
         bos_token_id=None,
         eos_token_id=size - 2,
         pad_token_id=size - 1,
-        **({"vocab_size": size} | options),
+        **given,
     )
 
 

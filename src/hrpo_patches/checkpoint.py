@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hrpo_patches.config import VARIANT, Residual, ThinkingConfig
-from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.decoding import patched_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.thinking import MODULES, is_thinking_parameter
 from hrpo_patches.unsloth_backend import finish_adapter, is_unsloth, refuse_stranger
@@ -40,7 +40,7 @@ def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     thinking = ThinkingConfig.of(base.config)
     if thinking is None:
-        raise InputError("the model was built with config.thinking=False; there is no thinking to save.")
+        raise InputError("this is a plain model; there is no thinking to save.")
     write_thinking(thinking, base.config.hidden_size, base.generation_config, folder)
 
 
@@ -177,7 +177,8 @@ def load_adapter(
     """Load a trained adapter so that the model thinks as it did in training.
 
     Args:
-        model: the base model, or where to load it from. Its `config.thinking` is set to the adapter's.
+        model: the base model, or where to load it from. A plain one gains thinking modules; its `config.thinking` is
+            set to the adapter's.
         folder: a folder that HRPOTrainer saved, or a published HRPO adapter (LoRA, gates and Λ).
         residual: by default what the adapter was trained with.
         init_projection: start a fresh projection for an adapter that has none, to train it further.
@@ -211,15 +212,14 @@ def load_adapter(
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model)
     check_same_base(folder, model)
-    backbone = thinking_backbone(model)
+    backbone = patched_backbone(model)
     _check_hidden_size(folder, record, model)
     options = {key: record[key] for key in ThinkingConfig.__dataclass_fields__ if key in record}
     if residual != "projection" and _drop_variant(options):
         held.discard(_PROJECTION)  # a projection of another kind, which this residual has no use for
         weights = {key: value for key, value in weights.items() if f".{_PROJECTION}." not in key}
     thinking = ThinkingConfig.from_dict(options | {"residual": residual})
-    backbone.reshape_projection(thinking)
-    model.config.thinking = thinking.to_dict()
+    backbone.begin_thinking(thinking)
 
     prefix = f"base_model.model.{model.base_model_prefix}."
     modules = sorted(held | set(trained_modules(residual)))

@@ -14,7 +14,7 @@ Scale = Literal["unit", "embedding"]
 
 @dataclass
 class ThinkingConfig:
-    """How a model thinks; kept as a dict at `model.config.thinking` (`False` there builds a model without thinking).
+    """How a model thinks; kept as a dict at `model.config.thinking`. A model whose config has none there is a plain one.
 
     Attributes:
         residual: what a position is blended with. "projection": the L2-normalised projection of the state that its
@@ -104,17 +104,17 @@ class ThinkingConfig:
 
     @classmethod
     def of(cls, model_config: Any) -> ThinkingConfig | None:
-        """The thinking config of a model's config: the defaults where it says nothing, None where it says False."""
+        """The thinking config of a model's config: the defaults for `True` and `{}`, None for None and `False`."""
         value = getattr(model_config, "thinking", None)
-        if value is False:
+        if value is None or value is False:
             return None
-        if value is None or value is True:
+        if value is True:
             return cls()
         if isinstance(value, cls):
             return value
         if isinstance(value, dict):
             return cls.from_dict(value)
-        raise InputError(f"config.thinking has to be a dict, a ThinkingConfig or False, not {value!r}.")
+        raise InputError(f"config.thinking has to be a dict, a ThinkingConfig, True, False or None, not {value!r}.")
 
     def to_dict(self) -> dict[str, Any]:
         """The values as a dict, as they are saved in `config.json`."""

@@ -24,21 +24,31 @@ if TYPE_CHECKING:  # transformers is importing this module
 _RATIO_CHUNK = 128  # columns of the (B, C, d) gate that are computed at once
 
 
-def thinking_backbone(model: PreTrainedModel) -> ThinkingMixin:
-    """The part of `model` that holds the thinking modules.
+def patched_backbone(model: PreTrainedModel) -> ThinkingMixin:
+    """The part of `model` that holds the thinking modules, or could.
 
     Raises:
-        InputError: its family has no patches, or it was built with `config.thinking=False`.
+        InputError: its family has no patches.
     """
     backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
     if not hasattr(backbone, "blend_thinking"):
         raise InputError(
             f"{type(model).__name__} cannot think: hrpo_patches has patches for the Llama and Qwen2 families only."
         )
+    return backbone
+
+
+def thinking_backbone(model: PreTrainedModel) -> ThinkingMixin:
+    """The part of `model` that holds the thinking modules.
+
+    Raises:
+        InputError: its family has no patches, or it was built without thinking.
+    """
+    backbone = patched_backbone(model)
     if ThinkingConfig.of(backbone.config) is None:
         raise InputError(
-            f"this {type(model).__name__} was built with config.thinking=False and has no thinking modules; load it "
-            f"with thinking={{}} instead, or generate without thinking=True."
+            f"this {type(model).__name__} is a plain one, without thinking modules; load it with thinking={{}} to add "
+            f"them, or generate without thinking=True."
         )
     return backbone
 

@@ -56,7 +56,7 @@ def merge(adapter: Path, destination: Path, base: str | None = None) -> Path:
     source = base_of(adapter, base)
     tokenizer = tokenizer_of(adapter, source)
     with _whole_or_nothing(destination) as folder:
-        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto", thinking={})
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         merged: Any = load_adapter(model, adapter).merge_and_unload()
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)

@@ -51,8 +51,8 @@ def smollm2_folder() -> Path:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.clean_up_tokenization_spaces = False
     tokenizer.eos_token = tokenizer.pad_token = _END_OF_TURN  # the GGUF names the token that begins a turn
-    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, thinking=False)
-    del model.config.quantization_config, model.config.thinking
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    del model.config.quantization_config
     model.hf_quantizer = None
     folder.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(dir=folder.parent))
@@ -65,12 +65,16 @@ def smollm2_folder() -> Path:
     return folder
 
 
-def read_config(source: Any) -> Any:
-    """The config of a model that can think; an `InputError` if there is none, or its family has no patches."""
+def _config(source: Any) -> Any:
     try:
-        config = AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
         raise InputError(f"the model {str(source)!r} could not be loaded: {str(error).splitlines()[0]}") from None
+
+
+def read_config(source: Any) -> Any:
+    """The config of a model that can think; an `InputError` if there is none, or its family has no patches."""
+    config = _config(source)
     if not hasattr(config, "thinking"):
         raise InputError(
             f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for the Llama and Qwen2 "
@@ -103,25 +107,28 @@ def load_model(
 
     Args:
         name: a hub id, a folder, or "smollm2-135m".
-        thinking: how the model thinks; None leaves the thinking modules out.
+        thinking: how the model thinks; None leaves the thinking modules out, and takes any family.
         dtype: of the base weights; by default bfloat16 on a GPU that has it, else float32.
         backend: "transformers", or "unsloth" where unsloth was imported first.
         max_seq_length: the longest prompt and completion, in tokens; unsloth's models are built for it.
 
     Raises:
-        InputError: there is no such model, or its family has no patches.
+        InputError: there is no such model, or it is to think and its family has no patches.
     """
     source: Any = smollm2_folder() if name == SMOLLM2 else name
-    options: Any = thinking_options(source, thinking.to_dict() if thinking is not None else {})
+    options: dict[str, Any] = {}
+    if thinking is not None:
+        options = {"thinking": thinking_options(source, thinking.to_dict())}
+    elif hasattr(_config(source), "thinking"):
+        options = {"thinking": False}
     if dtype is None:
         dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        options = options if thinking else False
         if backend == "unsloth":
-            model = load_base(source, options, dtype, max_seq_length)
+            model = load_base(source, dtype, max_seq_length, **options)
         else:
-            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, thinking=options)
+            model = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     except InputError:
         raise
     except (OSError, ValueError) as error:

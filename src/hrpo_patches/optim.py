@@ -35,7 +35,8 @@ def parameter_groups(
         model: whose parameters are grouped.
         learning_rates: by group name.
         weight_decay: for the parameters that decay.
-        decayed: their names. Λ never decays: that would pull a towards 2^(-c r), away from the smooth start.
+        decayed: their names. Thinking weights never decay: Λ would be pulled towards a = 2^(-c r), away from the smooth
+            start, and the projection has no scale, for its output is normalised.
 
     Returns:
         Groups for a torch optimizer, each with "name", "params", "lr" and "weight_decay"; none is empty.
@@ -46,7 +47,7 @@ def parameter_groups(
         if not parameter.requires_grad:
             continue
         kind = group_of(name)
-        decay = weight_decay if name in decayed and kind != "Lambda" else 0.0
+        decay = weight_decay if name in decayed and kind == "base" else 0.0
         key = kind if decay else f"{kind}_no_decay"
         group = groups.setdefault(key, {"name": key, "params": [], "lr": learning_rates[kind], "weight_decay": decay})
         group["params"].append(parameter)

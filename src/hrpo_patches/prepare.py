@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from peft import PeftConfig
 from torch import Tensor, nn
+from transformers import set_seed
+from trl.trainer.utils import create_model_from_path
 
 from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.config import ThinkingConfig, check_same_kind
-from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.decoding import patched_backbone, thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.marker import marker_table
 from hrpo_patches.models import thinking_options
@@ -23,21 +28,58 @@ from hrpo_patches.trainer_config import HRPOConfig
 from hrpo_patches.unsloth_backend import is_unsloth, refuse_stranger
 
 
-def configure(model: Any, args: HRPOConfig) -> None:
-    """Write how the run thinks to the model's config, or to the arguments that will load the model."""
+def thinking_model(model: Any, args: HRPOConfig, quantization_config: Any = None) -> Any:
+    """`model`, loaded if it is a name, with the thinking modules and as the run is to think.
+
+    A name is loaded here, with `args.model_init_kwargs` as TRL would; `thinking` is taken out of them, for reward
+    models and references that TRL loads by name get them, too.
+
+    Raises:
+        InputError: the model cannot think, or thinks in another way already.
+    """
     refuse_stranger(model)
     chosen: dict[str, Any] = {"residual": args.residual, "answer_start": args.answer_start}
     chosen |= {name: value for name in ("thoughts", "filler") if (value := getattr(args, name)) is not None}
     if isinstance(model, str):
         init = dict(args.model_init_kwargs or {})
-        thinking = thinking_options(model, dict(init.get("thinking") or {}) | chosen)
-        args.model_init_kwargs = init | {"thinking": thinking}
-        return
+        chosen = dict(init.pop("thinking", None) or {}) | chosen
+        args.model_init_kwargs = init or None
+        return _loaded(model, init | {"thinking": thinking_options(model, chosen)}, args, quantization_config)
     base = model.get_base_model() if is_peft_model(model) else model
-    current = ThinkingConfig.of(thinking_backbone(base).config)
-    assert current is not None  # thinking_backbone has checked it
-    check_same_kind(current.to_dict(), chosen, "this model")
-    base.config.thinking = ThinkingConfig.from_dict(current.to_dict() | chosen).to_dict()
+    backbone = patched_backbone(base)
+    current = (ThinkingConfig.of(backbone.config) or ThinkingConfig()).to_dict()
+    check_same_kind(current, chosen, "this model")
+    backbone.begin_thinking(ThinkingConfig.from_dict(current | chosen))
+    return model
+
+
+def _loaded(name: str, init: dict[str, Any], args: HRPOConfig, quantization_config: Any) -> Any:
+    """The model of that name as `GRPOTrainer` loads it, from its seed on."""
+    set_seed(args.seed)
+    init.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        init.setdefault("quantization_config", quantization_config)
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        init["device_map"] = None
+    return create_model_from_path(name, **init)
+
+
+ALREADY = "your model is already instantiated"  # which TRL warns of where it has options to load one with
+
+
+@contextmanager
+def unsaid(text: str) -> Iterator[None]:
+    """Leave out what TRL's trainer warns of with this text."""
+    logger = logging.getLogger("trl.trainer.grpo_trainer")
+
+    def others(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
 
 
 def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: HRPOConfig) -> PeftConfig | None:

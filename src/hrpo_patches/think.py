@@ -124,9 +124,11 @@ def _nearest(residuals: Tensor, embeddings: Tensor, top: int) -> list[list[tuple
 
 
 def is_untrained(model: Any) -> bool:
-    """Whether thinking weights that the model uses were drawn at random and never trained or loaded."""
+    """Whether thinking weights that the model uses are missing, or were drawn at random and never trained or loaded."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    used = trained_modules(base.config.thinking["residual"])
+    if (thinking := ThinkingConfig.of(base.config)) is None:
+        return True
+    used = trained_modules(thinking.residual)
     named = [(name.split("."), module) for name, module in model.named_modules() if isinstance(module, ThinkingModule)]
     parts = [module for name, module in named if set(name) & set(used) and "original_module" not in name]
     return any(part.is_fresh() for part in parts)

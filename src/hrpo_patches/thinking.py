@@ -7,7 +7,7 @@ thinking modules, with autocast off, and only the blend is rounded to the model'
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,6 +47,21 @@ def canonical(name: str) -> str:
     return re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))
 
 
+def check_modules_to_save(model: nn.Module, wanted: Sequence[str] | None) -> None:
+    """Called by PEFT before it makes an adapter's trained copies: it passes modules that a model lacks by.
+
+    Raises:
+        InputError: `wanted` names a thinking module, and the model has none.
+    """
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    for entry in wanted or ():
+        if is_thinking_parameter(f"{entry}.") and not any(path.endswith(f".{entry}") for path in paths):
+            raise InputError(
+                f"the adapter holds {entry}, and this model has no such module, so PEFT would lose it; load the adapter "
+                f"with hrpo_patches.load_adapter(model, folder), or build the model with thinking={{}}."
+            )
+
+
 def projection_residual(projected: Tensor) -> Tensor:
     """s = Wh / (‖Wh‖₂ + 1e-8), from `projected` = Wh (..., d)."""
     return projected / (torch.linalg.vector_norm(projected, dim=-1, keepdim=True) + EPS)
@@ -62,15 +77,20 @@ class ThinkingMixin(_Base):
     """What a patched model family gains: the thinking modules, their initialisation and the blend."""
 
     thinking_control: Control | None = None  # stands between a residual and its blend; see hrpo_patches.controls
+    declines_thinking = False  # whether thinking=False was said, which leaves a checkpoint's thinking weights out
 
     def add_thinking_modules(self, config: Any) -> None:
-        """Called by a patched backbone's `__init__` before `post_init`; adds nothing where `config.thinking` is False.
+        """Called by a patched backbone's `__init__` before `post_init`; adds nothing unless `config.thinking` asks.
+
+        A plain model's config is left as stock's, without a word about thinking.
 
         Raises:
             InputError: `config.thinking` holds a value that cannot work.
         """
         thinking = ThinkingConfig.of(config)
         if thinking is None:
+            if vars(config).pop("thinking", None) is False:
+                self.declines_thinking = True
             return
         config.thinking = thinking.to_dict()
         size = config.hidden_size
@@ -85,8 +105,14 @@ class ThinkingMixin(_Base):
         if not thinking.in_checkpoint:
             self._keys_to_ignore_on_load_missing = {_MODULE_PATTERN.pattern}
 
-    def reshape_projection(self, thinking: ThinkingConfig) -> None:
-        """Give the model the kind of projection that `thinking` describes: a fresh one, unless it has that kind."""
+    def begin_thinking(self, thinking: ThinkingConfig) -> None:
+        """Let this backbone think as described: fresh modules if it has none, a fresh projection if its kind differs."""
+        self.config.thinking = thinking.to_dict()
+        if not hasattr(self, "thinking_projection"):
+            self.add_thinking_modules(self.config)
+            for name in MODULES:
+                getattr(self, name).to(self.get_input_embeddings().weight.device).train(self.training)
+            return
         fresh = make_projection(self.config.hidden_size, thinking)
         current = {name: p.shape for name, p in self.thinking_projection.named_parameters()}
         if current != {name: p.shape for name, p in fresh.named_parameters()}:
@@ -103,6 +129,12 @@ class ThinkingMixin(_Base):
         whole = [key for key, _ in self.named_parameters() if is_thinking_parameter(key)]
         thinking = ThinkingConfig.of(self.config)
         claimed = thinking is not None and thinking.in_checkpoint
+        stray = sorted(key for key in loading_info.unexpected_keys if is_thinking_parameter(key))
+        if stray and thinking is None and not getattr(self, self.base_model_prefix, self).declines_thinking:
+            raise InputError(
+                f"this checkpoint holds thinking weights ({stray[0]}), and its config does not say that it thinks; load "
+                f"it with thinking={{}} to use them, or with thinking=False to leave them out."
+            )
         super()._adjust_missing_and_unexpected_keys(loading_info)
         if missing and (claimed or len(missing) < len(whole)):
             raise InputError(
@@ -111,9 +143,14 @@ class ThinkingMixin(_Base):
             )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(getattr(self.config, "thinking", None), dict):
-            self.config.thinking["in_checkpoint"] = True
-        return super().save_pretrained(*args, **kwargs)
+        thinking = getattr(self.config, "thinking", None)
+        if not isinstance(thinking, dict):
+            return super().save_pretrained(*args, **kwargs)
+        self.config.thinking = thinking | {"in_checkpoint": True}  # of the file that is written, not of this model
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.thinking = thinking
 
     def thinking_decay(self, embeds: Tensor) -> Tensor:
         """a = exp(-c softplus(-Λ) σ(W_r e + b_r)), from embeddings e (..., d); the share of e that a blend keeps."""
@@ -174,7 +211,7 @@ class ThinkingMixin(_Base):
             InputError: the model was built without thinking, one of the two is missing, or the shapes do not fit.
         """
         if not hasattr(self, "thinking_projection"):
-            raise InputError("thinking_states were given to a model that was built with config.thinking=False.")
+            raise InputError("thinking_states were given to a plain model; build or load it with thinking={}.")
         if states is None or mask is None:
             raise InputError("thinking_states and thinking_mask belong together; one of them is missing.")
         width = states.shape[1]
@@ -255,7 +292,7 @@ class ThinkingMixin(_Base):
         """Refuse what several passes cannot do; the residual, and the head if it needs one."""
         check_passes(passes)
         if not hasattr(self, "thinking_projection"):
-            raise InputError("thinking was asked of a model that was built with config.thinking=False.")
+            raise InputError("thinking was asked of a plain model; build or load it with thinking={}.")
         if mask is None or mask.dim() != 2 or mask.shape[0] != embeds.shape[0] or mask.shape[1] >= embeds.shape[1]:
             raise InputError(
                 f"more than one replay pass needs a thinking_mask (B, K) with K < L, for the first thought comes from "

@@ -30,12 +30,14 @@ from hrpo_patches.nonfinite import keep
 from hrpo_patches.optim import regroup
 from hrpo_patches.passes import Passes
 from hrpo_patches.prepare import (
+    ALREADY,
     check_distribution,
     check_model,
-    configure,
     float32_copies,
     freeze_unused,
     restore_float32,
+    thinking_model,
+    unsaid,
     with_thinking_modules,
 )
 from hrpo_patches.reference import StartReference, without_reference
@@ -51,7 +53,8 @@ class HRPOTrainer(GRPOTrainer):
     """GRPO with hybrid latent reasoning (arXiv 2505.18454); `args.residual=None` trains plain GRPO.
 
     Takes what `trl.GRPOTrainer` takes. With `peft_config`, the thinking modules are added to `modules_to_save`.
-    `args.residual` and `args.answer_start` are written to `model.config.thinking`.
+    A plain model gains the thinking modules. `args.residual` and `args.answer_start` are written to
+    `model.config.thinking`.
 
     Raises:
         InputError: before the first step, if the model cannot think or cannot hand over its last hidden state, the
@@ -77,16 +80,18 @@ class HRPOTrainer(GRPOTrainer):
             raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
         self._rollout: Rollout | None = None
         self._epoch_order = EpochOrder()
+        turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
+        named = args.residual is not None and isinstance(model, str)
         if args.residual is not None:
-            if used := [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]:
+            if turns:
                 raise InputError(
-                    f"{used[0]} generates outside of one thinking turn; leave it out, or set residual=None."
+                    f"{turns[0]} generates outside of one thinking turn; leave it out, or set residual=None."
                 )
-            configure(model, args)
             peft_config = with_thinking_modules(model, peft_config, args)
+            model = thinking_model(model, args, kwargs.get("quantization_config"))
         before = float32_copies(model) if args.residual is not None else {}
         from_start = args.reference == "start" and args.beta != 0.0
-        with without_reference(args) if from_start else nullcontext():
+        with without_reference(args) if from_start else nullcontext(), unsaid(ALREADY) if named else nullcontext():
             super().__init__(
                 model,
                 reward_funcs,
@@ -109,8 +114,7 @@ class HRPOTrainer(GRPOTrainer):
                 thinking_backbone(self._base_model()).embedding_norm()  # before training can change the table
             self.generation_config.thinking = True
             self.generation_config.return_dict_in_generate = True
-        several_turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
-        self._force_thoughts(bool(several_turns))
+        self._force_thoughts(bool(turns))
         if from_start:
             self.beta = args.beta
             self.ref_model = StartReference(self.accelerator.unwrap_model(self.model))

@@ -43,8 +43,8 @@ def refuse_stranger(model: Any) -> None:
         )
 
 
-def load_base(source: Any, thinking: dict[str, Any] | bool, dtype: torch.dtype, max_seq_length: int) -> Any:
-    """The base model, with thinking modules unless `thinking` is False; `max_seq_length` is prompt and completion.
+def load_base(source: Any, dtype: torch.dtype, max_seq_length: int, **options: Any) -> Any:
+    """The base model, loaded with these `options` (`thinking`); `max_seq_length` is prompt and completion.
 
     Raises:
         InputError: that is more than the model has positions for.
@@ -58,7 +58,7 @@ def load_base(source: Any, thinking: dict[str, Any] | bool, dtype: torch.dtype, 
             f"--max_prompt_length or --max_completion_length."
         )
     model, _ = FastLanguageModel.from_pretrained(
-        str(source), max_seq_length=max_seq_length, dtype=dtype, load_in_4bit=False, thinking=thinking
+        str(source), max_seq_length=max_seq_length, dtype=dtype, load_in_4bit=False, **options
     )
     return model
 

@@ -91,8 +91,8 @@ def _check_places(model: Any) -> None:
         for entry in filter(is_thinking_module, config.modules_to_save or []):
             if not any(f".{path}".endswith(f".{entry}") for path in places):
                 raise InputError(
-                    f"the adapter holds {entry}, and this base was built with config.thinking=False; load the base "
-                    f"with thinking={{}} and the adapter with hrpo_patches.load_adapter."
+                    f"the adapter holds {entry}, and this base is a plain one; load the base with thinking={{}} and "
+                    f"the adapter with hrpo_patches.load_adapter."
                 )
 
 
