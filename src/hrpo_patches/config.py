@@ -14,7 +14,7 @@ Scale = Literal["unit", "embedding"]
 
 @dataclass
 class ThinkingConfig:
-    """How a model thinks; kept as a dict at `model.config.thinking`. A model whose config has none there is a plain one.
+    """How a model thinks; kept as a dict at `model.config.thinking`. A model without one there is plain.
 
     Attributes:
         residual: what a position is blended with. "projection": the L2-normalised projection of the state that its

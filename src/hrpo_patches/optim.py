@@ -35,8 +35,8 @@ def parameter_groups(
         model: whose parameters are grouped.
         learning_rates: by group name.
         weight_decay: for the parameters that decay.
-        decayed: their names. Thinking weights never decay: Λ would be pulled towards a = 2^(-c r), away from the smooth
-            start, and the projection has no scale, for its output is normalised.
+        decayed: their names. Thinking weights never decay: Λ would be pulled towards a = 2^(-c r), away from the
+            smooth start, and the projection has no scale, for its output is normalised.
 
     Returns:
         Groups for a torch optimizer, each with "name", "params", "lr" and "weight_decay"; none is empty.

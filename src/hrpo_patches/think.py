@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.checkpoint import trained_modules
+from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Prompt, prompt_ids
@@ -124,7 +125,7 @@ def _nearest(residuals: Tensor, embeddings: Tensor, top: int) -> list[list[tuple
 
 
 def is_untrained(model: Any) -> bool:
-    """Whether thinking weights that the model uses are missing, or were drawn at random and never trained or loaded."""
+    """Whether thinking weights that the model uses are missing, or were never trained or loaded."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (thinking := ThinkingConfig.of(base.config)) is None:
         return True

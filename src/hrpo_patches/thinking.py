@@ -57,8 +57,8 @@ def check_modules_to_save(model: nn.Module, wanted: Sequence[str] | None) -> Non
     for entry in wanted or ():
         if is_thinking_parameter(f"{entry}.") and not any(path.endswith(f".{entry}") for path in paths):
             raise InputError(
-                f"the adapter holds {entry}, and this model has no such module, so PEFT would lose it; load the adapter "
-                f"with hrpo_patches.load_adapter(model, folder), or build the model with thinking={{}}."
+                f"the adapter holds {entry}, and this model has no such module, so PEFT would lose it; load the "
+                f"adapter with hrpo_patches.load_adapter(model, folder), or build the model with thinking={{}}."
             )
 
 
@@ -106,7 +106,7 @@ class ThinkingMixin(_Base):
             self._keys_to_ignore_on_load_missing = {_MODULE_PATTERN.pattern}
 
     def begin_thinking(self, thinking: ThinkingConfig) -> None:
-        """Let this backbone think as described: fresh modules if it has none, a fresh projection if its kind differs."""
+        """Let this backbone think as described: with fresh modules, or a fresh projection of another kind."""
         self.config.thinking = thinking.to_dict()
         if not hasattr(self, "thinking_projection"):
             self.add_thinking_modules(self.config)
@@ -130,10 +130,11 @@ class ThinkingMixin(_Base):
         thinking = ThinkingConfig.of(self.config)
         claimed = thinking is not None and thinking.in_checkpoint
         stray = sorted(key for key in loading_info.unexpected_keys if is_thinking_parameter(key))
-        if stray and thinking is None and not getattr(self, self.base_model_prefix, self).declines_thinking:
+        declined = getattr(getattr(self, self.base_model_prefix, self), "declines_thinking", False)
+        if stray and thinking is None and not declined:
             raise InputError(
-                f"this checkpoint holds thinking weights ({stray[0]}), and its config does not say that it thinks; load "
-                f"it with thinking={{}} to use them, or with thinking=False to leave them out."
+                f"this checkpoint holds thinking weights ({stray[0]}), and its config does not say that it thinks; "
+                f"load it with thinking={{}} to use them, or with thinking=False to leave them out."
             )
         super()._adjust_missing_and_unexpected_keys(loading_info)
         if missing and (claimed or len(missing) < len(whole)):
