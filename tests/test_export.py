@@ -1,43 +1,57 @@
-"""The diffs are what an edited tree gives; none has been edited by hand."""
+"""The diffs: the families' are their templates', each says why, and a patched file can be looked at."""
+
+import inspect
+import linecache
 
 import pytest
+from transformers import LlamaModel
 
 from hrpo_patches import export, overlay
 from hrpo_patches.errors import InputError
+from hrpo_patches.families import FAMILIES
+from hrpo_patches.placing import hunks_of
 
 
-def test_the_diffs_have_not_drifted_from_what_refresh_writes(tmp_path):
-    export.checkout(tmp_path / "tree")
-    written = export.refresh(tmp_path / "tree", tmp_path / "patches")
-    assert len(written) == len(export.installed_patches()) >= 8
-    for patch, file in zip(export.installed_patches(), written, strict=True):
-        assert file.read_text() == patch.file.read_text(), patch.file.name
+def test_the_stored_diffs_of_the_families_are_those_of_the_templates():
+    folder = overlay.patches_root() / "transformers"
+    diffs = export.family_diffs()
+    assert len(diffs) == 2 * len(FAMILIES)
+    for name, text in diffs.items():
+        assert (folder / name).read_text() == text, name
 
 
-def test_an_edit_to_the_tree_is_in_the_refreshed_diff(tmp_path):
-    tree = tmp_path / "tree"
-    files = export.checkout(tree)
-    (at,) = [i for i, file in enumerate(files) if file.name == "modeling_llama.py"]
-    target = files[at]
-    target.write_text(
-        target.read_text().replace("self.add_thinking_modules(config)", "self.add_other_modules(config)")
-    )
-    written = export.refresh(tree, tmp_path / "patches")[at]
-    assert "+        self.add_other_modules(config)" in written.read_text()
+def test_refresh_writes_the_families_diffs(tmp_path):
+    written = export.refresh(tmp_path)
+    assert {file.name: file.read_text() for file in written} == export.family_diffs()
 
 
-def test_every_diff_says_why_for_which_version_and_until_when():
+def test_every_diff_says_why_and_until_when_and_holds_only_what_it_needs():
+    targets = [patch.target for patch in overlay.all_patches()]
+    assert len(targets) == len(set(targets))
     for patch in overlay.all_patches():
-        header = export.header_of(patch.file.read_text()).splitlines()
-        assert [line.split(":")[0] for line in header if line] == ["Why", "Upstream-version", "Drop-when"]
-        assert header[1] == f"Upstream-version: {patch.package} {patch.version}"
-        assert all(len(line.split(": ", 1)[1]) > 10 for line in header if line)
+        text = patch.file.read_text()
+        header = [line for line in text[: text.index("--- a/")].splitlines() if line]
+        assert [line.split(":")[0] for line in header] == ["Why", "Drop-when"]
+        assert all(len(line.split(": ", 1)[1]) > 10 for line in header)
+        for hunk in hunks_of(text):
+            for change in hunk.changes:
+                assert change.old and change.new and change.old != change.new, (patch.name, hunk.scope)
+                assert sum(line in change.new for line in change.old) <= 4, (patch.name, hunk.scope)
 
 
-def test_checkout_overwrites_nothing_and_refresh_misses_nothing(tmp_path):
+def test_the_diffs_import_hooks_and_nothing_else_of_ours():
+    for patch in overlay.all_patches():
+        added = [
+            line for line in patch.file.read_text().splitlines() if line.startswith("+") and "hrpo_patches" in line
+        ]
+        for line in added:
+            assert "hrpo_patches.hooks import" in line or "import" not in line, (patch.name, line)
+
+
+def test_checkout_writes_what_is_imported_and_overwrites_nothing(tmp_path):
     files = export.checkout(tmp_path)
+    assert len(files) == len(export.installed_patches()) >= 8
+    modeling = tmp_path / "transformers/models/llama/modeling_llama.py"
+    assert modeling.read_text() == "".join(linecache.getlines(inspect.getsourcefile(LlamaModel)))
     with pytest.raises(InputError, match="would be overwritten"):
         export.checkout(tmp_path)
-    files[0].unlink()
-    with pytest.raises(InputError, match="is missing"):
-        export.refresh(tmp_path, tmp_path / "out")

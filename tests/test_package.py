@@ -18,7 +18,7 @@ def test_the_wheel_carries_the_patches_and_the_licence_and_imports_elsewhere(tmp
         names = archive.namelist()
         archive.extractall(tmp_path / "site")
     for patch in overlay.all_patches():
-        assert f"hrpo_patches/patches/{patch.file.parent.name}/{patch.file.name}" in names
+        assert f"hrpo_patches/patches/{patch.name}" in names
     assert {name.rsplit("/", 1)[-1] for name in names} >= {"LICENSE", "NOTICE", "METADATA"}
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import hrpo_patches\n"

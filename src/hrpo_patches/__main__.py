@@ -25,8 +25,6 @@ def state_of(patch: overlay.Patch) -> str:
     site = overlay.site_of(patch.package)
     if installed is None or site is None:
         return "package not installed"
-    if installed != patch.version:
-        return f"refused: made for {patch.version}; run: pip install {patch.package}=={patch.version}"
     if patch in overlay.APPLIED:
         return "applied"
     try:
@@ -56,8 +54,7 @@ def status(load: bool) -> int:
     states = [(patch, failed.get(patch.module) or state_of(patch)) for patch in overlay.all_patches()]
     for patch, state in states:
         installed = overlay.installed_version(patch.package) or "-"
-        name = f"{patch.file.parent.name}/{patch.file.name}"
-        table.add_row(patch.package, installed, name, patch.target, state)
+        table.add_row(patch.package, installed, patch.name, patch.target, state)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     return int(any(state.startswith("refused") for _, state in states))
 
@@ -194,12 +191,11 @@ def parser() -> argparse.ArgumentParser:
     commands.add_parser("eval", help=text, add_help=False)
     text = "lm-evaluation-harness, with the model `hrpo`, which thinks (flags: lm_eval --help)"
     commands.add_parser("lm_eval", help=text, add_help=False)
-    text = "for maintainers: write the patched upstream files into a folder, to be edited"
+    text = "for maintainers: write the patched upstream files into a folder, to be read"
     command("checkout", text, lambda a: written(export.checkout(a.folder))).add_argument("folder", type=Path)
-    text = "for maintainers: regenerate the diffs from an edited folder"
-    one = command("refresh", text, lambda a: written(export.refresh(a.folder, a.into)))
-    one.add_argument("folder", type=Path)
-    one.add_argument("--into", type=Path, default=None, help="where the diffs go (default: the project's patches/)")
+    text = "for maintainers: write the diffs of the model families from their templates"
+    one = command("refresh", text, lambda a: written(export.refresh(a.into)))
+    one.add_argument("--into", type=Path, default=None, help="where they go (default: the project's patches/)")
     return top
 
 

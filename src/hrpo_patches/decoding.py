@@ -15,6 +15,7 @@ from torch.nn.functional import embedding
 
 from hrpo_patches.config import Residual, ThinkingConfig
 from hrpo_patches.errors import InputError
+from hrpo_patches.families import NAMES
 from hrpo_patches.marker import marker_table
 from hrpo_patches.thinking import ThinkingMixin, embedding_residual
 
@@ -33,7 +34,7 @@ def patched_backbone(model: PreTrainedModel) -> ThinkingMixin:
     backbone = getattr(model, getattr(model, "base_model_prefix", ""), model)
     if not hasattr(backbone, "blend_thinking"):
         raise InputError(
-            f"{type(model).__name__} cannot think: hrpo_patches has patches for the Llama and Qwen2 families only."
+            f"{type(model).__name__} cannot think: hrpo_patches has patches for the {NAMES} families only."
         )
     return backbone
 

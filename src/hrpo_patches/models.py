@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from hrpo_patches.checkpoint import holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.errors import InputError
+from hrpo_patches.families import NAMES
 from hrpo_patches.unsloth_backend import load_base
 
 SMOLLM2 = "smollm2-135m"
@@ -77,8 +78,7 @@ def read_config(source: Any) -> Any:
     config = _config(source)
     if not hasattr(config, "thinking"):
         raise InputError(
-            f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for the Llama and Qwen2 "
-            f"families only."
+            f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for the {NAMES} families only."
         )
     return config
 

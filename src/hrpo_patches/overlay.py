@@ -1,8 +1,8 @@
 """Finds, checks and applies the diffs under patches/ as upstream modules are imported; knows nothing of what they do.
 
 Nothing is written to disk: a finder at the front of `sys.meta_path` hands Python the patched source of the few modules
-that have a diff. Every diff of a package is checked when the package itself is first imported, so that a version or a
-hunk that does not fit is one error at the first import, before any work.
+that have a diff. Every diff of a package is checked when the package itself is first imported, so that a hunk that
+does not fit is one error at the first import, before any work.
 """
 
 from __future__ import annotations
@@ -21,12 +21,11 @@ from types import ModuleType
 from hrpo_patches.errors import PatchError
 
 
-class Patch(namedtuple("Patch", ["package", "version", "file", "target"])):
-    """One diff: `file` changes `target` (relative to the folder that holds the package) of `package` at `version`."""
+class Patch(namedtuple("Patch", ["package", "file", "target"])):
+    """One diff: `file` changes `target` (relative to the folder that holds the package) of `package`."""
 
     __slots__ = ()
     package: str
-    version: str
     file: Path
     target: str
 
@@ -34,6 +33,11 @@ class Patch(namedtuple("Patch", ["package", "version", "file", "target"])):
     def module(self) -> str:
         """The dotted name of the module that the diff changes."""
         return self.target.removesuffix(".py").replace("/", ".")
+
+    @property
+    def name(self) -> str:
+        """The diff's name under patches/."""
+        return f"{self.package}/{self.file.name}"
 
 
 def patches_root() -> Path:
@@ -44,28 +48,25 @@ def patches_root() -> Path:
 
 @cache
 def all_patches() -> tuple[Patch, ...]:
-    """Every diff that the `series` files name, in order."""
+    """Every diff, by package and name."""
     patches = []
-    for series in sorted(patches_root().glob("*/series")):
-        package, version = series.parent.name.rsplit("-", 1)
-        for name in series.read_text().split():
-            file = series.parent / name
-            header = next(line for line in file.read_text().splitlines() if line.startswith("+++ b/"))
-            patches.append(Patch(package, version, file, header.removeprefix("+++ b/").split("\t")[0]))
+    for file in sorted(patches_root().glob("*/*.patch")):
+        header = next(line for line in file.read_text().splitlines() if line.startswith("+++ b/"))
+        patches.append(Patch(file.parent.name, file, header.removeprefix("+++ b/")))
     if not patches:
         raise PatchError(f"hrpo_patches found no patches under {patches_root()}; reinstall hrpo_patches.")
     return tuple(patches)
+
+
+def patches_for(package: str) -> list[Patch]:
+    """The diffs for `package`."""
+    return [patch for patch in all_patches() if patch.package == package]
 
 
 @cache
 def patched_packages() -> frozenset[str]:
     """The packages that there are diffs for."""
     return frozenset(patch.package for patch in all_patches())
-
-
-def supported_versions(package: str) -> list[str]:
-    """The versions of `package` that there are diffs for."""
-    return sorted({patch.version for patch in all_patches() if patch.package == package})
 
 
 @cache
@@ -79,60 +80,52 @@ def installed_version(package: str) -> str | None:
         return None
 
 
+def remedy(package: str) -> str:
+    """What to install where `package` does not fit: the versions that hrpo_patches itself asks for."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        needs = [need.partition(";")[0].strip() for need in requires("hrpo_patches") or ()]
+    except PackageNotFoundError:  # a checkout that is merely on the path
+        needs = []
+    wanted = next((need for need in needs if need.startswith((f"{package}=", f"{package}<", f"{package}>"))), package)
+    return f"run: pip install --force-reinstall --no-deps '{wanted}'"
+
+
 def site_of(package: str) -> Path | None:
     """The folder that holds the installed `package`, without importing it."""
     spec = PathFinder.find_spec(package)
     return Path(spec.origin).parents[1] if spec is not None and spec.origin is not None else None
 
 
-def patches_for(package: str) -> list[Patch]:
-    """The diffs for the installed version of `package`.
-
-    Raises:
-        PatchError: there are none for that version.
-    """
-    found = installed_version(package)
-    fitting = [patch for patch in all_patches() if patch.package == package and patch.version == found]
-    if not fitting:
-        versions = " or ".join(supported_versions(package))
-        raise PatchError(
-            f"hrpo_patches has patches for {package} {versions}, but {package} {found} is installed; "
-            f"run: pip install {package}=={supported_versions(package)[-1]}"
-        )
-    return fitting
-
-
-def patched_source(patch: Patch, original: str) -> str:
-    """`original` with the diff applied. Every context line has to match at its line number: there is no fuzz.
-
-    Raises:
-        PatchError: a hunk does not match.
-    """
-    from whatthepatch import apply_diff, parse_patch
-    from whatthepatch.exceptions import HunkApplyException
-
-    (diff,) = parse_patch(patch.file.read_text())
-    try:
-        return "\n".join(apply_diff(diff, original.split("\n")))
-    except HunkApplyException as mismatch:
-        raise PatchError(
-            f"hrpo_patches cannot patch {patch.package} {installed_version(patch.package)}: hunk {mismatch.hunk} of "
-            f"{patch.file.parent.name}/{patch.file.name} does not match {patch.target} ({mismatch}). The installed "
-            f"file differs from the released one; "
-            f"run: pip install --force-reinstall --no-deps {patch.package}=={patch.version}"
-        ) from None
-
-
 def check(package: str) -> None:
-    """Raise `PatchError` unless every diff for the installed `package` applies exactly."""
+    """Raise `PatchError` unless every diff for the installed `package` can be placed."""
     site = site_of(package)
     for patch in patches_for(package):
         if site is None or not (site / patch.target).is_file():
             raise PatchError(
                 f"hrpo_patches cannot patch {package} {installed_version(package)}: {patch.target} is missing; "
-                f"run: pip install --force-reinstall --no-deps {package}=={patch.version}"
+                f"{remedy(package)}"
             )
         patched_source(patch, (site / patch.target).read_text(encoding="utf-8"))
+
+
+@cache
+def patched_source(patch: Patch, original: str) -> str:
+    """`original` with the diff applied, each hunk where its text stands once in the scope that it names.
+
+    Raises:
+        PatchError: a hunk's text is not there, or more than once.
+    """
+    from hrpo_patches.placing import Misfit, hunks_of, placed
+
+    try:
+        return placed(original, hunks_of(patch.file.read_text(encoding="utf-8")))
+    except Misfit as misfit:
+        raise PatchError(
+            f"hrpo_patches cannot patch {patch.package} {installed_version(patch.package)}: {patch.name} {misfit} in "
+            f"{patch.target}, which differs from the versions that it fits; {remedy(patch.package)}"
+        ) from None
 
 
 class PatchedLoader(SourceFileLoader):

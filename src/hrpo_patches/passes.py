@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -191,13 +192,16 @@ def _advance(
 ) -> tuple[Tensor, Stretch]:
     """The hidden states of the next columns, and their own keys and values, given those of the stretches before."""
     layers = [_Columns([stretch[i] for stretch in past]) for i in range(backbone.config.num_hidden_layers)]
+    name = (
+        "cache" if "cache" in signature(backbone.forward).parameters else "past_key_values"
+    )  # until transformers 5.24
     with _layers_not_checkpointed(backbone):
         out = backbone.forward(
             inputs_embeds=inputs,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=Cache(layers=layers),
             use_cache=True,
+            **{name: Cache(layers=layers)},
         )
     return out.last_hidden_state, [layer.own for layer in layers]
 

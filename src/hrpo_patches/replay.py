@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from hrpo_patches.config import Residual
 from hrpo_patches.decoding import thinking_backbone
+from hrpo_patches.errors import InputError
 from hrpo_patches.passes import Head, Passes, check_passes, live_states
 from hrpo_patches.thinking import embedding_residual
 from hrpo_patches.unsloth_backend import is_unsloth
@@ -116,6 +117,8 @@ def replay_forward(
     Raises:
         InputError: the shapes do not fit, a dropout is at work in more than one pass, or the model cannot do these.
     """
+    if cached := [name for name in ("past_key_values", "cache") if kwargs.get(name) is not None]:
+        raise InputError(f"a replay reads whole sequences; leave {cached[0]} out.")
     inner = _unwrapped(model)
     residual = kwargs.pop("thinking_residual", None) or thinking_backbone(inner).config.thinking["residual"]
     return model(

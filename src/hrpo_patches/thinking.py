@@ -242,7 +242,6 @@ class ThinkingMixin(_Base):
         head: Head | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
-        past_key_values: Any = None,
     ) -> Tensor:
         """The inputs (B, L, d) of a forward that thinks: `blend_thinking`, or the last of several `passes`.
 
@@ -251,7 +250,7 @@ class ThinkingMixin(_Base):
         """
         if passes == 1:
             return self.blend_thinking(embeds, states, mask, residual)
-        kind, head = self._check_passes(embeds, mask, residual, passes, head, attention_mask, past_key_values)
+        kind, head = self._check_passes(embeds, mask, residual, passes, head, attention_mask)
         if states is None or mask is None:
             raise InputError("thinking_states and thinking_mask belong together; one of them is missing.")
         assert passes != "all"  # which is `think_one_by_one`
@@ -265,7 +264,6 @@ class ThinkingMixin(_Base):
         head: Head | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        past_key_values: Any = None,
         **kwargs: Any,
     ) -> Any:
         """A forward's output whose masked positions are thought anew, each from the live state before it.
@@ -275,7 +273,7 @@ class ThinkingMixin(_Base):
         """
         if captured := [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]:
             raise InputError(f"{captured[0]} does not go with passes='all', whose layers see a position at a time.")
-        kind, head = self._check_passes(embeds, mask, residual, "all", head, attention_mask, past_key_values)
+        kind, head = self._check_passes(embeds, mask, residual, "all", head, attention_mask)
         assert mask is not None
         hidden = one_by_one(self, embeds, mask.to(embeds.device), kind, head, attention_mask, position_ids)
         return BaseModelOutputWithPast(last_hidden_state=hidden)
@@ -288,7 +286,6 @@ class ThinkingMixin(_Base):
         passes: Passes,
         head: Head | None,
         attention_mask: Tensor | None,
-        past_key_values: Any,
     ) -> tuple[Residual, Head | None]:
         """Refuse what several passes cannot do; the residual, and the head if it needs one."""
         check_passes(passes)
@@ -303,8 +300,6 @@ class ThinkingMixin(_Base):
             raise InputError(f"thinking_mask has to be bool, not {mask.dtype}.")
         if attention_mask is not None and getattr(attention_mask, "shape", None) != embeds.shape[:2]:
             raise InputError("more than one replay pass needs an attention_mask (B, L), or none.")
-        if past_key_values is not None:
-            raise InputError("more than one replay pass reads whole sequences; leave past_key_values out.")
         refuse_dropout(self)
         kind = residual or self.config.thinking["residual"]
         if kind == "embedding" and head is None:

@@ -9,11 +9,18 @@ import sys
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, LlamaForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+from transformers import AutoConfig, PreTrainedModel
 
 from hrpo_patches.errors import InputError
+from hrpo_patches.families import FAMILIES
 from hrpo_patches.thinking import is_thinking_parameter
+
+
+def causal_lms() -> list[type]:
+    """The causal language models of the patched families."""
+    return [getattr(transformers, f"{name}ForCausalLM") for name in FAMILIES.values()]
 
 
 def is_unsloth(model: nn.Module) -> bool:
@@ -33,7 +40,7 @@ def refuse_stranger(model: Any) -> None:
     Loading one model through unsloth changes the classes of transformers for the whole process.
     """
     if isinstance(model, str):
-        stranger = any(is_unsloth_class(kind) for kind in (LlamaForCausalLM, Qwen2ForCausalLM))
+        stranger = any(is_unsloth_class(kind) for kind in causal_lms())
     else:
         stranger = is_unsloth(model) and not hasattr(model, "max_seq_length")
     if stranger:

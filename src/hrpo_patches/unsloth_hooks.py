@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hrpo_patches.errors import InputError
+from hrpo_patches.families import NAMES
 from hrpo_patches.thinking import MODULES
 
 _KEYWORDS = ("thinking_states", "thinking_mask", "thinking_residual")
@@ -29,7 +30,7 @@ def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> tuple[A
         return None
     if not hasattr(backbone, "blend_thinking"):
         raise InputError(
-            f"{type(backbone).__name__} cannot think: hrpo_patches has patches for the Llama and Qwen2 families only."
+            f"{type(backbone).__name__} cannot think: hrpo_patches has patches for the {NAMES} families only."
         )
     longest = getattr(backbone, "max_seq_length", length)
     if length > longest:
