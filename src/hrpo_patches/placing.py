@@ -1,8 +1,8 @@
 """Places the hunks of a diff by scope: a hunk names class and function; knows text and syntax, nothing of packages.
 
 A hunk begins with `@@ Class.function @@` (`@@ module @@` outside of both) and holds lines as in a unified diff,
-without line numbers: it goes where its text stands exactly once among that scope's own lines, and nowhere else. Where versions
-differ in their words, `@@ or @@` stands between the one and the other.
+without line numbers: it goes where its text stands exactly once among that scope's own lines, and nowhere else. Where
+versions differ in their words, `@@ or @@` stands between the one and the other.
 """
 
 from __future__ import annotations

@@ -110,14 +110,17 @@ def float32_copies(model: Any) -> dict[str, Tensor]:
     return {canonical(name).replace(".original_module", ""): p.detach().clone() for name, p in named}
 
 
-def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig) -> None:
+def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout: Any) -> None:
     """Refuse a model that would fall back, whose thinking weights would not be trained, or that cannot do the passes.
+
+    The norm of its embeddings is measured, if the residual takes it, before training can change them.
 
     Args:
         model: the trainer's, unwrapped.
         base: the causal language model in it.
         tokenizer: has to spell the marker.
         args: of the run.
+        rollout: the trainer's generation config.
     """
     backbone = thinking_backbone(base)
     marker_table(tokenizer, args.answer_start, backbone.config.vocab_size)
@@ -140,6 +143,10 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig) -> None
         )
     if passes_inputs(base, args.passes, backbone.config.thinking["residual"]):
         refuse_dropout(backbone, today=False)
+    if args.residual == "embedding" and (args.passes != 1 or (args.reference == "start" and args.beta != 0.0)):
+        check_distribution(rollout, base.generation_config)
+    if backbone.config.thinking["residual_scale"] == "embedding":
+        backbone.embedding_norm()
 
 
 # What changes the distribution that a rollout samples from, beside the temperature, and the values that do not.

@@ -31,7 +31,6 @@ from hrpo_patches.optim import regroup
 from hrpo_patches.passes import Passes
 from hrpo_patches.prepare import (
     ALREADY,
-    check_distribution,
     check_model,
     float32_copies,
     freeze_unused,
@@ -107,11 +106,7 @@ class HRPOTrainer(GRPOTrainer):
             restore_float32(self.model, before)
             if is_peft_model(self.model) and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")  # TRL's own, a copy of the adapter
-            check_model(self.model, self._base_model(), self._tokenizer, args)
-            if args.residual == "embedding" and (args.passes != 1 or from_start):
-                check_distribution(self.generation_config, self._base_model().generation_config)
-            if self._base_model().config.thinking["residual_scale"] == "embedding":
-                thinking_backbone(self._base_model()).embedding_norm()  # before training can change the table
+            check_model(self.model, self._base_model(), self._tokenizer, args, self.generation_config)
             self.generation_config.thinking = True
             self.generation_config.return_dict_in_generate = True
         self._force_thoughts(bool(turns))
@@ -134,9 +129,10 @@ class HRPOTrainer(GRPOTrainer):
             thinking = ThinkingConfig(thoughts=count, filler=self.args.filler or thinking.filler)
         self.args.thoughts, self.args.filler = thinking.thoughts, thinking.filler
         self._fillers: list[int] = []
-        self.generation_config.thoughts, own.thoughts = thinking.thoughts, thinking.thoughts or None
+        own.thoughts = thinking.thoughts or None
         if not thinking.thoughts:
             return
+        self.generation_config.thoughts = thinking.thoughts
         if several_turns:
             raise InputError("forced thoughts begin a completion of one turn; leave tools out, or set thoughts=0.")
         if thinking.thoughts >= self.args.max_completion_length:
@@ -154,18 +150,9 @@ class HRPOTrainer(GRPOTrainer):
 
     # --- rollout ---------------------------------------------------------------------------------------------------
 
-    def _generate_single_turn(
-        self,
-        prompt_ids: list,
-        images: Any,
-        multimodal_fields: dict,
-        num_generations: int,
-        has_tool_images: bool = False,
-    ) -> tuple[list, list | None]:
+    def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple[list, list | None]:
         if self.args.residual is None:
-            completion_ids, logprobs = super()._generate_single_turn(
-                prompt_ids, images, multimodal_fields, num_generations, has_tool_images
-            )
+            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
             completion_ids = [ids[len(self._fillers) :] for ids in completion_ids]
         else:
             completion_ids, logprobs = self._think(prompt_ids), None
@@ -253,11 +240,14 @@ class HRPOTrainer(GRPOTrainer):
         logits_to_keep: int,
         batch_size: int | None = None,
         compute_entropy: bool = False,
-        compute_aux_loss: bool = False,
-        **multimodal: Any,
-    ) -> tuple[Tensor, Tensor | None, None]:
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """TRL's, with the rollout replayed; in plain torch where TRL's fused LM head cannot run."""
-        if compute_aux_loss or any(value is not None for value in multimodal.values()):
+        if self.args.residual is None and self._trl_scores():
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
+            )
+        if any(value is not None and value is not False for value in others.values()):
             raise InputError("HRPOTrainer trains dense text models: images and router losses are not supported.")
         if isinstance(model, StartReference):
             with model.in_place():
@@ -290,11 +280,17 @@ class HRPOTrainer(GRPOTrainer):
             entropies.append(entropy)
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
+    def _on_triton(self) -> bool:
+        return self.accelerator.device.type == "cuda" and trl_utils._ChunkedLogProbFunction is not None
+
+    def _trl_scores(self) -> bool:
+        """Whether TRL's own log-probabilities run here: its head needs triton and a GPU, up to 1.15."""
+        unsloth = is_unsloth(self.accelerator.unwrap_model(self.model))
+        return (self._on_triton() or hasattr(trl_utils, "_use_triton")) and not unsloth
+
     def _has_fused_head(self, model: nn.Module) -> bool:
         # TRL's head calls the backbone itself, past the causal mask that unsloth's causal-LM forward makes for it.
-        on_gpu = self.accelerator.device.type == "cuda"
-        unsloth = is_unsloth(self.accelerator.unwrap_model(model))
-        return on_gpu and trl_utils._ChunkedLogProbFunction is not None and not unsloth
+        return self._on_triton() and not is_unsloth(self.accelerator.unwrap_model(model))
 
     def _score_fused(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
