@@ -55,7 +55,7 @@ def test_a_warmed_up_model_writes_the_marker_and_is_a_plain_one(base, tmp_path, 
 
     def answer(folder):
         model = AutoModelForCausalLM.from_pretrained(folder)
-        assert model.config.thinking is False
+        assert model.config.thinking is None
         return tokenizer.decode(model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :])
 
     assert "####" in answer(tmp_path / "warm") and "####" not in answer(base)

@@ -201,7 +201,7 @@ def test_what_cannot_think_is_refused_in_one_sentence(tokenizer, options, messag
 
 def test_a_model_without_thinking_modules_refuses_to_think(tokenizer):
     inputs = ragged(tokenizer, ["Hi"])
-    with pytest.raises(InputError, match="thinking=False"):
+    with pytest.raises(InputError, match="without thinking modules"):
         think(tiny_model("llama", thinking=False), tokenizer, inputs)
     other = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2))
     with pytest.raises(InputError, match="GPT2LMHeadModel cannot think: .* Llama and Qwen2"):
