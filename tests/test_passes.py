@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import LoKrConfig, LoraConfig, get_peft_model
 from rollouts import TEMPERATURE, completions, ragged, sample, sampled_logps
-from tiny import byte_tokenizer, tiny_model
+from tiny import FAMILIES, byte_tokenizer, tiny_model
 from transformers import DynamicCache
 
 from hrpo_patches import passes, replay_forward, thinking_roll
@@ -111,14 +111,11 @@ def difference(found, expected):
 @pytest.fixture
 def float64_everywhere(monkeypatch):
     """The norms compute in float32, too coarse for these tests."""
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
-
     def norm(self, x):
         return self.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.variance_epsilon)
 
-    monkeypatch.setattr(LlamaRMSNorm, "forward", norm)
-    monkeypatch.setattr(Qwen2RMSNorm, "forward", norm)
+    for family in FAMILIES:
+        monkeypatch.setattr(type(tiny_model(family).model.norm), "forward", norm)
 
 
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
