@@ -52,7 +52,7 @@ def test_every_legal_combination_replays_its_rollout_and_trains_every_weight(tok
     assert out.thinking_residual == options["residual"] and out.thinking_mask.any()
     assert worst(model, out, inputs, biases=bias(tokenizer)) < 1e-4
     shifted = torch.roll(out.thinking_states, -1, 1)
-    assert worst(model, out, inputs, states=shifted, biases=bias(tokenizer)) > 1e-2
+    assert worst(model, out, inputs, states=shifted, biases=bias(tokenizer)) > 2e-3
 
     model.train()
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(out.thinking_mask).long()], 1)

@@ -37,6 +37,7 @@ def tiny_config(family: str, **options):
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
+        head_dim=8,
         max_position_embeddings=256,
         initializer_range=0.3,
         bos_token_id=None,
