@@ -7,6 +7,7 @@ see docs/add-a-model.md.
 FAMILIES = {
     "llama": "Llama",
     "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
 }
 
 NAMES = " and ".join(", ".join(FAMILIES.values()).rsplit(", ", 1))
