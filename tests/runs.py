@@ -11,25 +11,27 @@ PROMPTS = ["Hi", "What is 3 + 4?", "Say #### once", "abc"]
 
 def lengths_differ(completions, **_):
     """A reward that varies within every group."""
-    return [float(sum(map(ord, text)) % 7) for text in completions]
+    return [float(sum(map(ord, str(text))) % 7) for text in completions]
+
+
+DEFAULTS = {
+    "per_device_train_batch_size": 8,
+    "num_generations": 4,
+    "max_completion_length": 10,
+    "max_steps": 1,
+    "learning_rate": 1e-3,
+    "beta": 0.05,
+    "logging_steps": 1,
+    "save_strategy": "no",
+    "report_to": "none",
+    "bf16": False,
+    "gradient_checkpointing": False,
+    "use_cpu": True,
+}
 
 
 def config(folder, **options):
-    defaults = {
-        "per_device_train_batch_size": 8,
-        "num_generations": 4,
-        "max_completion_length": 10,
-        "max_steps": 1,
-        "learning_rate": 1e-3,
-        "beta": 0.05,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "bf16": False,
-        "gradient_checkpointing": False,
-        "use_cpu": True,
-    }
-    return HRPOConfig(output_dir=str(folder), **defaults | options)
+    return HRPOConfig(output_dir=str(folder), **DEFAULTS | options)
 
 
 def lora(**options):

@@ -40,23 +40,24 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 def tiny_config(family: str, **options):
     """A config of two layers, d = 32, that fits `byte_tokenizer`, of a model that thinks, unless thinking=None."""
     size = len(byte_tokenizer())
-    given = {"vocab_size": size, "thinking": {}} | options
+    given = {
+        "vocab_size": size,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": size - 2,
+        "pad_token_id": size - 1,
+        "thinking": {},
+    } | options
     if given["thinking"] is None:
         del given["thinking"]
-    return FAMILIES[family][0](
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=256,
-        initializer_range=0.3,
-        bos_token_id=None,
-        eos_token_id=size - 2,
-        pad_token_id=size - 1,
-        **given,
-    )
+    return FAMILIES[family][0](**given)
 
 
 def tiny_model(family: str, seed: int = 0, **options):
