@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from runs import lora, small_trainer
+from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification
 
@@ -138,3 +139,38 @@ def test_all_linear_passes_the_thinking_modules_by(family):
     adapted = {key: {name for name in names if "lora_" in name} for key, names in targets.items()}
     assert adapted["plain"] and adapted["plain"] == adapted["thinking"] == adapted["two layers"]
     assert any(name for name in targets["thinking"] if MODULES[0] in name)
+
+
+def test_plain_training_in_two_processes_is_stocks_bit_for_bit(tmp_path):
+    found = {}
+    for kind in ("stock", "patched"):
+        subprocess.run([sys.executable, HERE / "gloo_probe.py", tmp_path / kind, kind], check=True, cwd=HERE)
+        found[kind] = load_file(tmp_path / kind)
+    stock, patched = found["stock"], found["patched"]
+    assert stock.keys() == patched.keys() and {name.split(".")[1] for name in stock} == {"ddp", "fsdp1", "fsdp2"}
+    assert not [name for name, value in stock.items() if not torch.equal(value, patched[name])]
+
+
+def test_the_optimizer_state_of_a_stock_run_resumes_under_the_patches(tmp_path):
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "from gloo_probe import fresh, steps\n"
+        "assert 'hrpo_patches' not in sys.modules\n"
+        "model = fresh('llama'); optimizer = torch.optim.AdamW(model.parameters(), 1e-2); steps(model, optimizer, 0)\n"
+        "torch.save((model.state_dict(), optimizer.state_dict()), sys.argv[3])\n"
+        "steps(model, optimizer, 1)\n"
+        "torch.save(model.state_dict(), sys.argv[3] + '.end')"
+    )
+    subprocess.run([sys.executable, "-c", code, HERE, "stock", str(tmp_path / "run")], check=True)
+    resume = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from gloo_probe import fresh, steps\n"
+        "import torch; assert 'hrpo_patches' in sys.modules\n"
+        "model = fresh('llama'); optimizer = torch.optim.AdamW(model.parameters(), 1e-2)\n"
+        "weights, state = torch.load(sys.argv[3], weights_only=True)\n"
+        "model.load_state_dict(weights, strict=True); optimizer.load_state_dict(state); steps(model, optimizer, 1)\n"
+        "end = torch.load(sys.argv[3] + '.end', weights_only=True)\n"
+        "assert end.keys() == model.state_dict().keys()\n"
+        "assert all(torch.equal(value, end[name]) for name, value in model.state_dict().items())"
+    )
+    subprocess.run([sys.executable, "-c", resume, HERE, "patched", str(tmp_path / "run")], check=True)

@@ -1,4 +1,4 @@
-"""`residual=None` is TRL's own GRPO: other families, mixtures of experts and tools; digit for digit where TRL runs here."""
+"""`residual=None` is TRL's own GRPO: other families, mixtures of experts and tools, digit for digit."""
 
 from importlib.resources import files
 
