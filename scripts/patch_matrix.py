@@ -1,32 +1,36 @@
-"""Which released unsloth versions the diffs match: fetches the last eight wheels, writes docs/compatibility.md.
+"""Which released versions fit: fetches the last wheels of each package and writes docs/compatibility.md.
 
 Nothing is installed or imported from the wheels; the diffs are applied in memory. Needs the package registry.
 """
 
 import argparse
-import re
 import subprocess
 import sys
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from email import message_from_string
 from pathlib import Path
 
 from rich.progress import track
-from whatthepatch import parse_patch
 
-from hrpo_patches.errors import PatchError
-from hrpo_patches.overlay import Patch, all_patches, patched_source
+from hrpo_patches.overlay import patched_packages, patches_for
+from hrpo_patches.placing import Misfit, hunks_of, owners, placed
 
-PACKAGE = "unsloth"
-DOCUMENT = Path(__file__).parents[1] / "docs" / "compatibility.md"
-INTRODUCTION = f"""# Which versions of {PACKAGE} the patches match
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "compatibility.md"
+CONTRACT = {  # TRL is not patched: what of it is overridden or called
+    "trl/trainer/grpo_trainer.py": [
+        *(f"GRPOTrainer.{name}" for name in ("_generate", "_generate_single_turn", "_generate_and_score_completions")),
+        *(f"GRPOTrainer.{name}" for name in ("_get_per_token_logps_and_entropies", "_compute_loss")),
+    ],
+    "trl/trainer/utils.py": ["add_fused_lm_head", "create_model_from_path", "entropy_from_logits", "pad"],
+}
+INTRODUCTION = """# Which versions fit
 
-Made by `make patch-matrix`, which fetches the last wheels from the package registry and applies the diffs in memory.
-A version is supported where every hunk of every diff matches at its line; anything else is refused when {PACKAGE} is
-imported, with the version and what to install. "Elsewhere" counts the hunks whose lines are in the file once, at
-another place: they show how far a new version is from a port, and are never applied.
+Made by `make patch-matrix`, which fetches the last wheels from the package registry. A version of a patched package fits
+where every hunk of every diff finds its text exactly once in the class or function that it names; anything else is
+refused when the package is imported, with what moved. TRL is not patched; what is overridden of it has to be there.
+"CI" are the versions that the tests run on (`constraints/`), oldest and newest.
 """
 
 
@@ -38,65 +42,53 @@ def pip(*arguments: str) -> str:
     return done.stdout
 
 
-def latest(count: int) -> list[str]:
+def latest(package: str, count: int) -> list[str]:
     """The newest released versions, newest first."""
-    line = next(line for line in pip("index", "versions", PACKAGE).splitlines() if line.startswith("Available"))
+    line = next(line for line in pip("index", "versions", package).splitlines() if line.startswith("Available"))
     return line.partition(":")[2].replace(",", " ").split()[:count]
 
 
-def hunks(patch: Patch, source: str) -> tuple[int, int, int]:
-    """How many hunks match at their line, how many only elsewhere (once), and how many there are."""
-    (diff,) = parse_patch(patch.file.read_text())
-    lines = source.split("\n")
-    blocks: dict[int, list[tuple[int, str]]] = {}
-    for change in diff.changes:
-        if change.old is not None:
-            blocks.setdefault(change.hunk, []).append((change.old, change.line))
-    here = elsewhere = 0
-    for block in blocks.values():
-        wanted, start = [line for _, line in block], block[0][0] - 1
-        places = [i for i in range(len(lines)) if lines[i : i + len(wanted)] == wanted]
-        here += start in places
-        elsewhere += start not in places and len(places) == 1
-    return here, elsewhere, len(blocks)
+def obstacle(package: str, archive: zipfile.ZipFile) -> str | None:
+    """What of a wheel does not fit, or None."""
+    names = set(archive.namelist())
+    for patch in patches_for(package):
+        if patch.target not in names:
+            return f"{patch.target} is missing"
+        try:
+            placed(archive.read(patch.target).decode(), hunks_of(patch.file.read_text()))
+        except Misfit as misfit:
+            return f"{patch.name} {misfit}"
+    for target, scopes in CONTRACT.items() if package == "trl" else ():
+        there = owners(archive.read(target).decode()) if target in names else []
+        if missing := [scope for scope in scopes if scope not in there]:
+            return f"{target} has no {missing[0]}"
+    return None
 
 
-def row(wheel: Path) -> list[str]:
-    """One line of the table."""
-    version = wheel.name.split("-")[1]
-    with zipfile.ZipFile(wheel) as archive:
-        metadata = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
-        needs = message_from_string(archive.read(metadata).decode()).get_all("Requires-Dist") or []
-        cells, exact = [], True
-        for patch in (patch for patch in all_patches() if patch.package == PACKAGE):
-            source = archive.read(patch.target).decode()
-            try:
-                patched_source(patch, source)
-            except PatchError:
-                exact = False
-            here, elsewhere, total = hunks(patch, source)
-            cells.append(f"{here} of {total}" + (f", {elsewhere} elsewhere" if elsewhere else ""))
-    bounds = [re.search(r"<=?([\d.]+)", need) for need in needs if re.match(r"transformers\b(?!.*extra)", need)]
-    newest = next((bound.group(1) for bound in bounds if bound), "-")
-    return [version, "**yes**" if exact else "no", *cells, newest]
+def tested(package: str) -> list[str]:
+    """The versions that CI runs on."""
+    lines = [line for file in sorted((ROOT / "constraints").glob("*.txt")) for line in file.read_text().splitlines()]
+    return [line.partition("==")[2] for line in lines if line.startswith(f"{package}==")]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Fetch, compare, write the document."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--versions", type=int, default=8, help="how many of the newest versions")
+    parser.add_argument("--versions", type=int, default=17, help="how many of the newest versions of each package")
     parser.add_argument("--out", type=Path, default=DOCUMENT, help="the document to write")
     arguments = parser.parse_args(argv)
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        for version in track(latest(arguments.versions), "Fetching wheels"):
-            pip("download", "--quiet", "--no-deps", "--dest", folder, f"{PACKAGE}=={version}")
-            rows.append(row(next(Path(folder).glob(f"{PACKAGE}-{version}-*.whl"))))
-    names = [patch.file.name for patch in all_patches() if patch.package == PACKAGE]
-    header = [PACKAGE, "supported", *(f"hunks of {name}" for name in names), "newest transformers it takes"]
-    lines = ["| " + " | ".join(cells) + " |" for cells in (header, ["---"] * len(header), *rows)]
-    arguments.out.write_text(INTRODUCTION + "\n" + "\n".join(lines) + "\n")
-    print(arguments.out.read_text())
+    text = INTRODUCTION
+    for package in sorted({*patched_packages(), "trl"}, key=["transformers", "trl", "peft", "unsloth"].index):
+        text += f"\n## {package}\n\n| version | fits | what moved |\n| --- | --- | --- |\n"
+        for version in track(latest(package, arguments.versions), f"Fetching {package}"):
+            with tempfile.TemporaryDirectory() as folder:
+                pip("download", "--quiet", "--no-deps", "--dest", folder, f"{package}=={version}")
+                with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
+                    moved = obstacle(package, archive)
+            mark = "**yes**, CI" if version in tested(package) else "**yes**"
+            text += f"| {version} | {'no' if moved else mark} | {moved or ''} |\n"
+    arguments.out.write_text(text)
+    print(text)
 
 
 if __name__ == "__main__":

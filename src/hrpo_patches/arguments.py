@@ -23,6 +23,7 @@ from hrpo_patches.command_line import option, parsed
 from hrpo_patches.config import VARIANT, ThinkingConfig
 from hrpo_patches.data import examples_of, find_task
 from hrpo_patches.errors import InputError
+from hrpo_patches.families import NAMES
 from hrpo_patches.report import require_matplotlib
 from hrpo_patches.trainer_config import HRPOConfig, check_reference, read_passes
 
@@ -32,7 +33,7 @@ class RunArguments:
     """Everything a training script takes, on the command line or in a YAML file given by --config."""
 
     model_name: str = option(
-        "Qwen/Qwen2.5-1.5B-Instruct", "Hub id or folder of a Qwen2 or Llama model, or smollm2-135m."
+        "Qwen/Qwen2.5-1.5B-Instruct", f"Hub id or folder of a {NAMES} model, or smollm2-135m."
     )
     lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
     lr: float = option(5e-6, "Learning rate of LoRA.")
