@@ -13,7 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hrpo_patches.decoding import ForcedThoughts, ThinkingDecoder, start_thinking
 from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import embedding_residual
+from hrpo_patches.parts import embedding_residual
 
 BOLD = {"r_min": 0.5, "r_max": 0.9}  # a start that is not smooth, so that thinking shows
 
@@ -204,7 +204,7 @@ def test_a_model_without_thinking_modules_refuses_to_think(tokenizer):
     with pytest.raises(InputError, match="without thinking modules"):
         think(tiny_model("llama", thinking=False), tokenizer, inputs)
     other = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(InputError, match="GPT2LMHeadModel cannot think: .* Llama and Qwen2"):
+    with pytest.raises(InputError, match="GPT2LMHeadModel cannot think: .* Llama, Qwen2 and Qwen3"):
         think(other, tokenizer, inputs)
 
 

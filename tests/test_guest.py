@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassi
 
 from hrpo_patches import load_adapter
 from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import MODULES
+from hrpo_patches.parts import MODULES
 
 HERE = Path(__file__).parent
 

@@ -8,8 +8,8 @@ from tiny import tiny_model
 from torch.nn.functional import cosine_similarity
 
 from hrpo_patches import measures
-from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.measures import effective_rank, gradient_norms, marker_rate, measure_blend, measure_weights
+from hrpo_patches.parts import parts_of
 
 TOKENS = torch.arange(40).view(2, 20)
 
@@ -81,7 +81,7 @@ def test_a_large_batch_costs_no_more_than_the_sample(model, monkeypatch):
 
 
 def test_norm_drift_and_rank_are_those_of_the_trained_copy(model):
-    peft_model = get_peft_model(model, lora(modules_to_save=trained_modules("projection")))
+    peft_model = get_peft_model(model, lora(modules_to_save=parts_of("projection")))
     start = {name: weight.clone() for name, weight in measures.projection_weights(model.model).items()}
     weight = model.model.thinking_projection.modules_to_save.default.weight
     assert measure_weights(model.model, start)["projection/drift"] == 0
@@ -97,7 +97,7 @@ def test_norm_drift_and_rank_are_those_of_the_trained_copy(model):
 
 
 def test_gradients_are_measured_by_group(model):
-    peft_model = get_peft_model(model, lora(modules_to_save=trained_modules("projection")))
+    peft_model = get_peft_model(model, lora(modules_to_save=parts_of("projection")))
     for name, parameter in peft_model.named_parameters():
         if parameter.requires_grad and "Lambda" not in name:
             parameter.grad = torch.ones_like(parameter)

@@ -15,9 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from hrpo_patches import load_adapter
 from hrpo_patches.__main__ import main
-from hrpo_patches.checkpoint import save_thinking, trained_modules
+from hrpo_patches.checkpoint import save_thinking
 from hrpo_patches.errors import InputError
 from hrpo_patches.merge import convert, merge
+from hrpo_patches.parts import parts_of
 from hrpo_patches.thinking import is_thinking_parameter
 
 GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "biased": False}
@@ -60,7 +61,7 @@ def folders(tmp_path, family, residual):
     thinking = {"residual": residual, "answer_start": "#7", "r_min": 0.3, "r_max": 0.6}
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", thinking=thinking)
     model = get_peft_model(
-        base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], modules_to_save=trained_modules(residual))
+        base, LoraConfig(r=4, target_modules=["q_proj", "up_proj"], modules_to_save=parts_of(residual))
     ).eval()
     torch.manual_seed(1)
     with torch.no_grad():

@@ -14,7 +14,8 @@ from hrpo_patches.arguments import RunArguments
 from hrpo_patches.checkpoint import check_same_thinking, save_thinking
 from hrpo_patches.config import VARIANT, ThinkingConfig
 from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import MODULES, is_thinking_parameter
+from hrpo_patches.parts import MODULES
+from hrpo_patches.thinking import is_thinking_parameter
 
 VALUES = {
     "residual": ["projection", "embedding"],

@@ -16,8 +16,8 @@ from tiny import tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hrpo_patches import monitor_thinking
-from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.errors import InputError
+from hrpo_patches.parts import parts_of
 from hrpo_patches.run_log import read_rows
 from hrpo_patches.thinking import ThinkingMixin
 
@@ -218,7 +218,7 @@ def supervised(folder, model):
 
 
 def test_any_trainer_can_be_watched(tmp_path):
-    model = get_peft_model(tiny_model("qwen2"), lora(modules_to_save=trained_modules("projection")))
+    model = get_peft_model(tiny_model("qwen2"), lora(modules_to_save=parts_of("projection")))
     trainer = supervised(tmp_path, model)
     monitor = monitor_thinking(trainer)
     assert trainer.callback_handler.callbacks[0] is monitor

@@ -8,9 +8,9 @@ from tiny import FAMILIES, byte_tokenizer, tiny_model
 from transformers import DynamicCache
 
 from hrpo_patches import passes, replay_forward, thinking_roll
-from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.controls import controlled
 from hrpo_patches.errors import InputError
+from hrpo_patches.parts import parts_of
 from hrpo_patches.passes import STRETCH
 
 RESIDUALS = ["projection", "embedding"]
@@ -27,7 +27,7 @@ def thinking_model(family, residual="projection", lora=False, **options):
     model = tiny_model(family, thinking={"residual": residual} | FELT, **options)
     if lora:
         adapter = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
-        adapter.modules_to_save = trained_modules(residual)
+        adapter.modules_to_save = parts_of(residual)
         model = get_peft_model(model, adapter, autocast_adapter_dtype=False)
     return model.double().train()
 

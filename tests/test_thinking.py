@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
 from hrpo_patches.modules import initial_lambda
-from hrpo_patches.thinking import MODULES, embedding_residual, projection_residual
+from hrpo_patches.parts import MODULES, embedding_residual
+from hrpo_patches.thinking import projection_residual
 
 
 def lambdas(model):

@@ -12,8 +12,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import GRPOConfig
 
 from hrpo_patches import HRPOTrainer
-from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.errors import InputError
+from hrpo_patches.parts import parts_of
 from hrpo_patches.replay import Rollout
 from hrpo_patches.thinking import is_thinking_parameter
 
@@ -47,7 +47,7 @@ def test_one_step_reaches_and_changes_every_thinking_and_lora_weight_and_nothing
     before, gradients = snapshot(trainer.model), watch_gradients(trainer)
     trainer.train()
     trainable = {name for name, p in trainer.model.named_parameters() if p.requires_grad}
-    for module in trained_modules(residual):
+    for module in parts_of(residual):
         assert [name for name in trainable if f".{module}.modules_to_save.default." in name]
     assert bool([n for n in trainable if "thinking_projection" in n]) == (residual == "projection")
     assert [name for name in trainable if "lora_A" in name] and [name for name in trainable if "lora_B" in name]
@@ -138,7 +138,7 @@ def test_the_reference_of_the_kl_is_the_base_model_without_thinking(tmp_path):
 @pytest.mark.parametrize("residual", ["projection", "embedding", "none"])
 def test_thinking_weights_that_a_run_does_not_use_are_frozen(tmp_path, residual):
     trainer = small_trainer(tmp_path, peft_config=None, beta=0.0, residual=residual)
-    used = trained_modules(residual) if residual != "none" else []
+    used = parts_of(residual) if residual != "none" else []
     for name, parameter in trainer.model.named_parameters():
         assert parameter.requires_grad == (not is_thinking_parameter(name) or name.split(".")[1] in used), name
     trainer.train()
@@ -192,7 +192,7 @@ def test_the_ratios_are_means_over_thinking_positions(tmp_path):
 
 
 def test_going_on_from_an_adapter_also_takes_the_bare_base_as_reference(tmp_path):
-    model = get_peft_model(tiny_model("llama"), lora(modules_to_save=trained_modules("projection")))
+    model = get_peft_model(tiny_model("llama"), lora(modules_to_save=parts_of("projection")))
     trainer = small_trainer(tmp_path, model=model, peft_config=None, beta=0.1)
     assert list(trainer.model.peft_config) == ["default"]
     trainer.train()
@@ -273,7 +273,7 @@ def test_frozen_thinking_weights_are_refused(tmp_path):
     def wrapped(modules):
         return get_peft_model(tiny_model("llama"), lora(modules_to_save=modules))
 
-    everything = trained_modules("projection")
+    everything = parts_of("projection")
     for name in everything:
         model = wrapped([other for other in everything if other != name])
         with pytest.raises(InputError, match=f"{name} is frozen, or would not be saved"):

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from hrpo_patches import export, overlay
 from hrpo_patches.errors import InputError, PatchError
+from hrpo_patches.parts import RESIDUALS
 
 PROJECTION = ("projection_layers", "projection_hidden", "projection_norm")
 
@@ -169,7 +170,7 @@ def parser() -> argparse.ArgumentParser:
     one.add_argument("source", type=Path, help="the folder of the published adapter")
     one.add_argument("destination", type=Path, help="the new adapter's folder; must not exist")
     text = "embedding: what it was trained with; projection: with a fresh projection, to be trained further"
-    one.add_argument("--residual", choices=("projection", "embedding"), required=True, help=text)
+    one.add_argument("--residual", choices=tuple(RESIDUALS), required=True, help=text)
     one.add_argument("--answer_start", default="####", help="the marker that it was trained with (default: ####)")
     one = command("report", "draw training runs side by side into a PNG, and put them into a Markdown table", report)
     one.add_argument(

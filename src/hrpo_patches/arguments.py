@@ -24,6 +24,7 @@ from hrpo_patches.config import VARIANT, ThinkingConfig
 from hrpo_patches.data import examples_of, find_task
 from hrpo_patches.errors import InputError
 from hrpo_patches.families import NAMES
+from hrpo_patches.parts import residual_of
 from hrpo_patches.report import require_matplotlib
 from hrpo_patches.trainer_config import HRPOConfig, check_reference, read_passes
 
@@ -32,9 +33,7 @@ from hrpo_patches.trainer_config import HRPOConfig, check_reference, read_passes
 class RunArguments:
     """Everything a training script takes, on the command line or in a YAML file given by --config."""
 
-    model_name: str = option(
-        "Qwen/Qwen2.5-1.5B-Instruct", f"Hub id or folder of a {NAMES} model, or smollm2-135m."
-    )
+    model_name: str = option("Qwen/Qwen2.5-1.5B-Instruct", f"Hub id or folder of a {NAMES} model, or smollm2-135m.")
     lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
     lr: float = option(5e-6, "Learning rate of LoRA.")
     beta: float = option(0.005, "Weight of the KL divergence from the base model.")
@@ -100,6 +99,11 @@ class RunArguments:
     eval_problems: int = option(0, "Held-out problems to answer greedily before and after training.")
     eval_batch_size: int = option(50, "Held-out problems answered at once.")
 
+    @property
+    def kind(self) -> str | None:
+        """The residual; None for plain GRPO."""
+        return residual_of(self.residual)
+
     def thinking(self) -> ThinkingConfig | None:
         """How the model is to think; None for plain GRPO."""
         variant = {name: getattr(self, name) for name in VARIANT}
@@ -108,7 +112,7 @@ class RunArguments:
             own = read_thinking(Path(self.adapter))
             forced = {name: own[name] for name in ("thoughts", "filler") if name in own} | forced
         limits = {"r_min": self.residual_r_min, "r_max": self.residual_r_max, "answer_start": self.answer_start}
-        if self.residual == "none":
+        if self.kind is None:
             if used := [name for name, value in variant.items() if value != getattr(ThinkingConfig, name)]:
                 raise InputError(f"--{used[0]} is about the projection; it does not go with --residual none.")
             ThinkingConfig.from_dict(limits | forced)
@@ -117,8 +121,7 @@ class RunArguments:
 
     def check(self) -> None:
         """Raise `InputError` for whatever can be known to be wrong before any work."""
-        if self.residual not in ("projection", "embedding", "none"):
-            raise InputError(f"--residual has to be projection, embedding or none, not {self.residual!r}.")
+        residual_of(self.residual)
         thinking = self.thinking()
         read_passes(self.replay_passes)
         check_reference(self.reference)
@@ -174,7 +177,7 @@ class RunArguments:
         if holds and checkpoint.resolve().parent != folder.resolve():
             raise InputError(f"{folder} already holds another run than the checkpoint {checkpoint}.")
         check_same_thinking(checkpoint, self.residual, self.thinking())
-        if self.residual == "none":
+        if self.kind is None:
             check_same_pauses(checkpoint, self.thoughts or 0)
 
     def trainer_config(self) -> HRPOConfig:

@@ -17,22 +17,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from hrpo_patches.config import VARIANT, Residual, ThinkingConfig
+from hrpo_patches.config import PROJECTION, VARIANT, ThinkingConfig
 from hrpo_patches.decoding import patched_backbone
 from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import MODULES, is_thinking_parameter
+from hrpo_patches.parts import MODULES, NONE, RESIDUALS, parts_of
+from hrpo_patches.thinking import is_thinking_parameter
 from hrpo_patches.unsloth_backend import finish_adapter, is_unsloth, refuse_stranger
 
 THINKING_FILE = "thinking_config.json"
-_PROJECTION = "thinking_projection"
 _GENERATION_FILE = "generation_config.json"
-
-
-def trained_modules(residual: str | None) -> list[str]:
-    """The thinking modules that a run with this residual trains and saves; none for plain GRPO."""
-    if residual in (None, "none"):
-        return []
-    return [name for name in MODULES if residual == "projection" or name != _PROJECTION]
 
 
 def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
@@ -48,7 +41,7 @@ def write_thinking(
     thinking: ThinkingConfig, hidden_size: int, generation_config: GenerationConfig, folder: str | Path
 ) -> None:
     """The two files of `save_thinking`, for an adapter whose base model is not at hand."""
-    record = thinking.to_dict() | {"hidden_size": hidden_size, "modules": trained_modules(thinking.residual)}
+    record = thinking.to_dict() | {"hidden_size": hidden_size, "modules": parts_of(thinking.residual)}
     record.pop("in_checkpoint")
     (Path(folder) / THINKING_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     generation = copy.deepcopy(generation_config)
@@ -95,13 +88,14 @@ def read_thinking(folder: Path) -> dict[str, Any]:
 def check_same_thinking(folder: Path, residual: str | None, wanted: ThinkingConfig | None) -> None:
     """Raise `InputError` unless what `folder` holds was trained with this residual (if given) and as `wanted`."""
     saved = read_thinking(folder) if (folder / THINKING_FILE).is_file() else None
-    was = saved["residual"] if saved is not None else "none"
+    was = saved["residual"] if saved is not None else NONE
     if residual is not None and was != residual:
         raise InputError(f"{folder} was trained with --residual {was}, not {residual}.")
     if saved is None or wanted is None:
         return
     forced = ("thoughts", "filler") if residual is not None else ()  # which an adapter may be trained further with
-    for name in ("answer_start", *forced, *(VARIANT if was == wanted.residual == "projection" else ())):
+    variant = VARIANT if was == wanted.residual and PROJECTION in parts_of(was) else ()
+    for name in ("answer_start", *forced, *variant):
         value = saved.get(name, getattr(ThinkingConfig, name))
         if value != getattr(wanted, name):
             raise InputError(f"{folder} was trained with --{name} {value!r}, not {getattr(wanted, name)!r}.")
@@ -111,7 +105,7 @@ def _read_record(folder: Path, held: set[str]) -> dict[str, Any]:
     """The saved thinking config; for an adapter without one, what its weights say (published HRPO adapters)."""
     if (folder / THINKING_FILE).is_file():
         return read_thinking(folder)
-    return {"residual": "projection" if _PROJECTION in held else "embedding"}
+    return {"residual": next(name for name in RESIDUALS if set(parts_of(name)) <= held)}
 
 
 def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -170,7 +164,7 @@ def holds_thinking(folder: Path) -> bool:
 def load_adapter(
     model: str | PreTrainedModel,
     folder: str | Path,
-    residual: Residual | None = None,
+    residual: str | None = None,
     init_projection: bool = False,
     is_trainable: bool = False,
 ) -> PeftModel:
@@ -203,7 +197,7 @@ def load_adapter(
         raise InputError(f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter.")
     record = _read_record(folder, held)
     residual = residual or record["residual"]
-    if residual == "projection" and _PROJECTION not in held and not init_projection:
+    if PROJECTION in set(parts_of(residual)) - held and not init_projection:
         raise InputError(
             f"{folder} has no thinking_projection (it was trained with the embedding residual); load it with "
             f"residual='embedding', or start a new projection with init_projection=True (--init_projection)."
@@ -215,25 +209,25 @@ def load_adapter(
     backbone = patched_backbone(model)
     _check_hidden_size(folder, record, model)
     options = {key: record[key] for key in ThinkingConfig.__dataclass_fields__ if key in record}
-    if residual != "projection" and _drop_variant(options):
-        held.discard(_PROJECTION)  # a projection of another kind, which this residual has no use for
-        weights = {key: value for key, value in weights.items() if f".{_PROJECTION}." not in key}
+    if PROJECTION not in parts_of(residual) and _drop_variant(options):
+        held.discard(PROJECTION)  # a projection of another kind, which this residual has no use for
+        weights = {key: value for key, value in weights.items() if f".{PROJECTION}." not in key}
     thinking = ThinkingConfig.from_dict(options | {"residual": residual})
     backbone.begin_thinking(thinking)
 
     prefix = f"base_model.model.{model.base_model_prefix}."
-    modules = sorted(held | set(trained_modules(residual)))
+    modules = sorted(held | set(parts_of(residual)))
     expected = {
         f"{prefix}{module}.{name}": parameter
         for module in modules
         for name, parameter in getattr(backbone, module).named_parameters()
     }
-    if init_projection and _PROJECTION not in held:
-        weights |= {key: value.detach().clone() for key, value in expected.items() if f".{_PROJECTION}." in key}
+    if init_projection and PROJECTION not in held:
+        weights |= {key: value.detach().clone() for key, value in expected.items() if f".{PROJECTION}." in key}
     _check_complete(folder, weights, expected)
 
     config = PeftConfig.from_pretrained(str(folder))
-    config.modules_to_save = sorted((set(config.modules_to_save or []) - {_PROJECTION}) | set(modules))
+    config.modules_to_save = sorted((set(config.modules_to_save or []) - {PROJECTION}) | set(modules))
     config.inference_mode = not is_trainable
     peft_model = get_peft_model(model, config)
     result = set_peft_model_state_dict(peft_model, weights)

@@ -7,8 +7,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
 from hrpo_patches.errors import InputError
+from hrpo_patches.parts import PARTS, RESIDUALS, parts_of
 
-Residual = Literal["projection", "embedding"]
+PROJECTION = PARTS[0].name
 Scale = Literal["unit", "embedding"]
 
 
@@ -38,7 +39,7 @@ class ThinkingConfig:
         InputError: a value is out of its range.
     """
 
-    residual: Residual = "projection"
+    residual: str = "projection"
     answer_start: str = "####"
     filler: str = "."
     thoughts: int = 0
@@ -54,8 +55,8 @@ class ThinkingConfig:
     in_checkpoint: bool = False
 
     def __post_init__(self) -> None:
-        if self.residual not in get_args(Residual):
-            raise InputError(f"residual has to be one of {get_args(Residual)}, not {self.residual!r}.")
+        if self.residual not in RESIDUALS:
+            raise InputError(f"residual has to be one of {tuple(RESIDUALS)}, not {self.residual!r}.")
         if not isinstance(self.answer_start, str) or not self.answer_start:
             raise InputError(f"answer_start has to be a non-empty text, not {self.answer_start!r}.")
         if not isinstance(self.filler, str) or not self.filler:
@@ -86,7 +87,7 @@ class ThinkingConfig:
             raise InputError(f"residual_scale has to be one of {get_args(Scale)}, not {self.residual_scale!r}.")
         if self.embedding_norm is not None and not self.embedding_norm > 0:
             raise InputError(f"embedding_norm has to be above 0, not {self.embedding_norm!r}.")
-        if self.residual != "projection" and (used := [name for name in VARIANT if self._differs(name)]):
+        if PROJECTION not in parts_of(self.residual) and (used := [name for name in VARIANT if self._differs(name)]):
             raise InputError(
                 f"{used[0]} is about the projection; it does not go with residual={self.residual!r}, leave it out."
             )

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from hrpo_patches.config import Residual, ThinkingConfig
+from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
 from hrpo_patches.families import NAMES
 from hrpo_patches.marker import marker_table
-from hrpo_patches.thinking import ThinkingMixin, embedding_residual
+from hrpo_patches.parts import FALLBACK, RESIDUALS, parts_of
+from hrpo_patches.thinking import ThinkingMixin
 
 if TYPE_CHECKING:  # transformers is importing this module
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
@@ -132,12 +133,13 @@ def _check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase 
         raise InputError(
             "the adapter is switched off, and its thinking weights with it; generate with thinking=False."
         )
-    gates_only = _is_wrapped(backbone, "thinking_residual_Lambda") and not _is_wrapped(backbone, "thinking_projection")
-    if thinking.residual == "projection" and gates_only:
+    wrapped = {name: _is_wrapped(backbone, name) for name in parts_of(thinking.residual)}
+    lacking = [name for name, there in wrapped.items() if not there]
+    if lacking and any(wrapped.values()):
         raise InputError(
-            "this adapter holds thinking gates but no thinking_projection, so it was not trained with the projection; "
-            "load it with hrpo_patches.load_adapter(model, folder), which reads what it was trained with, or pass "
-            "init_projection=True to start a projection for it."
+            f"this adapter holds thinking gates but no {lacking[0]}, so it was not trained with the "
+            f"{thinking.residual}; load it with hrpo_patches.load_adapter(model, folder), which reads what it was "
+            f"trained with, or pass init_projection=True to start a projection for it."
         )
     marker_table(tokenizer, thinking.answer_start, backbone.config.vocab_size)
 
@@ -234,7 +236,7 @@ class ThinkingDecoder:
         self.backbone = thinking_backbone(model)
         thinking = ThinkingConfig.of(self.backbone.config)
         assert thinking is not None  # thinking_backbone has checked it
-        self.residual: Residual = thinking.residual
+        self.residual = thinking.residual
         self.record = record
         self.embeddings: Tensor = model.get_input_embeddings().weight
         table = marker_table(tokenizer, thinking.answer_start, self.backbone.config.vocab_size)
@@ -266,12 +268,10 @@ class ThinkingDecoder:
             unfinished: (B,), 0 for sequences that had ended before this step.
         """
         hidden: Tensor | None = getattr(outputs, "last_hidden_state", None)
-        if self.residual == "projection" and hidden is None:
+        if RESIDUALS[self.residual].needs_state and hidden is None:
             self._fall_back()
-        if self.residual == "projection" and hidden is not None:
-            state = hidden[:, -1].clone()  # a view would keep the whole prefill alive
-        else:
-            state = embedding_residual(scores.softmax(-1), self.embeddings)
+        last = hidden[:, -1] if hidden is not None else None
+        state = RESIDUALS[self.residual].observe(last, scores, self.embeddings)
         next_tokens = self.forced.observe(outputs, scores, next_tokens, unfinished)
         if self.forced.steps > self.forced.count:  # a filler is no text
             self.progress = self.table[next_tokens.to(self.table.device), self.progress]
@@ -286,10 +286,10 @@ class ThinkingDecoder:
     def _fall_back(self) -> None:
         if self.states:
             raise RuntimeError("the model returned a last hidden state in some decoding steps and none in others.")
-        self.residual = "embedding"
+        wanted, self.residual = self.residual, FALLBACK
         warnings.warn(
-            "the model's forward returns no last_hidden_state, so the projection residual cannot be computed; this "
-            "generate() uses the embedding residual instead (see thinking_residual in its output).",
+            f"the model's forward returns no last_hidden_state, so the {wanted} residual cannot be computed; this "
+            f"generate() uses the {FALLBACK} residual instead (see thinking_residual in its output).",
             UserWarning,
             stacklevel=2,
         )

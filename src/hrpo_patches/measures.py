@@ -13,7 +13,8 @@ from torch.nn.functional import cosine_similarity
 
 from hrpo_patches.modules import ThinkingLinear
 from hrpo_patches.optim import group_of
-from hrpo_patches.thinking import EPS, ThinkingMixin, embedding_residual
+from hrpo_patches.parts import RESIDUALS, embedding_residual
+from hrpo_patches.thinking import EPS, ThinkingMixin
 
 GATES_AT = 256  # positions that a and i are measured at
 RESIDUALS_AT = 16  # positions that residuals are compared at: each costs two products with the (V, d) embeddings
@@ -110,9 +111,9 @@ def measure_blend(
     few = _spread(torch.arange(len(e), device=e.device), RESIDUALS_AT)
     state = states.flatten(0, 1)[_spread(positions, GATES_AT)][few]
     kind = inputs.get("thinking_residual") or backbone.config.thinking["residual"]
-    residual = backbone.projected_residual(state) if kind == "projection" else state.float()
+    residual = RESIDUALS[kind].make(backbone, state).float()
     values["cosine/token"] = cosine_similarity(residual, e[few], eps=EPS).mean()
-    if kind == "projection" and head is not None:
+    if RESIDUALS[kind].needs_state and head is not None:
         logits = head(state.to(next(head.parameters()).dtype)).float()
         other = embedding_residual((logits / temperature).softmax(-1), backbone.get_input_embeddings().weight)
         values["cosine/embedding"] = cosine_similarity(residual, other.float(), eps=EPS).mean()

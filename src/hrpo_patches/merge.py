@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hrpo_patches.checkpoint import load_adapter, read_thinking, trained_modules, write_thinking
-from hrpo_patches.config import ThinkingConfig
+from hrpo_patches.checkpoint import load_adapter, read_thinking, write_thinking
+from hrpo_patches.config import PROJECTION, ThinkingConfig
 from hrpo_patches.errors import InputError
 from hrpo_patches.full_checkpoint import mark
 from hrpo_patches.models import base_of, read_adapter_config, tokenizer_of
 from hrpo_patches.modules import make_projection
-from hrpo_patches.thinking import MODULES
+from hrpo_patches.parts import MODULES, parts_of
 
 _PREFIX = "base_model.model.model."
 
@@ -78,7 +78,7 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
         InputError: the destination exists, weights are missing or pickled, or the adapter already says how it thinks.
     """
     config = read_adapter_config(source)
-    thinking = ThinkingConfig(residual, answer_start)  # type: ignore[arg-type]
+    thinking = ThinkingConfig(residual, answer_start)
     if not (source / "adapter_model.safetensors").is_file():
         raise InputError(f"{source} holds no adapter_model.safetensors; pickled weights are not read.")
     if (source / "thinking_config.json").is_file():
@@ -88,12 +88,12 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
     gate = weights.get(f"{_PREFIX}thinking_residual_gate_r.weight")
     if gate is None:
         raise InputError(f"{source} holds no thinking gates, so it is no HRPO adapter.")
-    modules = trained_modules(residual)
-    if "thinking_projection" in modules and f"{_PREFIX}thinking_projection.weight" not in weights:
+    modules = parts_of(residual)
+    if PROJECTION in modules and f"{_PREFIX}{PROJECTION}.weight" not in weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             projection = make_projection(gate.shape[0], thinking)
-        weights |= {f"{_PREFIX}thinking_projection.{n}": p.detach() for n, p in projection.named_parameters()}
+        weights |= {f"{_PREFIX}{PROJECTION}.{n}": p.detach() for n, p in projection.named_parameters()}
     for name in modules:
         if not any(key.startswith(f"{_PREFIX}{name}.") for key in weights):
             raise InputError(f"{source} lacks {name}: it is damaged or was saved without its thinking weights.")

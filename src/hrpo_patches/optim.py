@@ -12,13 +12,9 @@ from torch import nn, optim
 from transformers import Trainer
 
 from hrpo_patches.errors import InputError
+from hrpo_patches.parts import PARTS
 
-GROUP_OF = {
-    "thinking_projection": "projection",
-    "thinking_residual_gate_r": "gate",
-    "thinking_residual_gate_i": "gate",
-    "thinking_residual_Lambda": "Lambda",
-}
+GROUP_OF = {part.name: part.group for part in PARTS}
 
 
 def group_of(name: str) -> str:

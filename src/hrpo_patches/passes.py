@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hrpo_patches.config import Residual
 from hrpo_patches.errors import InputError
 
 if TYPE_CHECKING:  # transformers is importing this module
@@ -88,7 +87,7 @@ def inputs_of_last_pass(
     embeds: Tensor,
     states: Tensor,
     mask: Tensor,
-    residual: Residual,
+    residual: str,
     passes: int,
     head: Head | None,
     attention_mask: Tensor | None,
@@ -100,7 +99,7 @@ def inputs_of_last_pass(
         backbone: whose forward is running.
         embeds: (B, L, d), the input embeddings.
         states, mask, residual: as for `ThinkingMixin.blend_thinking`; read in the first pass.
-        head: makes finished residuals of states; needed where `residual` is "embedding".
+        head: makes finished residuals of states; needed where `residual` needs the distribution.
         attention_mask, position_ids: of the forward.
     """
     for _ in range(passes - 1):
@@ -116,7 +115,7 @@ def one_by_one(
     backbone: ThinkingMixin,
     embeds: Tensor,
     mask: Tensor,
-    residual: Residual,
+    residual: str,
     head: Head | None,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
@@ -164,7 +163,7 @@ def one_by_one(
 
 def _think_and_advance(
     backbone: ThinkingMixin,
-    thinks: tuple[Tensor, Residual, Head | None, Any],
+    thinks: tuple[Tensor, str, Head | None, Any],
     state: Tensor,
     inputs: Tensor,
     *rest: Any,

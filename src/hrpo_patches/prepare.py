@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from transformers import set_seed
 from trl.trainer.utils import create_model_from_path
 
-from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.decoding import patched_backbone, thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.marker import marker_table
 from hrpo_patches.models import thinking_options
+from hrpo_patches.parts import FALLBACK, RESIDUALS, parts_of
 from hrpo_patches.passes import refuse_dropout
 from hrpo_patches.replay import passes_inputs
 from hrpo_patches.thinking import canonical, is_thinking_parameter
@@ -96,7 +96,7 @@ def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: HRPO
             "wrap the model with FastLanguageModel.get_peft_model(model, ..., modules_to_save=[...])."
         )
     peft_config = copy.deepcopy(peft_config)
-    modules = trained_modules(args.residual)
+    modules = parts_of(args.residual)
     peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *modules]))
     return peft_config
 
@@ -124,7 +124,7 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout
     """
     backbone = thinking_backbone(base)
     marker_table(tokenizer, args.answer_start, backbone.config.vocab_size)
-    for name in trained_modules(args.residual):
+    for name in parts_of(args.residual):
         module = getattr(backbone, name)
         saved = not is_peft_model(model) or hasattr(module, "modules_to_save")
         trained = getattr(module, "modules_to_save", module)
@@ -136,14 +136,16 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout
     with torch.no_grad():
         probe = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
         outputs = model(input_ids=probe, output_last_hidden_state=True, use_cache=False)
-    if args.residual == "projection" and getattr(outputs, "last_hidden_state", None) is None:
+    kind = RESIDUALS[backbone.config.thinking["residual"]]
+    if kind.needs_state and getattr(outputs, "last_hidden_state", None) is None:
         raise InputError(
-            f"the forward of {type(base).__name__} returns no last_hidden_state, so the projection would never be "
-            f"used or trained; unwrap the model, or train with residual='embedding'."
+            f"the forward of {type(base).__name__} returns no last_hidden_state, so the {kind.name} would never "
+            f"be used or trained; unwrap the model, or train with residual={FALLBACK!r}."
         )
-    if passes_inputs(base, args.passes, backbone.config.thinking["residual"]):
+    if passes_inputs(base, args.passes, kind.name):
         refuse_dropout(backbone, today=False)
-    if args.residual == "embedding" and (args.passes != 1 or (args.reference == "start" and args.beta != 0.0)):
+    live = args.passes != 1 or (args.reference == "start" and args.beta != 0.0)
+    if live and not kind.needs_state:
         check_distribution(rollout, base.generation_config)
     if backbone.config.thinking["residual_scale"] == "embedding":
         backbone.embedding_norm()
@@ -187,7 +189,7 @@ def restore_float32(model: nn.Module, before: dict[str, Tensor]) -> None:
 
 def freeze_unused(model: nn.Module, args: HRPOConfig) -> None:
     """Freeze the thinking weights that this run does not use: DDP waits for the gradient of every trainable weight."""
-    used = trained_modules(args.residual)
+    used = parts_of(args.residual)
     for name, parameter in model.named_parameters():
         if is_thinking_parameter(name) and not set(name.split(".")) & set(used):
             parameter.requires_grad_(False)

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from hrpo_patches.config import Residual
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
+from hrpo_patches.parts import RESIDUALS, ResidualKind
 from hrpo_patches.passes import Head, Passes, check_passes, live_states
-from hrpo_patches.thinking import embedding_residual
 from hrpo_patches.unsloth_backend import is_unsloth
 from hrpo_patches.unsloth_hooks import refuse_passes
 
@@ -34,7 +33,7 @@ class Rollout:
 
     states: Tensor
     mask: Tensor
-    residual: Residual
+    residual: str
 
     def aligned(self, width: int) -> Rollout:
         """The same for completions that were cut or right-padded to `width` tokens."""
@@ -50,15 +49,17 @@ class Rollout:
         }
 
 
-class EmbeddingHead:
-    """Makes the embedding residual of last hidden states, with the gradient through the distribution.
+class DistributionHead:
+    """Makes what a residual keeps of last hidden states, with the gradient through the distribution.
 
     Args:
         model: the causal language model.
+        kind: the residual.
         temperature: of the rollout; its distribution is taken over the whole vocabulary.
     """
 
-    def __init__(self, model: Any, temperature: float = 1.0) -> None:
+    def __init__(self, model: Any, kind: ResidualKind, temperature: float = 1.0) -> None:
+        self.kind = kind
         self.head, self.temperature = model.get_output_embeddings(), temperature
         self.table = model.get_input_embeddings()
         self.vocabulary = model.config.vocab_size
@@ -66,10 +67,16 @@ class EmbeddingHead:
     def __call__(self, states: Tensor) -> Tensor:
         logits = self.head(states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        return embedding_residual(logits.softmax(-1), self.table.weight)
+        return self.kind.observe(states, logits, self.table.weight)
 
 
-def passes_inputs(model: Any, passes: Passes, residual: Residual, temperature: float = 1.0) -> dict[str, Any]:
+def head_of(model: Any, residual: str, temperature: float) -> Head | None:
+    """What makes residuals of live states, where the state alone does not do."""
+    kind = RESIDUALS[residual]
+    return None if kind.needs_state else DistributionHead(model, kind, temperature)
+
+
+def passes_inputs(model: Any, passes: Passes, residual: str, temperature: float = 1.0) -> dict[str, Any]:
     """Keyword arguments for a forward of `model` in so many passes; none for one.
 
     Raises:
@@ -80,8 +87,7 @@ def passes_inputs(model: Any, passes: Passes, residual: Residual, temperature: f
         return {}
     if is_unsloth(model):
         refuse_passes()
-    head: Head | None = EmbeddingHead(model, temperature) if residual == "embedding" else None
-    return {"thinking_passes": passes, "thinking_head": head}
+    return {"thinking_passes": passes, "thinking_head": head_of(model, residual, temperature)}
 
 
 def replay_forward(
@@ -157,7 +163,7 @@ def thinking_roll(
         output_last_hidden_state=True,
         logits_to_keep=1,
     )
-    head = EmbeddingHead(inner, temperature) if residual == "embedding" else None
+    head = head_of(inner, residual, temperature)
     return live_states(out.last_hidden_state, thinking_mask.shape[1], head)
 
 

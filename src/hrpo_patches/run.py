@@ -16,12 +16,13 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.arguments import RunArguments, parse
 from hrpo_patches.backend import start_backend
-from hrpo_patches.checkpoint import check_same_thinking, load_adapter, trained_modules
+from hrpo_patches.checkpoint import check_same_thinking, load_adapter
 from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of, split_held_out
 from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import greedy_completions, prompt_ids, uses_chat
 from hrpo_patches.marker import marker_table
 from hrpo_patches.models import load_model
+from hrpo_patches.parts import parts_of
 from hrpo_patches.report import draw, read_run, write_json
 from hrpo_patches.rewards import answer_reward, format_reward, grade
 from hrpo_patches.scores import standard_error
@@ -80,18 +81,18 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, Task, list[dict[
     lora = {"r": arguments.lora_rank, "lora_alpha": 2 * arguments.lora_rank, "target_modules": LORA_TARGETS}
     peft_config: LoraConfig | None = None
     if arguments.adapter is not None:
-        if arguments.residual == "none":
+        if arguments.kind is None:
             raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
         check_same_thinking(Path(arguments.adapter), None, arguments.thinking())
         model = load_adapter(
             model,
             arguments.adapter,
-            residual=arguments.residual,  # type: ignore[arg-type]
+            residual=arguments.kind,
             init_projection=arguments.init_projection,
             is_trainable=True,
         )
     elif arguments.backend == "unsloth":
-        model = add_adapter(model, lora, trained_modules(arguments.residual), arguments.seed)
+        model = add_adapter(model, lora, parts_of(arguments.kind), arguments.seed)
     else:
         peft_config = LoraConfig(**lora, task_type="CAUSAL_LM")
     form = [format_reward(arguments.answer_start)] if arguments.format_reward else []
@@ -116,7 +117,7 @@ def evaluate(
         trainer._tokenizer,
         [row["prompt"] for row in held_out],
         arguments.max_completion_length,
-        thinking=arguments.residual != "none",
+        thinking=arguments.kind is not None,
         batch_size=arguments.eval_batch_size,
         title=title,
         thoughts=trainer.args.thoughts,

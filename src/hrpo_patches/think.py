@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hrpo_patches.checkpoint import trained_modules
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.decoding import thinking_backbone
 from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Prompt, prompt_ids
 from hrpo_patches.modules import ThinkingModule
+from hrpo_patches.parts import RESIDUALS, parts_of
 from hrpo_patches.report import require_matplotlib
 
 _CHUNK = 32  # positions whose residuals are compared with the vocabulary at once
@@ -93,7 +93,7 @@ def think(
     entropies = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum(-1)
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     states = out.thinking_states[0]
-    residuals = thinking_backbone(base).projected_residual(states) if out.thinking_residual == "projection" else states
+    residuals = RESIDUALS[out.thinking_residual].make(thinking_backbone(base), states)
     words = _nearest(residuals, base.get_input_embeddings().weight, top)
     return [
         Thought(
@@ -129,7 +129,7 @@ def is_untrained(model: Any) -> bool:
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if (thinking := ThinkingConfig.of(base.config)) is None:
         return True
-    used = trained_modules(thinking.residual)
+    used = parts_of(thinking.residual)
     named = [(name.split("."), module) for name, module in model.named_modules() if isinstance(module, ThinkingModule)]
     parts = [module for name, module in named if set(name) & set(used) and "original_module" not in name]
     return any(part.is_fresh() for part in parts)

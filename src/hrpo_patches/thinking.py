@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from hrpo_patches.config import Residual, ThinkingConfig
+from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
 from hrpo_patches.modules import ThinkingLambda, ThinkingLinear, ThinkingModule, make_projection
+from hrpo_patches.parts import MODULES, RESIDUALS
 from hrpo_patches.passes import Head, Passes, check_passes, inputs_of_last_pass, one_by_one, refuse_dropout
 
 if TYPE_CHECKING:
@@ -28,12 +29,6 @@ else:
 Control = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (s, e, mask) -> (s, mask)
 
 EPS = 1e-8
-MODULES = (
-    "thinking_projection",
-    "thinking_residual_gate_r",
-    "thinking_residual_gate_i",
-    "thinking_residual_Lambda",
-)
 _MODULE_PATTERN = re.compile(rf"(^|\.)({'|'.join(MODULES)})\.")
 
 
@@ -65,12 +60,6 @@ def check_modules_to_save(model: nn.Module, wanted: Sequence[str] | None) -> Non
 def projection_residual(projected: Tensor) -> Tensor:
     """s = Wh / (‖Wh‖₂ + 1e-8), from `projected` = Wh (..., d)."""
     return projected / (torch.linalg.vector_norm(projected, dim=-1, keepdim=True) + EPS)
-
-
-def embedding_residual(probabilities: Tensor, embeddings: Tensor) -> Tensor:
-    """s = (Σ p E) / sqrt(Σ p²), from p (..., V) and E (V, d); the residual of the original HRPO."""
-    expected = probabilities.to(embeddings.dtype) @ embeddings
-    return expected / probabilities.square().sum(-1, keepdim=True).sqrt().to(embeddings.dtype)
 
 
 class ThinkingMixin(_Base):
@@ -197,7 +186,7 @@ class ThinkingMixin(_Base):
         return self.config.thinking["embedding_norm"]
 
     def blend_thinking(
-        self, embeds: Tensor, states: Tensor | None, mask: Tensor | None, residual: Residual | None = None
+        self, embeds: Tensor, states: Tensor | None, mask: Tensor | None, residual: str | None = None
     ) -> Tensor:
         """Blend the masked ones of the last K input positions.
 
@@ -224,8 +213,7 @@ class ThinkingMixin(_Base):
             )
         head, tail = embeds[:, :-width], embeds[:, -width:]
         states = states.to(embeds.device)
-        if (residual or self.config.thinking["residual"]) == "projection":
-            states = self.projected_residual(states)
+        states = RESIDUALS[residual or self.config.thinking["residual"]].make(self, states)
         mask = mask.to(embeds.device)
         if self.thinking_control is not None:
             states, mask = self.thinking_control(states, tail, mask)
@@ -237,7 +225,7 @@ class ThinkingMixin(_Base):
         embeds: Tensor,
         states: Tensor | None,
         mask: Tensor | None,
-        residual: Residual | None = None,
+        residual: str | None = None,
         passes: Passes = 1,
         head: Head | None = None,
         attention_mask: Tensor | None = None,
@@ -260,7 +248,7 @@ class ThinkingMixin(_Base):
         self,
         embeds: Tensor,
         mask: Tensor | None,
-        residual: Residual | None,
+        residual: str | None,
         head: Head | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
@@ -282,11 +270,11 @@ class ThinkingMixin(_Base):
         self,
         embeds: Tensor,
         mask: Tensor | None,
-        residual: Residual | None,
+        residual: str | None,
         passes: Passes,
         head: Head | None,
         attention_mask: Tensor | None,
-    ) -> tuple[Residual, Head | None]:
+    ) -> tuple[str, Head | None]:
         """Refuse what several passes cannot do; the residual, and the head if it needs one."""
         check_passes(passes)
         if not hasattr(self, "thinking_projection"):
@@ -302,9 +290,10 @@ class ThinkingMixin(_Base):
             raise InputError("more than one replay pass needs an attention_mask (B, L), or none.")
         refuse_dropout(self)
         kind = residual or self.config.thinking["residual"]
-        if kind == "embedding" and head is None:
+        needs_head = not RESIDUALS[kind].needs_state
+        if needs_head and head is None:
             raise InputError(
-                "the embedding residual of a live state needs the LM head; call hrpo_patches.replay_forward(model, "
+                f"the {kind} residual of a live state needs the LM head; call hrpo_patches.replay_forward(model, "
                 "...), which hands it over."
             )
-        return kind, head if kind == "embedding" else None
+        return kind, head if needs_head else None

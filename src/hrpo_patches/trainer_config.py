@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 
 from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
+from hrpo_patches.parts import residual_of
 from hrpo_patches.passes import Passes, check_passes
 from hrpo_patches.released import released
 
@@ -71,8 +72,7 @@ class HRPOConfig(GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.residual == "none":
-            self.residual = None
+        self.residual = residual_of(self.residual)
         self.replay_passes = read_passes(self.replay_passes)  # type: ignore[assignment]
         check_reference(self.reference)
         if self.residual is not None:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hrpo_patches.errors import InputError
 from hrpo_patches.families import NAMES
-from hrpo_patches.thinking import MODULES
+from hrpo_patches.parts import MODULES
 
 _KEYWORDS = ("thinking_states", "thinking_mask", "thinking_residual")
 

@@ -17,7 +17,8 @@ from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.errors import InputError
 from hrpo_patches.full_checkpoint import add_thinking
 from hrpo_patches.modules import ThinkingModule
-from hrpo_patches.thinking import MODULES, is_thinking_parameter
+from hrpo_patches.parts import MODULES
+from hrpo_patches.thinking import is_thinking_parameter
 from hrpo_patches.unsloth_hooks import is_thinking_module
 
 _REFUSED = (

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from unsloth import FastLanguageModel
 
 from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import MODULES
+from hrpo_patches.parts import MODULES
 from hrpo_patches.unsloth_save import _REFUSED, trained_thinking
 
 MERGED_ON_TRANSFORMERS = """

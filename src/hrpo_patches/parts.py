@@ -1,0 +1,107 @@
+"""Two tables: the thinking modules, and the residuals. Whatever depends on which there are asks here.
+
+A residual of your own is a row: `register(ResidualKind(...))` before the config names it. Tensors are only passed
+through here, so that a command line is read without torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hrpo_patches.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+NONE = "none"  # how a command line and a file spell a run that blends nothing; None inside
+
+
+class Part(NamedTuple):
+    """A thinking module.
+
+    Attributes:
+        name: its name on the backbone.
+        group: its optimizer group, which has a learning rate.
+        residuals: those that train it, by name; none named: all.
+    """
+
+    name: str
+    group: str
+    residuals: tuple[str, ...] = ()
+
+
+class ResidualKind(NamedTuple):
+    """What a thinking position is blended with.
+
+    Attributes:
+        name: as in `ThinkingConfig.residual`.
+        needs_state: whether it is made from the last hidden state alone; else from the distribution, too.
+        observe: what a rollout keeps of a step (..., d), from hidden (..., d) or None, scores (..., V) and embeddings
+            (V, d).
+        make: from the backbone and what was kept (..., d), s (..., d).
+    """
+
+    name: str
+    needs_state: bool
+    observe: Callable[[Any, Any, Any], Any]
+    make: Callable[[Any, Any], Any]
+
+
+def embedding_residual(probabilities: Tensor, embeddings: Tensor) -> Tensor:
+    """s = (Σ p E) / sqrt(Σ p²), from p (..., V) and E (V, d); the residual of the original HRPO."""
+    expected = probabilities.to(embeddings.dtype) @ embeddings
+    return expected / probabilities.square().sum(-1, keepdim=True).sqrt().to(embeddings.dtype)
+
+
+PARTS = (
+    Part("thinking_projection", "projection", ("projection",)),
+    Part("thinking_residual_gate_r", "gate"),
+    Part("thinking_residual_gate_i", "gate"),
+    Part("thinking_residual_Lambda", "Lambda"),
+)
+MODULES = tuple(part.name for part in PARTS)
+
+RESIDUALS = {
+    kind.name: kind
+    for kind in (
+        ResidualKind(
+            "projection",
+            needs_state=True,
+            observe=lambda hidden, scores, embeddings: hidden.clone(),  # a view would keep the whole prefill alive
+            make=lambda backbone, states: backbone.projected_residual(states),
+        ),
+        ResidualKind(
+            "embedding",
+            needs_state=False,
+            observe=lambda hidden, scores, embeddings: embedding_residual(scores.softmax(-1), embeddings),
+            make=lambda backbone, states: states,
+        ),
+    )
+}
+FALLBACK = "embedding"  # of a generation whose forward returns no last hidden state
+
+
+def register(kind: ResidualKind) -> None:
+    """Add a residual.
+
+    Raises:
+        InputError: there is one of that name.
+    """
+    if kind.name in RESIDUALS or kind.name == NONE:
+        raise InputError(f"there is a residual {kind.name!r} already; give yours another name.")
+    RESIDUALS[kind.name] = kind
+
+
+def residual_of(given: str | None) -> str | None:
+    """The residual of that name, None for "none"; an `InputError` if there is no such."""
+    if given is None or given == NONE:
+        return None
+    if given not in RESIDUALS:
+        raise InputError(f"residual has to be one of {(*RESIDUALS, NONE)}, not {given!r}.")
+    return given
+
+
+def parts_of(residual: str | None) -> list[str]:
+    """The thinking modules that a run with this residual trains and saves, by name; none for plain GRPO."""
+    return [part.name for part in PARTS if residual is not None and (not part.residuals or residual in part.residuals)]

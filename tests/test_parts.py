@@ -1,0 +1,58 @@
+"""The two tables: what trains what, and a residual of one's own, registered from here."""
+
+import pytest
+import torch
+from runs import small_trainer
+from tiny import tiny_model
+
+from hrpo_patches import ThinkingConfig, load_adapter
+from hrpo_patches.errors import InputError
+from hrpo_patches.parts import MODULES, RESIDUALS, ResidualKind, parts_of, register, residual_of
+
+
+@pytest.fixture
+def bare_state():
+    """A residual that is the last hidden state itself, normalised."""
+    kind = ResidualKind(
+        "bare_state",
+        needs_state=True,
+        observe=lambda hidden, scores, embeddings: hidden.clone(),
+        make=lambda backbone, states: torch.nn.functional.normalize(states.float(), dim=-1),
+    )
+    register(kind)
+    yield kind
+    del RESIDUALS[kind.name]
+
+
+def test_every_residual_trains_the_gates_and_one_the_projection():
+    assert parts_of("projection") == list(MODULES)
+    assert parts_of("embedding") == [name for name in MODULES if name != "thinking_projection"]
+    assert parts_of(None) == []
+
+
+def test_none_is_spelled_in_one_way_inside():
+    assert residual_of("none") is None and residual_of(None) is None and residual_of("embedding") == "embedding"
+    with pytest.raises(InputError, match="one of \\('projection', 'embedding', 'none'\\), not 'both'"):
+        residual_of("both")
+
+
+def test_a_name_is_taken_once(bare_state):
+    for taken in (bare_state, bare_state._replace(name="none")):
+        with pytest.raises(InputError, match="already"):
+            register(taken)
+
+
+@pytest.mark.parametrize("passes", [1, "all"])
+def test_a_residual_of_ones_own_is_rolled_out_replayed_trained_and_reloaded(tmp_path, family, bare_state, passes):
+    trainer = small_trainer(tmp_path / "run", family, residual="bare_state", replay_passes=passes)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    moved = {name for name, value in before.items() if not torch.equal(value, trainer.model.get_parameter(name))}
+    for name in parts_of("bare_state"):
+        assert any(f".{name}." in parameter for parameter in moved), name
+    assert not any("thinking_projection" in name for name in before)
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = load_adapter(tiny_model(family, thinking=None), tmp_path / "adapter")
+    assert ThinkingConfig.of(loaded.config).residual == "bare_state"
+    for name in before:
+        assert torch.equal(loaded.get_parameter(name), trainer.model.get_parameter(name)), name
