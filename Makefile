@@ -19,7 +19,7 @@ SENSITIVE := $(addprefix tests/test_,decoding.py replay.py passes.py thoughts.py
 OLDEST_VENV := .venv-oldest
 CORE := $(addprefix tests/test_,overlay.py export.py upstream.py guest.py stock.py older_files.py thinking.py \
 	decoding.py replay.py passes.py thoughts.py trainer.py plain_grpo.py own_marker.py checkpoint.py full_checkpoint.py \
-	merge.py resume.py optim.py monitor.py data.py)
+	merge.py resume.py optim.py monitor.py parts.py)
 
 .PHONY: train test test-oldest test-other-machines test-unsloth test-gpu lint patch-matrix install wheel clean
 

@@ -15,10 +15,8 @@ MAKE_CHECKPOINTS = f"""
 import hrpo_patches, sys
 from tiny import FAMILIES, byte_tokenizer, tiny_model
 for family in FAMILIES:
-    for name, thinking in ((family, {THINKING}), ("plain-" + family, False)):
+    for name, thinking in ((family, {THINKING}), ("plain-" + family, None)):
         model = tiny_model(family, thinking=thinking, **{OPTIONS})
-        if not thinking:  # as on the hub: no word of thinking, and so the modules by default
-            del model.config.thinking
         model.save_pretrained(sys.argv[1] + "/" + name)
         byte_tokenizer().save_pretrained(sys.argv[1] + "/" + name)
 """
