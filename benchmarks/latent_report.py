@@ -104,9 +104,10 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--grpo", type=Path, default=results / "latent-grpo.jsonl", help="of latent_grpo.py")
     parser.add_argument("--task", default="a5", help="a5 or sum")
     parser.add_argument("--curriculum", default="replace", help="replace or readout")
+    parser.add_argument("--r_max", type=float, default=0.1, help="upper end of λ's start")
     parser.add_argument("--png", type=Path, default=None, help="where the picture goes")
     args = parser.parse_args(flags)
-    rows = rows_of(args.results, task=args.task, curriculum=args.curriculum)
+    rows = rows_of(args.results, task=args.task, curriculum=args.curriculum, r_max=args.r_max)
     rows.sort(key=lambda row: row["seed"])
     grpo = rows_of(args.grpo, task=args.task)
     for part in (main_table(rows), control_table(rows), grpo_table(grpo)):
