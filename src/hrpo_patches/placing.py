@@ -55,6 +55,8 @@ def owners(source: str) -> list[str]:
 
     def visit(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
+            if isinstance(child, ast.expr):
+                continue  # most of a tree, and no definition is in one
             inner = prefix
             if isinstance(child, _DEFINITIONS):
                 first = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)])
