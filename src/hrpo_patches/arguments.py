@@ -58,7 +58,8 @@ class RunArguments:
     seed: int = option(42, "Seed of everything random.")
 
     task: str = option(
-        "gsm8k", "What is asked and how answers are graded: a task's name, or reasoning_gym:NAME?option=value."
+        "gsm8k",
+        "What is asked and how answers are graded: a task, reasoning_gym:NAME?option=value, or package.module:TASK.",
     )
     dataset: str | None = option(
         None, "Hub id, .jsonl file or folder with the problems; by default where the task has them."

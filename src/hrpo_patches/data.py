@@ -16,7 +16,7 @@ def find_task(name: str, dataset: str | None, size: int = 10_000, seed: int = 42
     """The task to train or evaluate on; a data set `reasoning_gym:NAME` is a task of its own.
 
     Args:
-        name: a task's name, or `reasoning_gym:NAME?option=value`.
+        name: a task's name, `reasoning_gym:NAME?option=value`, or `package.module:TASK`.
         dataset: where the problems are, if not in the task's own place.
         size, seed: of a generator.
 

@@ -39,7 +39,7 @@ class EvalArguments:
 
     model: str | None = option(None, "A merged model, a hub id or folder, or smollm2-135m; with --adapter, its base.")
     adapter: str | None = option(None, "Folder of a trained adapter; its base is the one that it names, or --model.")
-    task: str = option("gsm8k", "A task's name, or reasoning_gym:NAME?option=value.")
+    task: str = option("gsm8k", "A task, reasoning_gym:NAME?option=value, or package.module:TASK.")
     dataset: str | None = option(None, "Hub id, .jsonl file or folder; by default where the task has its problems.")
     corpus: str | None = option(None, "File or folder of documents for questions that come without.")
     split: str = option("test", "Part of the data set: test or train.")

@@ -274,3 +274,34 @@ def test_real_golds_are_right_against_themselves_and_wrong_against_a_neighbours(
 def test_a_file_of_a_task_is_read_line_by_line(tmp_path):
     (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(ROWS[i][1]) for i in (4, 6)))
     assert [p["answer"] for p in load_problems(task_named("mawps"), str(tmp_path / "own.jsonl"))] == [["12"], ["14"]]
+
+
+OUTSIDE = """
+from hrpo_patches.tasks import Task
+from hrpo_patches.tasks.svamp import TASK as SVAMP
+
+TASK = Task(
+    name="echo",
+    train=(),
+    test=(),
+    shapes={("say",): lambda row: {"question": row["say"], "answer": [row["say"]]}},
+    instruction="Repeat it after {marker}.",
+    examples=(),
+    grader=SVAMP.grader,
+)
+NUMBER = 7
+"""
+
+
+def test_a_task_from_outside_is_named_by_module_and_name(tmp_path, monkeypatch):
+    (tmp_path / "outside_tasks.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    task = find_task("outside_tasks:TASK", None)
+    assert task.name == "echo" and task.read({"say": "7"}, "row 1")["answer"] == ["7"]
+    for name, message in (
+        ("outside_tasks:MISSING", "could not be imported"),
+        ("no_such_module:TASK", "could not be imported"),
+        ("outside_tasks:NUMBER", "is a int, and has to be a hrpo_patches.tasks.Task"),
+    ):
+        with pytest.raises(InputError, match=message):
+            find_task(name, None)

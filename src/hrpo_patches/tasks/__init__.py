@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from difflib import get_close_matches
+from importlib import import_module
 
 from hrpo_patches.errors import InputError
 from hrpo_patches.tasks import gsm8k, math, mawps, mmlu, qa, svamp
@@ -16,17 +17,30 @@ __all__ = ["TASKS", "Problem", "Task", "task_named"]
 
 
 def task_named(name: str) -> Task:
-    """The task of this name.
+    """The task of this name, or `package.module:NAME`, a `Task` of yours that can be imported.
 
     Raises:
         InputError: there is none; the message has the nearest names.
     """
+    if ":" in name:
+        return _imported(name)
     if name not in TASKS:
         near = get_close_matches(name.lower(), TASKS, n=3, cutoff=0.4)
         hint = (
             f"did you mean {' or '.join(near)}?"
             if near
-            else f"there are {', '.join(sorted(TASKS))}, and reasoning_gym:NAME."
+            else f"there are {', '.join(sorted(TASKS))}, reasoning_gym:NAME, and package.module:TASK."
         )
         raise InputError(f"there is no task {name!r}; {hint}")
     return TASKS[name]
+
+
+def _imported(name: str) -> Task:
+    module, _, attribute = name.partition(":")
+    try:
+        task = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"the task {name!r} could not be imported: {error}.") from None
+    if not isinstance(task, Task):
+        raise InputError(f"{name} is a {type(task).__name__}, and has to be a hrpo_patches.tasks.Task.")
+    return task
