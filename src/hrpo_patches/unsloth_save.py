@@ -19,7 +19,6 @@ from hrpo_patches.full_checkpoint import add_thinking
 from hrpo_patches.modules import ThinkingModule
 from hrpo_patches.parts import MODULES
 from hrpo_patches.thinking import is_thinking_parameter
-from hrpo_patches.unsloth_hooks import is_thinking_module
 
 _REFUSED = (
     "push_to_hub_merged",
@@ -66,14 +65,9 @@ def trained_thinking(model: Any) -> dict[str, Tensor]:
 
 
 def guard_saving(model: Any) -> None:
-    """Called by unsloth whenever it has given `model` (also a PEFT model, also a tokenizer) its saving methods.
-
-    Raises:
-        InputError: the model's adapter was trained with thinking modules that the model has no place for.
-    """
+    """Called by unsloth whenever it has given `model` (also a PEFT model, also a tokenizer) its saving methods."""
     if not hasattr(model, "named_parameters"):
         return
-    _check_places(model)
     if not any(is_thinking_parameter(name) for name, _ in model.named_parameters()):
         return
     for name in (*_REFUSED, "save_pretrained_merged", "save_pretrained"):
@@ -84,17 +78,6 @@ def guard_saving(model: Any) -> None:
         setattr(model, _ORIGINAL + name, method)
         function = {"save_pretrained_merged": _merged, "save_pretrained": _adapter}.get(name) or _refusing(name)
         setattr(model, name, MethodType(function, model))
-
-
-def _check_places(model: Any) -> None:
-    places = {path for path, module in model.named_modules() if hasattr(module, "modules_to_save")}
-    for config in getattr(model, "peft_config", {}).values():
-        for entry in filter(is_thinking_module, config.modules_to_save or []):
-            if not any(f".{path}".endswith(f".{entry}") for path in places):
-                raise InputError(
-                    f"the adapter holds {entry}, and this base is a plain one; load the base with thinking={{}} and "
-                    f"the adapter with hrpo_patches.load_adapter."
-                )
 
 
 def _original(model: Any, name: str) -> Any:
