@@ -84,8 +84,8 @@ def patch_trainer_optimizer(
         raise InputError("this trainer already has an optimizer; call patch_trainer_optimizer before training.")
     if not any(group_of(name) != "base" and p.requires_grad for name, p in trainer.model.named_parameters()):
         raise InputError(
-            "the trainer's model has no trainable thinking weights; with PEFT, name the thinking modules in "
-            "LoraConfig(modules_to_save=...), or use HRPOTrainer, which does."
+            "the trainer's model has no trainable thinking weights; load it with thinking={}, and with PEFT name the "
+            "thinking modules in LoraConfig(modules_to_save=...), or use HRPOTrainer, which does both."
         )
     rates = {"gate": lr_residual_gate, "Lambda": lr_residual_Lambda, "projection": lr_thinking_projection}
 
