@@ -24,7 +24,7 @@ from hrpo_patches.config import VARIANT, ThinkingConfig
 from hrpo_patches.data import examples_of, find_task
 from hrpo_patches.errors import InputError
 from hrpo_patches.families import NAMES
-from hrpo_patches.parts import residual_of
+from hrpo_patches.parts import NONE, RESIDUALS, residual_of
 from hrpo_patches.report import require_matplotlib
 from hrpo_patches.trainer_config import HRPOConfig, check_reference, read_passes
 
@@ -122,7 +122,8 @@ class RunArguments:
 
     def check(self) -> None:
         """Raise `InputError` for whatever can be known to be wrong before any work."""
-        residual_of(self.residual)
+        if self.residual not in (*RESIDUALS, NONE):
+            raise InputError(f"--residual has to be {', '.join(RESIDUALS)} or {NONE}, not {self.residual!r}.")
         thinking = self.thinking()
         read_passes(self.replay_passes)
         check_reference(self.reference)

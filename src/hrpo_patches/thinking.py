@@ -103,7 +103,8 @@ class ThinkingMixin(_Base):
                 getattr(self, name).to(self.get_input_embeddings().weight.device).train(self.training)
             return
         fresh = make_projection(self.config.hidden_size, thinking)
-        current = {name: p.shape for name, p in self.thinking_projection.named_parameters()}
+        own = getattr(self.thinking_projection, "original_module", self.thinking_projection)  # of PEFT's wrapper
+        current = {name: p.shape for name, p in own.named_parameters()}
         if current != {name: p.shape for name, p in fresh.named_parameters()}:
             self.thinking_projection = fresh.to(self.thinking_residual_Lambda.Lambda.device)
 
