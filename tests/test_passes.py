@@ -220,6 +220,7 @@ def test_data_parallel_training_sees_one_forward(family, k, tmp_path):
         nobody = (*rollout[:3], torch.zeros_like(rollout[3]))
         for _ in range(2):  # also where nobody thinks, or the second forward would wait for gradients of the first
             replayed(wrapped, nobody, k).backward()
+        del wrapped  # before its process group: whose last owner it would be, and may then wait for the group for ever
     finally:
         torch.distributed.destroy_process_group()
     assert difference({name.removeprefix("module."): g for name, g in found.items()}, expected) < 1e-9
