@@ -1,6 +1,7 @@
 """Whoever imports hrpo_patches and does not think cannot tell; whoever thinks says so, or is refused."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from runs import lora, small_trainer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification
 
@@ -174,3 +175,13 @@ def test_the_optimizer_state_of_a_stock_run_resumes_under_the_patches(tmp_path):
         "assert all(torch.equal(value, end[name]) for name, value in model.state_dict().items())"
     )
     subprocess.run([sys.executable, "-c", resume, HERE, "patched", str(tmp_path / "run")], check=True)
+
+
+def test_a_published_adapter_that_lacks_a_gate_is_said_to_be_damaged(adapter, tmp_path):
+    folder = shutil.copytree(adapter[0], tmp_path / "published")
+    (folder / "thinking_config.json").unlink()
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {name: value for name, value in weights.items() if "gate_r" not in name and "projection" not in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="lacks .*thinking_residual_gate_r"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(adapter[1]), folder)

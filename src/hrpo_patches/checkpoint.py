@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from hrpo_patches.config import PROJECTION, VARIANT, ThinkingConfig
 from hrpo_patches.decoding import patched_backbone
 from hrpo_patches.errors import InputError
-from hrpo_patches.parts import MODULES, NONE, RESIDUALS, parts_of
+from hrpo_patches.parts import FALLBACK, MODULES, NONE, RESIDUALS, parts_of
 from hrpo_patches.thinking import is_thinking_parameter
 from hrpo_patches.unsloth_backend import finish_adapter, is_unsloth, refuse_stranger
 
@@ -105,7 +105,7 @@ def _read_record(folder: Path, held: set[str]) -> dict[str, Any]:
     """The saved thinking config; for an adapter without one, what its weights say (published HRPO adapters)."""
     if (folder / THINKING_FILE).is_file():
         return read_thinking(folder)
-    return {"residual": next(name for name in RESIDUALS if set(parts_of(name)) <= held)}
+    return {"residual": next((name for name in RESIDUALS if set(parts_of(name)) <= held), FALLBACK)}
 
 
 def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
