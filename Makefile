@@ -29,7 +29,7 @@ train: install
 # Two workers with a thread each are faster than one with two: half of the time goes into starting processes.
 test: lint
 	OMP_NUM_THREADS=1 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
-		$(BIN)/python -m pytest -n 2 -W error::DeprecationWarning:hrpo_patches $(MARKS)
+		$(BIN)/python -m pytest -n 2 $(MARKS)
 
 test-other-machines: install
 	ATEN_CPU_CAPABILITY=default OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not smollm2" $(SENSITIVE)
@@ -41,7 +41,7 @@ test-oldest: $(OLDEST_VENV)/.installed
 # unsloth's own Llama and Qwen2 code on a CPU, its kernels under Triton's interpreter: about five minutes.
 test-unsloth: $(UNSLOTH_VENV)/.installed
 	OMP_NUM_THREADS=1 $(UNSLOTH_VENV)/bin/python -m pytest -n 2 --dist loadfile \
-		-W error::DeprecationWarning:hrpo_patches --confcutdir tests/unsloth tests/unsloth
+		--confcutdir tests/unsloth tests/unsloth
 
 # Needs a GPU, and the environment that the README names; writes what it saw under benchmarks/results/.
 test-gpu:

@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hrpo_patches.backend import start_backend
-from hrpo_patches.errors import InputError, PatchError
+from hrpo_thinking.errors import InputError, PatchError
 
 KINDS = ("stock", "projection", "embedding")
 
@@ -49,8 +49,8 @@ def main():
     args = parser.parse_args()
     try:
         backend = start_backend(args.backend)
-        from hrpo_patches.config import ThinkingConfig  # transformers comes after unsloth
         from hrpo_patches.models import load_model
+        from hrpo_thinking.config import ThinkingConfig  # transformers comes after unsloth
 
         model, tokenizer = load_model(args.model_name, ThinkingConfig(), backend=backend)
     except (InputError, PatchError) as error:

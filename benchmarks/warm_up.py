@@ -16,11 +16,11 @@ from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from hrpo_patches.console import console
 from hrpo_patches.data import prompt_of
-from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import prompt_ids, uses_chat
 from hrpo_patches.models import load_model
 from hrpo_patches.sources import rows_of
 from hrpo_patches.tasks.gsm8k import GOLD_MARKER, TASK
+from hrpo_thinking.errors import InputError
 
 CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's notes for a calculator, which no prompt of ours asks for
 

@@ -8,7 +8,7 @@ import pytest
 
 from hrpo_patches import backend
 from hrpo_patches.arguments import RunArguments
-from hrpo_patches.errors import InputError, PatchError
+from hrpo_thinking.errors import InputError, PatchError
 
 
 @pytest.fixture

@@ -11,8 +11,8 @@ import yaml
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.report import Run
+from hrpo_thinking.errors import InputError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ROWS = [{"question": f"{i} + 1?", "answer": f"<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(8)]

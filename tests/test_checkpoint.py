@@ -15,7 +15,7 @@ from tiny import byte_tokenizer, tiny_model
 from transformers import GenerationConfig
 
 from hrpo_patches import load_adapter
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 HERE = Path(__file__).parent
 LOAD = """

@@ -3,8 +3,8 @@
 import pytest
 from tiny import tiny_model
 
-from hrpo_patches.config import ThinkingConfig
-from hrpo_patches.errors import InputError
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from tiny import tiny_model
 
 from hrpo_patches import replay_forward
 from hrpo_patches.controls import CONTROLS, check_control, controlled, partners
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 FELT = {"r_min": 0.3, "r_max": 0.6}
 GOLDS = ["7", "7", "8", "9"]

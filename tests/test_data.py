@@ -5,8 +5,8 @@ import json
 import pytest
 
 from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of, split_held_out
-from hrpo_patches.errors import InputError
 from hrpo_patches.tasks import task_named
+from hrpo_thinking.errors import InputError
 
 OPTIONS = "min_terms=2&max_terms=2&min_digits=1&max_digits=2&operators=[%2B]&allow_parentheses=false"
 SUMS = f"reasoning_gym:basic_arithmetic?{OPTIONS}&allow_negation=false"

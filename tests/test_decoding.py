@@ -12,8 +12,8 @@ from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, Stopping
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hrpo_patches.decoding import ForcedThoughts, ThinkingDecoder, start_thinking
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import embedding_residual
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import embedding_residual
 
 BOLD = {"r_min": 0.5, "r_max": 0.9}  # a start that is not smooth, so that thinking shows
 

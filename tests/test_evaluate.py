@@ -4,8 +4,8 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Decoding, batches_of, complete, greedy_completions, uses_chat
+from hrpo_thinking.errors import InputError
 
 
 def test_batches_sorted_by_length_change_no_answer():

@@ -15,9 +15,9 @@ from hrpo_patches import evaluate, evaluation
 from hrpo_patches.__main__ import main as cli
 from hrpo_patches.controls import CONTROLS
 from hrpo_patches.data import find_task, load_problems
-from hrpo_patches.errors import InputError
 from hrpo_patches.evaluation import main, marker_position
-from hrpo_patches.marker import marker_table
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
 
 MARKER = "a"  # which a random model says now and then
 

@@ -7,9 +7,9 @@ import pytest
 from transformers import LlamaModel
 
 from hrpo_patches import export, overlay
-from hrpo_patches.errors import InputError
 from hrpo_patches.families import FAMILIES
 from hrpo_patches.placing import hunks_of
+from hrpo_thinking.errors import InputError
 
 
 def test_the_stored_diffs_of_the_families_are_those_of_the_templates():

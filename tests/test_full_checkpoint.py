@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.full_checkpoint import add_thinking
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import is_thinking_parameter
 
 
 def trained(family):

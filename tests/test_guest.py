@@ -15,8 +15,8 @@ from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification
 
 from hrpo_patches import load_adapter
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import MODULES
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES
 
 HERE = Path(__file__).parent
 

@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from hrpo_patches import load_adapter
 from hrpo_patches.__main__ import main as cli
-from hrpo_patches.errors import InputError
 from hrpo_patches.harness import ThinkingLM
 from hrpo_patches.models import smollm2_folder
+from hrpo_thinking.errors import InputError
 
 GSM8K = Path(lm_eval.__file__).parent / "tasks" / "gsm8k" / "gsm8k.yaml"
 LOCAL = """

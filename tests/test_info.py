@@ -5,10 +5,10 @@ import torch
 from tiny import tiny_config, tiny_model
 from transformers import GPT2Config
 
-from hrpo_patches.config import ThinkingConfig
-from hrpo_patches.errors import InputError
 from hrpo_patches.info import costs, table_of
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import is_thinking_parameter
 
 D = 32
 

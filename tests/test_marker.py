@@ -5,8 +5,8 @@ import random
 import pytest
 from tiny import HASHES, byte_tokenizer
 
-from hrpo_patches.errors import InputError
-from hrpo_patches.marker import marker_table
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
 
 
 def answering(tokenizer, marker, ids):

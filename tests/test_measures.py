@@ -9,7 +9,7 @@ from torch.nn.functional import cosine_similarity
 
 from hrpo_patches import measures
 from hrpo_patches.measures import effective_rank, gradient_norms, marker_rate, measure_blend, measure_weights
-from hrpo_patches.parts import parts_of
+from hrpo_thinking.parts import parts_of
 
 TOKENS = torch.arange(40).view(2, 20)
 

@@ -16,10 +16,9 @@ from transformers import AutoModelForCausalLM
 from hrpo_patches import load_adapter
 from hrpo_patches.__main__ import main
 from hrpo_patches.checkpoint import save_thinking
-from hrpo_patches.errors import InputError
 from hrpo_patches.merge import convert, merge
-from hrpo_patches.parts import parts_of
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import is_thinking_parameter, parts_of
 
 GREEDY = {"do_sample": False, "temperature": None, "top_k": None, "biased": False}
 IN_A_NEW_PROCESS = """

@@ -5,8 +5,8 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches import models
-from hrpo_patches.config import ThinkingConfig
-from hrpo_patches.errors import InputError
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
 
 
 def test_a_model_is_loaded_with_its_thinking_and_a_tokenizer_that_pads_on_the_left(tmp_path):

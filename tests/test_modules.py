@@ -12,10 +12,9 @@ from transformers import AutoModelForCausalLM
 from hrpo_patches import load_adapter
 from hrpo_patches.arguments import RunArguments
 from hrpo_patches.checkpoint import check_same_thinking, save_thinking
-from hrpo_patches.config import VARIANT, ThinkingConfig
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import MODULES
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.config import VARIANT, ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES, is_thinking_parameter
 
 VALUES = {
     "residual": ["projection", "embedding"],
@@ -177,7 +176,7 @@ def test_an_adapter_brings_its_kind_of_projection_to_a_base_that_has_another(tmp
 
 
 def test_weights_are_fresh_until_they_are_trained_or_loaded(tmp_path, family):
-    from hrpo_patches.modules import ThinkingModule
+    from hrpo_thinking.modules import ThinkingModule
 
     options = {"projection_layers": 2, "projection_norm": True}
     drawn = tiny_model(family, thinking=options)

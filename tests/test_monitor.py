@@ -16,10 +16,10 @@ from tiny import tiny_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hrpo_patches import monitor_thinking
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import parts_of
 from hrpo_patches.run_log import read_rows
 from hrpo_patches.thinking import ThinkingMixin
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import parts_of
 
 MEASURES = {
     *(f"{name}/{kind}" for name in ("a", "i", "decay") for kind in ("mean", "min", "max")),

@@ -7,9 +7,9 @@ from tiny import tiny_model
 from transformers import Trainer, TrainingArguments
 
 from hrpo_patches import patch_trainer_optimizer
-from hrpo_patches.errors import InputError
 from hrpo_patches.optim import group_of
-from hrpo_patches.parts import MODULES
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES
 
 
 def trainer_for(model, folder, **options):

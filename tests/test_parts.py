@@ -6,8 +6,8 @@ from runs import small_trainer
 from tiny import tiny_model
 
 from hrpo_patches import ThinkingConfig, load_adapter
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import MODULES, RESIDUALS, ResidualKind, parts_of, register, residual_of
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES, RESIDUALS, ResidualKind, parts_of, register, residual_of
 
 
 @pytest.fixture

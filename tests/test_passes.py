@@ -9,9 +9,9 @@ from transformers import DynamicCache
 
 from hrpo_patches import passes, replay_forward, thinking_roll
 from hrpo_patches.controls import controlled
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import parts_of
 from hrpo_patches.passes import STRETCH
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import parts_of
 
 RESIDUALS = ["projection", "embedding"]
 FELT = {"r_min": 0.3, "r_max": 0.6}  # a start in which thoughts matter

@@ -8,9 +8,9 @@ from matplotlib.image import imread
 
 from hrpo_patches import report
 from hrpo_patches.__main__ import main
-from hrpo_patches.errors import InputError
 from hrpo_patches.report import PANELS, Run, draw, read_run, read_runs, table, write_json, write_report
 from hrpo_patches.run_log import RunLog
+from hrpo_thinking.errors import InputError
 
 SCORES = {"mean": 0.5, "standard_error": 0.1, "total": 25}
 ENDED = {"log": [{"step": 8}]}  # as many steps as `make_run` makes

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from hrpo_patches import retrieval
-from hrpo_patches.errors import InputError
 from hrpo_patches.retrieval import Retriever, read_corpus, with_retrieved
+from hrpo_thinking.errors import InputError
 
 DOCUMENTS = [
     {"title": "Tarn", "text": "The river Tarn meets the sea at Port Ellery."},

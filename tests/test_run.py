@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches.arguments import RunArguments, parse
-from hrpo_patches.errors import InputError
 from hrpo_patches.run import main
+from hrpo_thinking.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "hrpo_gsm8k.py"

@@ -6,8 +6,8 @@ import numpy
 import pytest
 import torch
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.run_log import RunLog, read_rows
+from hrpo_thinking.errors import InputError
 
 
 def test_every_line_is_one_object_and_has_no_nan(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches.arguments import parse
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 SCRIPTS = Path(__file__).parents[1] / "scripts"
 ROWS = {

@@ -9,8 +9,8 @@ from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches import load_adapter
 from hrpo_patches.__main__ import main
-from hrpo_patches.errors import InputError
 from hrpo_patches.think import draw, is_untrained, table_of, think, visible
+from hrpo_thinking.errors import InputError
 
 LIVELY = {"r_min": 0.5, "r_max": 0.9}
 

@@ -8,11 +8,11 @@ import torch
 from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
-from hrpo_patches.config import ThinkingConfig
-from hrpo_patches.errors import InputError
-from hrpo_patches.modules import initial_lambda
-from hrpo_patches.parts import MODULES, embedding_residual
-from hrpo_patches.thinking import projection_residual
+from hrpo_thinking.blend import projection_residual
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.modules import initial_lambda
+from hrpo_thinking.parts import MODULES, embedding_residual
 
 
 def lambdas(model):

@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 
 from hrpo_patches import HRPOConfig, HRPOTrainer, load_adapter, replay_forward
 from hrpo_patches.checkpoint import load_plain_adapter
-from hrpo_patches.errors import InputError
 from hrpo_patches.replay import Rollout
+from hrpo_thinking.errors import InputError
 
 FELT = {"r_min": 0.5, "r_max": 0.9}
 FORCED, LENGTH = 3, 10

@@ -12,10 +12,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import GRPOConfig
 
 from hrpo_patches import HRPOTrainer
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import parts_of
 from hrpo_patches.replay import Rollout
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import is_thinking_parameter, parts_of
 
 RESIDUALS = ["projection", "embedding"]
 

@@ -3,7 +3,7 @@
 import pytest
 
 from hrpo_patches import HRPOConfig
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 
 @pytest.mark.parametrize(

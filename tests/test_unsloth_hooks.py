@@ -5,8 +5,8 @@ import torch
 from tiny import tiny_model
 from torch import nn
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.unsloth_hooks import is_thinking_module, take_thinking
+from hrpo_thinking.errors import InputError
 
 STATES, MASK = torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.bool)
 

@@ -14,17 +14,17 @@ TYPE_CHECKING = False  # as typing's, without the cost of importing typing
 __version__ = "0.2.0"
 
 _HOMES = {
-    "HRPOConfig": "trainer_config",
-    "HRPOTrainer": "trainer",
-    "InputError": "errors",
-    "NonFiniteError": "errors",
-    "PatchError": "errors",
-    "ThinkingConfig": "config",
-    "load_adapter": "checkpoint",
-    "monitor_thinking": "monitor",
-    "patch_trainer_optimizer": "optim",
-    "replay_forward": "replay",
-    "thinking_roll": "replay",
+    "HRPOConfig": "hrpo_patches.trainer_config",
+    "HRPOTrainer": "hrpo_patches.trainer",
+    "InputError": "hrpo_thinking.errors",
+    "NonFiniteError": "hrpo_thinking.errors",
+    "PatchError": "hrpo_thinking.errors",
+    "ThinkingConfig": "hrpo_thinking.config",
+    "load_adapter": "hrpo_patches.checkpoint",
+    "monitor_thinking": "hrpo_patches.monitor",
+    "patch_trainer_optimizer": "hrpo_patches.optim",
+    "replay_forward": "hrpo_patches.replay",
+    "thinking_roll": "hrpo_patches.replay",
 }
 
 __all__ = [
@@ -43,19 +43,19 @@ __all__ = [
 
 if TYPE_CHECKING:
     from hrpo_patches.checkpoint import load_adapter
-    from hrpo_patches.config import ThinkingConfig
-    from hrpo_patches.errors import InputError, NonFiniteError, PatchError
     from hrpo_patches.monitor import monitor_thinking
     from hrpo_patches.optim import patch_trainer_optimizer
     from hrpo_patches.replay import replay_forward, thinking_roll
     from hrpo_patches.trainer import HRPOTrainer
     from hrpo_patches.trainer_config import HRPOConfig
+    from hrpo_thinking.config import ThinkingConfig
+    from hrpo_thinking.errors import InputError, NonFiniteError, PatchError
 
 
 def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'hrpo_patches' has no attribute {name!r}; its public names are {__all__}")
-    return getattr(import_module(f"hrpo_patches.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name]), name)
 
 
 def __dir__() -> list[str]:

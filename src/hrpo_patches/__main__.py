@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.table import Table
 
 from hrpo_patches import export, overlay
-from hrpo_patches.errors import InputError, PatchError
-from hrpo_patches.parts import RESIDUALS
+from hrpo_thinking.errors import InputError, PatchError
+from hrpo_thinking.parts import RESIDUALS
 
 PROJECTION = ("projection_layers", "projection_hidden", "projection_norm")
 
@@ -62,8 +62,8 @@ def status(load: bool) -> int:
 
 def info(arguments: argparse.Namespace) -> int:
     """Print what thinking adds to a model."""
-    from hrpo_patches.config import ThinkingConfig
     from hrpo_patches.info import costs, table_of
+    from hrpo_thinking.config import ThinkingConfig
 
     options = {name: getattr(arguments, name) for name in PROJECTION}
     rows = costs(arguments.model, ThinkingConfig(**options))

@@ -20,13 +20,13 @@ from hrpo_patches.checkpoint import (
     read_thinking,
 )
 from hrpo_patches.command_line import option, parsed
-from hrpo_patches.config import VARIANT, ThinkingConfig
 from hrpo_patches.data import examples_of, find_task
-from hrpo_patches.errors import InputError
 from hrpo_patches.families import NAMES
-from hrpo_patches.parts import NONE, RESIDUALS, residual_of
 from hrpo_patches.report import require_matplotlib
 from hrpo_patches.trainer_config import HRPOConfig, check_reference, read_passes
+from hrpo_thinking.config import VARIANT, ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import residual_of, spelled
 
 
 @dataclass
@@ -67,7 +67,7 @@ class RunArguments:
     corpus: str | None = option(None, "File or folder of documents for questions that come without.")
     format_reward: float = option(0.0, "Weight of a reward for the marker alone, beside the answer's of 1.")
     shots: int = option(0, "How many of the task's worked examples the prompt shows.")
-    residual: str = option("projection", "What a thinking position is blended with: projection, embedding or none.")
+    residual: str | None = option("projection", "What thoughts are blended with: projection, embedding or none.")
     projection_layers: int = option(1, "Linear layers of the projection: 1, or 2 with SiLU between.")
     projection_hidden: int | None = option(None, "Width between two layers; by default the hidden size.")
     projection_norm: bool = option(False, "A LayerNorm after the projection.")
@@ -100,11 +100,6 @@ class RunArguments:
     eval_problems: int = option(0, "Held-out problems to answer greedily before and after training.")
     eval_batch_size: int = option(50, "Held-out problems answered at once.")
 
-    @property
-    def kind(self) -> str | None:
-        """The residual; None for plain GRPO."""
-        return residual_of(self.residual)
-
     def thinking(self) -> ThinkingConfig | None:
         """How the model is to think; None for plain GRPO."""
         variant = {name: getattr(self, name) for name in VARIANT}
@@ -113,7 +108,7 @@ class RunArguments:
             own = read_thinking(Path(self.adapter))
             forced = {name: own[name] for name in ("thoughts", "filler") if name in own} | forced
         limits = {"r_min": self.residual_r_min, "r_max": self.residual_r_max, "answer_start": self.answer_start}
-        if self.kind is None:
+        if self.residual is None:
             if used := [name for name, value in variant.items() if value != getattr(ThinkingConfig, name)]:
                 raise InputError(f"--{used[0]} is about the projection; it does not go with --residual none.")
             ThinkingConfig.from_dict(limits | forced)
@@ -122,8 +117,10 @@ class RunArguments:
 
     def check(self) -> None:
         """Raise `InputError` for whatever can be known to be wrong before any work."""
-        if self.residual not in (*RESIDUALS, NONE):
-            raise InputError(f"--residual has to be {', '.join(RESIDUALS)} or {NONE}, not {self.residual!r}.")
+        try:
+            self.residual = residual_of(self.residual)
+        except InputError as error:
+            raise InputError(f"--{error}") from None
         thinking = self.thinking()
         read_passes(self.replay_passes)
         check_reference(self.reference)
@@ -178,8 +175,8 @@ class RunArguments:
             raise InputError(f"{checkpoint} is no checkpoint: trainer_state.json does not exist there.")
         if holds and checkpoint.resolve().parent != folder.resolve():
             raise InputError(f"{folder} already holds another run than the checkpoint {checkpoint}.")
-        check_same_thinking(checkpoint, self.residual, self.thinking())
-        if self.kind is None:
+        check_same_thinking(checkpoint, spelled(self.residual), self.thinking())
+        if self.residual is None:
             check_same_pauses(checkpoint, self.thoughts or 0)
 
     def trainer_config(self) -> HRPOConfig:

@@ -10,8 +10,8 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from hrpo_patches.errors import InputError, PatchError
 from hrpo_patches.overlay import check, installed_version
+from hrpo_thinking.errors import InputError, PatchError
 
 BACKENDS = ("auto", "transformers", "unsloth")
 

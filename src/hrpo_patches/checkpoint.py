@@ -17,12 +17,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
-from hrpo_patches.config import PROJECTION, VARIANT, ThinkingConfig
 from hrpo_patches.decoding import patched_backbone
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import FALLBACK, MODULES, NONE, RESIDUALS, parts_of
-from hrpo_patches.thinking import is_thinking_parameter
 from hrpo_patches.unsloth_backend import finish_adapter, is_unsloth, refuse_stranger
+from hrpo_thinking.config import VARIANT, ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import FALLBACK, MODULES, PROJECTION, RESIDUALS, is_thinking_parameter, parts_of, spelled
 
 THINKING_FILE = "thinking_config.json"
 _GENERATION_FILE = "generation_config.json"
@@ -88,7 +87,7 @@ def read_thinking(folder: Path) -> dict[str, Any]:
 def check_same_thinking(folder: Path, residual: str | None, wanted: ThinkingConfig | None) -> None:
     """Raise `InputError` unless what `folder` holds was trained with this residual (if given) and as `wanted`."""
     saved = read_thinking(folder) if (folder / THINKING_FILE).is_file() else None
-    was = saved["residual"] if saved is not None else NONE
+    was = spelled(saved["residual"] if saved is not None else None)
     if residual is not None and was != residual:
         raise InputError(f"{folder} was trained with --residual {was}, not {residual}.")
     if saved is None or wanted is None:

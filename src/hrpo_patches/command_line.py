@@ -8,7 +8,7 @@ from typing import Any, Protocol, TypeVar
 import yaml
 from trl import TrlParser
 
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 
 def option(default: Any, text: str) -> Any:

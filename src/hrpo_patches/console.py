@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hrpo_patches.errors import InputError, NonFiniteError, PatchError
+from hrpo_thinking.errors import InputError, NonFiniteError, PatchError
 
 
 def train(argv: list[str] | None, task: str) -> dict[str, Any]:

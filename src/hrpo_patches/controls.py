@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hrpo_patches.decoding import thinking_backbone
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 CONTROLS = {
     "live": "the thoughts as they are",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import random
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.retrieval import with_retrieved
 from hrpo_patches.sources import rows_of
 from hrpo_patches.tasks import Problem, Task, task_named
 from hrpo_patches.tasks.gym import PREFIX as GYM
 from hrpo_patches.tasks.gym import GymTask, gym_task
+from hrpo_thinking.errors import InputError
 
 
 def find_task(name: str, dataset: str | None, size: int = 10_000, seed: int = 42) -> Task:

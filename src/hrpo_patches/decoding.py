@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from hrpo_patches.config import ThinkingConfig
-from hrpo_patches.errors import InputError
 from hrpo_patches.families import NAMES
-from hrpo_patches.marker import marker_table
-from hrpo_patches.parts import FALLBACK, RESIDUALS, parts_of
 from hrpo_patches.thinking import ThinkingMixin
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
+from hrpo_thinking.parts import FALLBACK, RESIDUALS, parts_of
 
 if TYPE_CHECKING:  # transformers is importing this module
     from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList

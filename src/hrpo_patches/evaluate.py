@@ -12,7 +12,7 @@ from rich.progress import track
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.controls import check_control, controlled
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 Prompt = str | list[dict[str, str]]
 

@@ -16,18 +16,18 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from transformers import PreTrainedTokenizerBase
 
 from hrpo_patches.command_line import option, parsed
-from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.controls import CONTROLS, check_control
 from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of
 from hrpo_patches.decoding import filler_id
-from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Decoding, batches_of, complete, prompt_ids, uses_chat
-from hrpo_patches.marker import marker_table
 from hrpo_patches.models import base_of, open_model
 from hrpo_patches.rewards import answer_of, grade
 from hrpo_patches.scores import summarise
 from hrpo_patches.tasks import Problem, Task
 from hrpo_patches.think import is_untrained
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
 
 # Added to the seed of a generator, whose i-th problem comes of seed + i, so that no draw of a training is drawn again.
 UNSEEN = 10**8

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.families import FAMILIES
 from hrpo_patches.overlay import Patch, all_patches, patched_source, patches_root, site_of
+from hrpo_thinking.errors import InputError
 
 _KINDS = {"modeling": "{family}.patch", "config": "{family}-config.patch"}  # a template each
 

@@ -14,9 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from hrpo_patches.config import NEEDS_US
-from hrpo_patches.errors import InputError
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.config import NEEDS_US
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import is_thinking_parameter
 
 _INDEX = "model.safetensors.index.json"
 

@@ -12,8 +12,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from hrpo_patches.checkpoint import load_adapter
-from hrpo_patches.errors import InputError
 from hrpo_patches.think import is_untrained
+from hrpo_thinking.errors import InputError
 
 
 @register_model("hrpo")

@@ -10,10 +10,9 @@ from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from hrpo_patches.config import VARIANT, ThinkingConfig, check_same_kind
 from hrpo_patches.models import SMOLLM2, read_config, smollm2_folder
-from hrpo_patches.parts import MODULES
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.config import VARIANT, ThinkingConfig, check_same_kind
+from hrpo_thinking.parts import MODULES, is_thinking_parameter
 
 
 @dataclass

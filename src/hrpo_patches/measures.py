@@ -11,10 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from hrpo_patches.modules import ThinkingLinear
 from hrpo_patches.optim import group_of
-from hrpo_patches.parts import RESIDUALS, embedding_residual
-from hrpo_patches.thinking import EPS, ThinkingMixin
+from hrpo_patches.thinking import ThinkingMixin
+from hrpo_thinking.blend import EPS
+from hrpo_thinking.modules import ThinkingLinear
+from hrpo_thinking.parts import RESIDUALS, embedding_residual
 
 GATES_AT = 256  # positions that a and i are measured at
 RESIDUALS_AT = 16  # positions that residuals are compared at: each costs two products with the (V, d) embeddings

@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hrpo_patches.checkpoint import load_adapter, read_thinking, write_thinking
-from hrpo_patches.config import PROJECTION, ThinkingConfig
-from hrpo_patches.errors import InputError
 from hrpo_patches.full_checkpoint import mark
 from hrpo_patches.models import base_of, read_adapter_config, tokenizer_of
-from hrpo_patches.modules import make_projection
-from hrpo_patches.parts import MODULES, parts_of
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.modules import make_projection
+from hrpo_thinking.parts import MODULES, PROJECTION, parts_of
 
 _PREFIX = "base_model.model.model."
 

@@ -17,10 +17,10 @@ from peft import PeftConfig
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.checkpoint import holds_thinking, load_adapter, load_plain_adapter
-from hrpo_patches.config import ThinkingConfig, check_same_kind
-from hrpo_patches.errors import InputError
 from hrpo_patches.families import NAMES
 from hrpo_patches.unsloth_backend import load_base
+from hrpo_thinking.config import ThinkingConfig, check_same_kind
+from hrpo_thinking.errors import InputError
 
 SMOLLM2 = "smollm2-135m"
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")

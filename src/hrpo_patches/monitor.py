@@ -19,11 +19,12 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from hrpo_patches.early_warnings import EarlyWarnings
-from hrpo_patches.errors import InputError, NonFiniteError
 from hrpo_patches.measures import gradient_norms, marker_rate, measure_blend, measure_weights, projection_weights
 from hrpo_patches.nonfinite import refuse_nonfinite, refuse_spoilt
 from hrpo_patches.run_log import RunLog
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError, NonFiniteError
+from hrpo_thinking.parts import is_thinking_parameter, spelled
 
 logger = logging.getLogger(__name__)
 
@@ -90,12 +91,16 @@ class ThinkingMonitor(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        thinking = self.backbone.config.thinking if self.thinks else {"residual": "none", "answer_start": "####"}
-        marker = getattr(args, "answer_start", thinking["answer_start"])
+        thinking = ThinkingConfig.of(self.backbone.config) if self.thinks else None
+        marker = getattr(args, "answer_start", (thinking or ThinkingConfig()).answer_start)
         self._warnings = EarlyWarnings(marker, getattr(args, "max_completion_length", None), state.global_step)
         self._began = time.perf_counter()
         if state.is_world_process_zero:
-            self.log.begin(state.global_step, {"residual": thinking["residual"]}, state.log_history)
+            self.log.begin(
+                state.global_step,
+                {"residual": spelled(thinking.residual if thinking is not None else None)},
+                state.log_history,
+            )
             self._find_start(state.global_step)
         self._unhook()  # of a training that failed, of any trainer
         self.backbone._monitor_hook = self.backbone.register_forward_pre_hook(self._see, with_kwargs=True)

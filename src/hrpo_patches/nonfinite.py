@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from hrpo_patches.errors import NonFiniteError
+from hrpo_thinking.errors import NonFiniteError
 
 
 def refuse_nonfinite(model: nn.Module, inputs: dict[str, Any], folder: Path, step: int, rank: int = 0) -> None:

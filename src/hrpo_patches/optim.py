@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn, optim
 from transformers import Trainer
 
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import PARTS
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import PARTS
 
 GROUP_OF = {part.name: part.group for part in PARTS}
 

@@ -18,7 +18,7 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from types import ModuleType
 
-from hrpo_patches.errors import PatchError
+from hrpo_thinking.errors import PatchError
 
 
 class Patch(namedtuple("Patch", ["package", "file", "target"])):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 if TYPE_CHECKING:  # transformers is importing this module
     from hrpo_patches.thinking import ThinkingMixin

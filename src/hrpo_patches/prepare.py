@@ -15,17 +15,16 @@ from torch import Tensor, nn
 from transformers import set_seed
 from trl.trainer.utils import create_model_from_path
 
-from hrpo_patches.config import ThinkingConfig, check_same_kind
 from hrpo_patches.decoding import patched_backbone, thinking_backbone
-from hrpo_patches.errors import InputError
-from hrpo_patches.marker import marker_table
 from hrpo_patches.models import thinking_options
-from hrpo_patches.parts import FALLBACK, RESIDUALS, parts_of
 from hrpo_patches.passes import refuse_dropout
 from hrpo_patches.replay import passes_inputs
-from hrpo_patches.thinking import canonical, is_thinking_parameter
 from hrpo_patches.trainer_config import HRPOConfig
 from hrpo_patches.unsloth_backend import is_unsloth, refuse_stranger
+from hrpo_thinking.config import ThinkingConfig, check_same_kind
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
+from hrpo_thinking.parts import FALLBACK, RESIDUALS, canonical, is_thinking_parameter, parts_of
 
 
 def thinking_model(model: Any, args: HRPOConfig, quantization_config: Any = None) -> Any:

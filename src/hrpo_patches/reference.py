@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 START_FILE = "reference_start.safetensors"
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from hrpo_patches.decoding import thinking_backbone
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import RESIDUALS, ResidualKind
 from hrpo_patches.passes import Head, Passes, check_passes, live_states
 from hrpo_patches.unsloth_backend import is_unsloth
 from hrpo_patches.unsloth_hooks import refuse_passes
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import RESIDUALS, ResidualKind
 
 
 @dataclass

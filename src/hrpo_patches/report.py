@@ -9,8 +9,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.run_log import LOG_FILE, Row, read_rows
+from hrpo_thinking.errors import InputError
 
 PANELS = {
     "reward": ("Reward", "mean over completions; 1 is right"),

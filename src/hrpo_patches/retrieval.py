@@ -8,10 +8,10 @@ from typing import Any
 
 from rich.progress import track
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.sources import json_rows
 from hrpo_patches.tasks.base import Problem, Row
 from hrpo_patches.tasks.qa import TOP, documents_of, with_documents
+from hrpo_thinking.errors import InputError
 
 
 class Retriever:

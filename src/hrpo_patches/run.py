@@ -18,17 +18,17 @@ from hrpo_patches.arguments import RunArguments, parse
 from hrpo_patches.backend import start_backend
 from hrpo_patches.checkpoint import check_same_thinking, load_adapter
 from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of, split_held_out
-from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import greedy_completions, prompt_ids, uses_chat
-from hrpo_patches.marker import marker_table
 from hrpo_patches.models import load_model
-from hrpo_patches.parts import parts_of
 from hrpo_patches.report import draw, read_run, write_json
 from hrpo_patches.rewards import answer_reward, format_reward, grade
 from hrpo_patches.scores import standard_error
 from hrpo_patches.tasks import Problem, Task
 from hrpo_patches.trainer import HRPOTrainer
 from hrpo_patches.unsloth_backend import add_adapter, is_unsloth, resume_training
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
+from hrpo_thinking.parts import parts_of, spelled
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -81,18 +81,18 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, Task, list[dict[
     lora = {"r": arguments.lora_rank, "lora_alpha": 2 * arguments.lora_rank, "target_modules": LORA_TARGETS}
     peft_config: LoraConfig | None = None
     if arguments.adapter is not None:
-        if arguments.kind is None:
+        if arguments.residual is None:
             raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
         check_same_thinking(Path(arguments.adapter), None, arguments.thinking())
         model = load_adapter(
             model,
             arguments.adapter,
-            residual=arguments.kind,
+            residual=arguments.residual,
             init_projection=arguments.init_projection,
             is_trainable=True,
         )
     elif arguments.backend == "unsloth":
-        model = add_adapter(model, lora, parts_of(arguments.kind), arguments.seed)
+        model = add_adapter(model, lora, parts_of(arguments.residual), arguments.seed)
     else:
         peft_config = LoraConfig(**lora, task_type="CAUSAL_LM")
     form = [format_reward(arguments.answer_start)] if arguments.format_reward else []
@@ -117,7 +117,7 @@ def evaluate(
         trainer._tokenizer,
         [row["prompt"] for row in held_out],
         arguments.max_completion_length,
-        thinking=arguments.kind is not None,
+        thinking=arguments.residual is not None,
         batch_size=arguments.eval_batch_size,
         title=title,
         thoughts=trainer.args.thoughts,
@@ -143,8 +143,9 @@ def main(argv: list[str] | None = None, task_name: str = "gsm8k") -> dict[str, A
     trainer, task, held_out = make_trainer(arguments)
     started = time.monotonic()
     source = (arguments.dataset or "").partition("?")[0]
-    title = ", ".join(dict.fromkeys(filter(None, (arguments.model_name, arguments.residual, task.name, source))))
-    record: dict[str, Any] = {"title": title, "arguments": asdict(arguments)}
+    given = asdict(arguments) | {"residual": spelled(arguments.residual)}
+    title = ", ".join(dict.fromkeys(filter(None, (given["model_name"], given["residual"], task.name, source))))
+    record: dict[str, Any] = {"title": title, "arguments": given}
     if held_out:
         record["before"] = evaluate(trainer, task, held_out, arguments, "Answering before")
     trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)

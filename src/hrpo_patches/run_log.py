@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 LOG_FILE = "monitor.jsonl"
 

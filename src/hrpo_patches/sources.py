@@ -9,7 +9,7 @@ from typing import Any
 
 from datasets import load_dataset
 
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 Rows = Iterator[tuple[dict[str, Any], str]]
 

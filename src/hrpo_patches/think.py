@@ -14,13 +14,13 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.decoding import thinking_backbone
-from hrpo_patches.errors import InputError
 from hrpo_patches.evaluate import Prompt, prompt_ids
-from hrpo_patches.modules import ThinkingModule
-from hrpo_patches.parts import RESIDUALS, parts_of
 from hrpo_patches.report import require_matplotlib
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.modules import ThinkingModule
+from hrpo_thinking.parts import RESIDUALS, parts_of
 
 _CHUNK = 32  # positions whose residuals are compared with the vocabulary at once
 _ROW = 20  # tokens in one row of the picture

@@ -1,45 +1,25 @@
-"""The maths of a thinking position, as modules that a model family gains; knows nothing of generation or training.
-
-Shapes: d is the hidden size, `...` any leading shape. Everything here is computed in float32, the dtype of the
-thinking modules, with autocast off, and only the blend is rounded to the model's dtype.
-"""
+"""What a patched family gains: modules made, loaded and saved, inputs that think; leaves the maths to `Blend`."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from hrpo_patches.config import ThinkingConfig
-from hrpo_patches.errors import InputError
-from hrpo_patches.modules import ThinkingLambda, ThinkingLinear, ThinkingModule, make_projection
-from hrpo_patches.parts import MODULES, RESIDUALS
 from hrpo_patches.passes import Head, Passes, check_passes, inputs_of_last_pass, one_by_one, refuse_dropout
+from hrpo_thinking.blend import Blend
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.modules import ThinkingModule, make_projection, thinking_modules
+from hrpo_thinking.parts import MODULE_PATTERN, MODULES, RESIDUALS, is_thinking_parameter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
 else:
     _Base = object
-
-Control = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (s, e, mask) -> (s, mask)
-
-EPS = 1e-8
-_MODULE_PATTERN = re.compile(rf"(^|\.)({'|'.join(MODULES)})\.")
-
-
-def is_thinking_parameter(name: str) -> bool:
-    """Whether a parameter's dotted name, also one that PEFT or DDP has renamed, is a thinking weight's."""
-    return _MODULE_PATTERN.search(name) is not None
-
-
-def canonical(name: str) -> str:
-    """A thinking parameter's dotted name without what PEFT puts around a trainable copy's."""
-    return re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))
 
 
 def check_modules_to_save(model: nn.Module, wanted: Sequence[str] | None) -> None:
@@ -57,15 +37,9 @@ def check_modules_to_save(model: nn.Module, wanted: Sequence[str] | None) -> Non
             )
 
 
-def projection_residual(projected: Tensor) -> Tensor:
-    """s = Wh / (‖Wh‖₂ + 1e-8), from `projected` = Wh (..., d)."""
-    return projected / (torch.linalg.vector_norm(projected, dim=-1, keepdim=True) + EPS)
+class ThinkingMixin(Blend, _Base):
+    """What a patched model family gains: the thinking modules, their life, and the inputs of a forward that thinks."""
 
-
-class ThinkingMixin(_Base):
-    """What a patched model family gains: the thinking modules, their initialisation and the blend."""
-
-    thinking_control: Control | None = None  # stands between a residual and its blend; see hrpo_patches.controls
     declines_thinking = False  # whether thinking=False was said, which leaves a checkpoint's thinking weights out
 
     def add_thinking_modules(self, config: Any) -> None:
@@ -82,17 +56,13 @@ class ThinkingMixin(_Base):
                 self.declines_thinking = True
             return
         config.thinking = thinking.to_dict()
-        size = config.hidden_size
-        std = getattr(config, "initializer_range", None) or 0.02
-        self.thinking_projection = make_projection(size, thinking)
-        self.thinking_residual_gate_r = ThinkingLinear(size, True, std, "thinking_residual_gate_r")
-        self.thinking_residual_gate_i = ThinkingLinear(size, True, std, "thinking_residual_gate_i")
-        self.thinking_residual_Lambda = ThinkingLambda(size, thinking.r_min, thinking.r_max)
+        for name, module in thinking_modules(config, thinking).items():
+            self.add_module(name, module)
         # The first also keeps quantizers away, the second holds under bf16 as well as fp16.
         self._keep_in_fp32_modules = set(MODULES)
         self._keep_in_fp32_modules_strict = set(MODULES)
         if not thinking.in_checkpoint:
-            self._keys_to_ignore_on_load_missing = {_MODULE_PATTERN.pattern}
+            self._keys_to_ignore_on_load_missing = {MODULE_PATTERN.pattern}
 
     def begin_thinking(self, thinking: ThinkingConfig) -> None:
         """Let this backbone think as described: with fresh modules, or a fresh projection of another kind."""
@@ -142,84 +112,6 @@ class ThinkingMixin(_Base):
             return super().save_pretrained(*args, **kwargs)
         finally:
             self.config.thinking = thinking
-
-    def thinking_decay(self, embeds: Tensor) -> Tensor:
-        """a = exp(-c softplus(-Λ) σ(W_r e + b_r)), from embeddings e (..., d); the share of e that a blend keeps."""
-        with torch.autocast(embeds.device.type, enabled=False):
-            gate = self.thinking_residual_gate_r(embeds.to(self.thinking_residual_Lambda.Lambda.dtype))
-            return self.thinking_residual_Lambda(torch.sigmoid(gate))
-
-    def thinking_residual(self, embeds: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """ê = a ⊙ e + sqrt(1 - a² + 1e-8) ⊙ (i ⊙ s), with i = σ(W_i e + b_i).
-
-        Args:
-            embeds: e (..., d), embeddings of the sampled tokens.
-            residual: s (..., d).
-
-        Returns:
-            The blend (..., d) in the dtype of `embeds`, and a (..., d) in float32.
-        """
-        with torch.autocast(embeds.device.type, enabled=False):
-            a = self.thinking_decay(embeds)
-            e = embeds.to(a.dtype)
-            gated = torch.sigmoid(self.thinking_residual_gate_i(e)) * residual.to(a.dtype)
-            blended = a * e + torch.sqrt(1 - a.square() + EPS) * gated
-        return blended.to(embeds.dtype), a
-
-    def projected_residual(self, states: Tensor) -> Tensor:
-        """s (..., d) in float32, from hidden states (..., d); with dropout only where a gradient is wanted."""
-        thinking = self.config.thinking
-        with torch.autocast(states.device.type, enabled=False):
-            projected = self.thinking_projection(states.to(self.thinking_residual_Lambda.Lambda.dtype))
-            rate = thinking.get("projection_dropout", 0.0)
-            if rate and self.training and torch.is_grad_enabled():
-                projected = dropout(projected, rate)
-            residual = projection_residual(projected)
-        return residual * self.embedding_norm() if thinking.get("residual_scale") == "embedding" else residual
-
-    @torch.no_grad()
-    def embedding_norm(self) -> float:
-        """The mean norm of the input embeddings, measured when it is first asked for and kept in `config.thinking`."""
-        if self.config.thinking.get("embedding_norm") is None:
-            table = self.get_input_embeddings().weight
-            norms = [rows.float().norm(dim=-1) for rows in table.split(4096)]
-            self.config.thinking["embedding_norm"] = torch.cat(norms).mean().item()
-        return self.config.thinking["embedding_norm"]
-
-    def blend_thinking(
-        self, embeds: Tensor, states: Tensor | None, mask: Tensor | None, residual: str | None = None
-    ) -> Tensor:
-        """Blend the masked ones of the last K input positions.
-
-        Args:
-            embeds: (B, L, d), the input embeddings.
-            states: (B, K, d), K <= L: what each position's residual is made from, the hidden state that produced its
-                token (projection) or the finished residual (embedding).
-            mask: (B, K) bool, which positions think.
-            residual: what `states` are; by default what the config says.
-
-        Raises:
-            InputError: the model was built without thinking, one of the two is missing, or the shapes do not fit.
-        """
-        if not hasattr(self, "thinking_projection"):
-            raise InputError("thinking_states were given to a plain model; build or load it with thinking={}.")
-        if states is None or mask is None:
-            raise InputError("thinking_states and thinking_mask belong together; one of them is missing.")
-        width = states.shape[1]
-        expected = (embeds.shape[0], width, embeds.shape[2])
-        if states.shape != expected or mask.shape != expected[:2] or not 0 < width <= embeds.shape[1]:
-            raise InputError(
-                f"thinking_states {tuple(states.shape)} and thinking_mask {tuple(mask.shape)} have to be (B, K, d) "
-                f"and (B, K) with 0 < K <= L, for input embeddings (B, L, d) = {tuple(embeds.shape)}."
-            )
-        head, tail = embeds[:, :-width], embeds[:, -width:]
-        states = states.to(embeds.device)
-        states = RESIDUALS[residual or self.config.thinking["residual"]].make(self, states)
-        mask = mask.to(embeds.device)
-        if self.thinking_control is not None:
-            states, mask = self.thinking_control(states, tail, mask)
-        blended, _ = self.thinking_residual(tail, states)
-        return torch.cat([head, torch.where(mask.unsqueeze(-1), blended, tail)], dim=1)
 
     def think(
         self,

@@ -21,10 +21,8 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
 
 from hrpo_patches.checkpoint import save_pauses, save_thinking
-from hrpo_patches.config import ThinkingConfig
 from hrpo_patches.decoding import filler_id, thinking_backbone
 from hrpo_patches.epoch_order import EpochOrder
-from hrpo_patches.errors import InputError, NonFiniteError
 from hrpo_patches.monitor import ThinkingMonitor
 from hrpo_patches.nonfinite import keep
 from hrpo_patches.optim import regroup
@@ -44,6 +42,8 @@ from hrpo_patches.released import released
 from hrpo_patches.replay import Rollout, passes_inputs
 from hrpo_patches.trainer_config import HRPOConfig
 from hrpo_patches.unsloth_backend import is_unsloth
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError, NonFiniteError
 
 GRPOTrainer: Any = released("trl.trainer.grpo_trainer", "GRPOTrainer")
 

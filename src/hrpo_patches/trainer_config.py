@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
-from hrpo_patches.config import ThinkingConfig
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import residual_of
 from hrpo_patches.passes import Passes, check_passes
 from hrpo_patches.released import released
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import residual_of
 
 Reference = Literal["base", "start"]
 

@@ -13,9 +13,9 @@ import transformers
 from torch import nn
 from transformers import AutoConfig, PreTrainedModel
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.families import FAMILIES
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import is_thinking_parameter
 
 
 def causal_lms() -> list[type]:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.families import NAMES
-from hrpo_patches.parts import MODULES
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES
 
 _KEYWORDS = ("thinking_states", "thinking_mask", "thinking_residual")
 

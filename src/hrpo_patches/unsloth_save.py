@@ -13,12 +13,11 @@ from typing import Any
 from torch import Tensor
 
 from hrpo_patches.checkpoint import save_thinking
-from hrpo_patches.config import ThinkingConfig
-from hrpo_patches.errors import InputError
 from hrpo_patches.full_checkpoint import add_thinking
-from hrpo_patches.modules import ThinkingModule
-from hrpo_patches.parts import MODULES
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.modules import ThinkingModule
+from hrpo_thinking.parts import MODULES, is_thinking_parameter
 
 _REFUSED = (
     "push_to_hub_merged",

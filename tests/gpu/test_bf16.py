@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from test_adapter import check
 from unsloth import FastLanguageModel
 
-from hrpo_patches.parts import MODULES
+from hrpo_thinking.parts import MODULES
 
 BF16 = torch.bfloat16 if ON_GPU else torch.float32  # Triton's interpreter multiplies bf16 wrongly
 only_on_gpu = pytest.mark.skipif(not ON_GPU, reason="its kernels have no interpreter")

@@ -5,11 +5,11 @@ import json
 import pytest
 
 from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of
-from hrpo_patches.errors import InputError
 from hrpo_patches.retrieval import with_retrieved
 from hrpo_patches.rewards import grade
 from hrpo_patches.tasks import TASKS, task_named
 from hrpo_patches.tasks.math import boxed
+from hrpo_thinking.errors import InputError
 
 BIRD = "Which is a bird?"
 CHOICES = {"text": ["bat", "wren", "bee"], "label": ["1", "2", "3"]}

@@ -9,9 +9,9 @@ from transformers import Trainer, TrainingArguments
 from unsloth import FastLanguageModel
 
 from hrpo_patches import load_adapter, patch_trainer_optimizer
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import MODULES
-from hrpo_patches.thinking import is_thinking_parameter
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES
+from hrpo_thinking.parts import is_thinking_parameter
 from hrpo_patches.unsloth_backend import load_base
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}

@@ -5,7 +5,7 @@ import torch
 from rollouts import ragged, sample, worst
 
 from hrpo_patches import replay_forward
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 
 @pytest.fixture

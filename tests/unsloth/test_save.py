@@ -9,8 +9,8 @@ from programs import TARGETS, python
 from safetensors.torch import load_file
 from unsloth import FastLanguageModel
 
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import MODULES
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES
 from hrpo_patches.unsloth_save import _REFUSED, trained_thinking
 
 MERGED_ON_TRANSFORMERS = """

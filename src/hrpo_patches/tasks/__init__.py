@@ -5,9 +5,9 @@ from __future__ import annotations
 from difflib import get_close_matches
 from importlib import import_module
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.tasks import gsm8k, math, mawps, mmlu, qa, svamp
 from hrpo_patches.tasks.base import Problem, Task
+from hrpo_thinking.errors import InputError
 
 TASKS: dict[str, Task] = {
     task.name: task for task in (gsm8k.TASK, math.TASK, mawps.TASK, mmlu.MMLU, mmlu.ARC, svamp.TASK, *qa.TASKS)

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.graders import Grader, is_number
+from hrpo_thinking.errors import InputError
 
 Row = dict[str, Any]
 

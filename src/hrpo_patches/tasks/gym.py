@@ -16,10 +16,10 @@ from urllib.parse import parse_qsl
 
 import yaml
 
-from hrpo_patches.errors import InputError
 from hrpo_patches.graders import number
 from hrpo_patches.tasks.base import Problem, Row, Task, text
 from hrpo_patches.tasks.gsm8k import TASK as GSM8K
+from hrpo_thinking.errors import InputError
 
 PREFIX = "reasoning_gym:"
 _DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")

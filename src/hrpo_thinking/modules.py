@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from transformers import initialization as init
 
-from hrpo_patches.config import ThinkingConfig, check_r_range
+from hrpo_thinking.config import ThinkingConfig, check_r_range
+from hrpo_thinking.parts import GATE_I, GATE_R, LAMBDA, MODULES, PROJECTION
 
 DECAY_SCALE = 8.0  # c in a = exp(-c * softplus(-Lambda) * r)
 
@@ -106,7 +107,7 @@ class ThinkingProjection(nn.Module):
 
     def __init__(self, size: int, thinking: ThinkingConfig) -> None:
         super().__init__()
-        role = "thinking_projection"
+        role = PROJECTION
         if thinking.projection_layers == 1:
             self.layers = nn.Sequential(ThinkingLinear(size, False, thinking.init_std, role))
         else:
@@ -125,14 +126,14 @@ class ThinkingProjection(nn.Module):
 def make_projection(size: int, thinking: ThinkingConfig) -> nn.Module:
     """`thinking_projection`: a bare linear layer unless the config asks for a variant with weights of its own."""
     if thinking.projection_layers == 1 and not thinking.projection_norm:
-        return ThinkingLinear(size, False, thinking.init_std, "thinking_projection")
+        return ThinkingLinear(size, False, thinking.init_std, PROJECTION)
     return ThinkingProjection(size, thinking)
 
 
 class ThinkingLambda(ThinkingModule):
     """The learned decay: r (..., d) in (0, 1) -> a (..., d) = exp(-c * softplus(-Lambda) * r)."""
 
-    role = "thinking_residual_Lambda"
+    role = LAMBDA
 
     def __init__(self, size: int, r_min: float, r_max: float) -> None:
         super().__init__()
@@ -165,3 +166,20 @@ class ThinkingLambda(ThinkingModule):
     def decay(self) -> Tensor:
         """λ (d,), the share of an embedding that is left at a fully open gate: a = λ^r."""
         return torch.exp(-DECAY_SCALE * nn.functional.softplus(-self.Lambda))
+
+
+def thinking_modules(config: Any, thinking: ThinkingConfig) -> dict[str, nn.Module]:
+    """The modules of a backbone that thinks, by the name that each has on it.
+
+    Args:
+        config: the model's; its `hidden_size` and, for the gates' start, its `initializer_range` (else 0.02).
+        thinking: how it thinks.
+    """
+    size, std = config.hidden_size, getattr(config, "initializer_range", None) or 0.02
+    made = (
+        make_projection(size, thinking),
+        ThinkingLinear(size, True, std, GATE_R),
+        ThinkingLinear(size, True, std, GATE_I),
+        ThinkingLambda(size, thinking.r_min, thinking.r_max),
+    )
+    return dict(zip(MODULES, made, strict=True))

@@ -6,10 +6,11 @@ through here, so that a command line is read without torch.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -61,6 +62,8 @@ PARTS = (
     Part("thinking_residual_Lambda", "Lambda"),
 )
 MODULES = tuple(part.name for part in PARTS)
+PROJECTION, GATE_R, GATE_I, LAMBDA = MODULES
+MODULE_PATTERN = re.compile(rf"(^|\.)({'|'.join(MODULES)})\.")
 
 RESIDUALS = {
     kind.name: kind
@@ -102,6 +105,21 @@ def residual_of(given: str | None) -> str | None:
     return given
 
 
+def spelled(residual: str | None) -> str:
+    """A residual as a command line and a file spell it."""
+    return residual if residual is not None else NONE
+
+
 def parts_of(residual: str | None) -> list[str]:
     """The thinking modules that a run with this residual trains and saves, by name; none for plain GRPO."""
     return [part.name for part in PARTS if residual is not None and (not part.residuals or residual in part.residuals)]
+
+
+def is_thinking_parameter(name: str) -> bool:
+    """Whether a parameter's dotted name, also one that PEFT or DDP has renamed, is a thinking weight's."""
+    return MODULE_PATTERN.search(name) is not None
+
+
+def canonical(name: str) -> str:
+    """A thinking parameter's dotted name without what PEFT puts around a trainable copy's."""
+    return re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))

@@ -6,10 +6,9 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-from hrpo_patches.errors import InputError
-from hrpo_patches.parts import PARTS, RESIDUALS, parts_of
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import PROJECTION, RESIDUALS, parts_of
 
-PROJECTION = PARTS[0].name
 Scale = Literal["unit", "embedding"]
 
 

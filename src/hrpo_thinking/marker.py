@@ -13,7 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from hrpo_patches.errors import InputError
+from hrpo_thinking.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
