@@ -12,14 +12,13 @@ UNSLOTH_VENV := .venv-unsloth
 UNSLOTH := 2026.10.7
 
 # Where rounding could decide: these run once more as on a processor with other vector units, and with two threads.
-SENSITIVE := $(addprefix tests/test_,decoding.py replay.py passes.py thoughts.py controls.py merge.py modules.py \
-	trainer.py resume.py think.py latent.py)
+SENSITIVE := tests/thinking tests/maths/test_modules.py tests/models/test_merge.py tests/training/test_trainer.py \
+	tests/training/test_resume.py tests/evaluation/test_think.py tests/test_latent.py
 
 # What the oldest versions could do otherwise: the overlay, the maths, rollout and replay, training, files.
 OLDEST_VENV := .venv-oldest
-CORE := $(addprefix tests/test_,overlay.py export.py upstream.py guest.py stock.py older_files.py thinking.py \
-	decoding.py replay.py passes.py thoughts.py trainer.py plain_grpo.py own_marker.py checkpoint.py full_checkpoint.py \
-	merge.py resume.py optim.py monitor.py parts.py)
+CORE := tests/patching tests/thinking tests/maths tests/training tests/monitor/test_callback.py \
+	$(addprefix tests/models/test_,adapter.py full.py merge.py older_files.py)
 
 .PHONY: train test test-oldest test-other-machines test-unsloth test-gpu lint patch-matrix install wheel clean
 

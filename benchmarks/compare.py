@@ -21,7 +21,7 @@ import yaml
 from rich.console import Console
 
 import hrpo_patches  # noqa: F401 - before transformers
-from hrpo_patches.report import Run, draw, read_run
+from hrpo_patches.monitor.report import Run, draw, read_run
 
 ROOT = Path(__file__).parents[1]
 RESIDUALS = ("projection", "embedding", "none")

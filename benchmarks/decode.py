@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from hrpo_patches.backend import start_backend
+from hrpo_patches.models.backends import start_backend
 from hrpo_thinking.errors import InputError, PatchError
 
 KINDS = ("stock", "projection", "embedding")
@@ -49,7 +49,7 @@ def main():
     args = parser.parse_args()
     try:
         backend = start_backend(args.backend)
-        from hrpo_patches.models import load_model
+        from hrpo_patches.models.base import load_model
         from hrpo_thinking.config import ThinkingConfig  # transformers comes after unsloth
 
         model, tokenizer = load_model(args.model_name, ThinkingConfig(), backend=backend)

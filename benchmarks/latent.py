@@ -26,9 +26,9 @@ from safetensors.torch import load_model, save_model
 from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hrpo_patches.console import console
-from hrpo_patches.controls import CONTROLS, controlled
-from hrpo_patches.replay import replay_forward, thinking_roll
+from hrpo_patches.commands.console import console
+from hrpo_patches.thinking.controls import CONTROLS, controlled
+from hrpo_patches.thinking.replay import replay_forward, thinking_roll
 
 LONGEST = 16  # of the words whose products are thought in training; the start has written out SLOTS
 CURVED = (8, 16, 24)  # lengths on a learning curve; of 24 elements, no blank is left between word and thoughts

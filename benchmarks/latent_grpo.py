@@ -25,8 +25,8 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hrpo_patches import HRPOConfig, HRPOTrainer
-from hrpo_patches.console import console
-from hrpo_patches.replay import replay_forward
+from hrpo_patches.commands.console import console
+from hrpo_patches.thinking.replay import replay_forward
 
 
 def tokenizer_of() -> PreTrainedTokenizerFast:

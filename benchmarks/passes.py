@@ -25,9 +25,9 @@ from rich.progress import track
 from rich.table import Table
 
 from hrpo_patches import HRPOConfig, HRPOTrainer, ThinkingConfig
-from hrpo_patches.console import console
-from hrpo_patches.models import load_model
-from hrpo_patches.replay import replay_forward
+from hrpo_patches.commands.console import console
+from hrpo_patches.models.base import load_model
+from hrpo_patches.thinking.replay import replay_forward
 
 KINDS = {"none": ("none", 1)} | {f"k = {k}": ("thinking", k) for k in (1, 2, 4, "all")}
 QUESTION = "A farmer has {} hens. Each hen lays {} eggs a week. How many eggs does the farmer have after three weeks?"

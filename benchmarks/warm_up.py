@@ -14,12 +14,11 @@ import hrpo_patches  # noqa: F401 - before transformers
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from hrpo_patches.console import console
-from hrpo_patches.data import prompt_of
-from hrpo_patches.evaluate import prompt_ids, uses_chat
-from hrpo_patches.models import load_model
-from hrpo_patches.sources import rows_of
+from hrpo_patches.commands.console import console
+from hrpo_patches.models.base import load_model
 from hrpo_patches.tasks.gsm8k import GOLD_MARKER, TASK
+from hrpo_patches.tasks.prompts import prompt_ids, prompt_of, uses_chat
+from hrpo_patches.tasks.sources import rows_of
 from hrpo_thinking.errors import InputError
 
 CALCULATION = re.compile(r"<<[^>]*>>")  # GSM8K's notes for a calculator, which no prompt of ours asks for

@@ -2,12 +2,12 @@
 
 from typing import Any
 
-from hrpo_patches.console import console
+from hrpo_patches.commands.console import console
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """`hrpo_patches.evaluation.main`, imported only now, so that errors of version are sentences."""
-    from hrpo_patches.evaluation import main as run
+    """`hrpo_patches.commands.eval.main`, imported only now, so that errors of version are sentences."""
+    from hrpo_patches.commands.eval import main as run
 
     return run(argv)
 

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hrpo_patches.console import console, train
+from hrpo_patches.commands.console import console, train
 
 
 def main(argv: list[str] | None = None) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from rich.progress import track
 
-from hrpo_patches.overlay import patched_packages, patches_for
-from hrpo_patches.placing import Misfit, hunks_of, owners, placed
+from hrpo_patches.patching.overlay import patched_packages, patches_for
+from hrpo_patches.patching.placing import Misfit, hunks_of, owners, placed
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "compatibility.md"

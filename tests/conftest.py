@@ -15,7 +15,8 @@ __all__ = ["family", "tokenizer"]
 @pytest.fixture(scope="session")
 def smollm2():
     """(model, tokenizer) of the real SmolLM2-135M-Instruct."""
-    from hrpo_patches.models import SMOLLM2, load_model
+    from hrpo_patches.models.base import load_model
+    from hrpo_patches.models.smollm2 import SMOLLM2
     from hrpo_thinking.config import ThinkingConfig
 
     model, tokenizer = load_model(SMOLLM2, ThinkingConfig(), torch.float32)

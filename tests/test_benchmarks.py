@@ -11,7 +11,7 @@ import yaml
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
-from hrpo_patches.report import Run
+from hrpo_patches.monitor.report import Run
 from hrpo_thinking.errors import InputError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"

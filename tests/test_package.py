@@ -5,7 +5,7 @@ import sys
 import zipfile
 from pathlib import Path
 
-from hrpo_patches import overlay
+from hrpo_patches.patching import overlay
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,7 +22,7 @@ def test_the_wheel_carries_the_patches_and_the_licence_and_imports_elsewhere(tmp
     assert {name.rsplit("/", 1)[-1] for name in names} >= {"LICENSE", "NOTICE", "METADATA"}
     code = (
         f"import sys; sys.path.insert(0, {str(tmp_path / 'site')!r}); import hrpo_patches\n"
-        "assert str(hrpo_patches.overlay.patches_root()).startswith(sys.path[0])\n"
+        "assert str(hrpo_patches.patching.overlay.patches_root()).startswith(sys.path[0])\n"
         "from transformers.models.qwen2 import Qwen2Model; assert hasattr(Qwen2Model, 'blend_thinking')"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

@@ -8,23 +8,23 @@ from __future__ import annotations
 
 from importlib import import_module
 
-from hrpo_patches import overlay
+from hrpo_patches.patching import overlay
 
 TYPE_CHECKING = False  # as typing's, without the cost of importing typing
 __version__ = "0.2.0"
 
 _HOMES = {
-    "HRPOConfig": "hrpo_patches.trainer_config",
-    "HRPOTrainer": "hrpo_patches.trainer",
+    "HRPOConfig": "hrpo_patches.training.config",
+    "HRPOTrainer": "hrpo_patches.training.trainer",
     "InputError": "hrpo_thinking.errors",
     "NonFiniteError": "hrpo_thinking.errors",
     "PatchError": "hrpo_thinking.errors",
     "ThinkingConfig": "hrpo_thinking.config",
-    "load_adapter": "hrpo_patches.checkpoint",
-    "monitor_thinking": "hrpo_patches.monitor",
-    "patch_trainer_optimizer": "hrpo_patches.optim",
-    "replay_forward": "hrpo_patches.replay",
-    "thinking_roll": "hrpo_patches.replay",
+    "load_adapter": "hrpo_patches.models.adapter",
+    "monitor_thinking": "hrpo_patches.monitor.callback",
+    "patch_trainer_optimizer": "hrpo_patches.training.optim",
+    "replay_forward": "hrpo_patches.thinking.replay",
+    "thinking_roll": "hrpo_patches.thinking.replay",
 }
 
 __all__ = [
@@ -42,12 +42,12 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from hrpo_patches.checkpoint import load_adapter
-    from hrpo_patches.monitor import monitor_thinking
-    from hrpo_patches.optim import patch_trainer_optimizer
-    from hrpo_patches.replay import replay_forward, thinking_roll
-    from hrpo_patches.trainer import HRPOTrainer
-    from hrpo_patches.trainer_config import HRPOConfig
+    from hrpo_patches.models.adapter import load_adapter
+    from hrpo_patches.monitor.callback import monitor_thinking
+    from hrpo_patches.thinking.replay import replay_forward, thinking_roll
+    from hrpo_patches.training.config import HRPOConfig
+    from hrpo_patches.training.optim import patch_trainer_optimizer
+    from hrpo_patches.training.trainer import HRPOTrainer
     from hrpo_thinking.config import ThinkingConfig
     from hrpo_thinking.errors import InputError, NonFiniteError, PatchError
 

@@ -13,7 +13,7 @@ from textwrap import shorten
 from rich.console import Console
 from rich.table import Table
 
-from hrpo_patches import export, overlay
+from hrpo_patches.patching import export, overlay
 from hrpo_thinking.errors import InputError, PatchError
 from hrpo_thinking.parts import RESIDUALS
 
@@ -62,7 +62,7 @@ def status(load: bool) -> int:
 
 def info(arguments: argparse.Namespace) -> int:
     """Print what thinking adds to a model."""
-    from hrpo_patches.info import costs, table_of
+    from hrpo_patches.models.cost import costs, table_of
     from hrpo_thinking.config import ThinkingConfig
 
     options = {name: getattr(arguments, name) for name in PROJECTION}
@@ -80,21 +80,21 @@ def written(paths: list[Path]) -> int:
 
 def merge(arguments: argparse.Namespace) -> int:
     """Make a full model of an adapter."""
-    from hrpo_patches.merge import merge as run
+    from hrpo_patches.models.merge import merge as run
 
     return written([run(arguments.adapter, arguments.destination, arguments.base)])
 
 
 def convert(arguments: argparse.Namespace) -> int:
     """Make a published HRPO adapter one of ours."""
-    from hrpo_patches.merge import convert as run
+    from hrpo_patches.models.merge import convert as run
 
     return written([run(arguments.source, arguments.destination, arguments.residual, arguments.answer_start)])
 
 
 def report(arguments: argparse.Namespace) -> int:
     """Draw runs side by side."""
-    from hrpo_patches.report import read_runs, table, write_report
+    from hrpo_patches.monitor.report import read_runs, table, write_report
 
     paths = write_report(arguments.runs, arguments.out)
     print(table(read_runs(arguments.runs)))
@@ -103,8 +103,9 @@ def report(arguments: argparse.Namespace) -> int:
 
 def think(arguments: argparse.Namespace) -> int:
     """Show one completion, token by token."""
-    from hrpo_patches import think as inside
-    from hrpo_patches.models import open_model
+    from hrpo_patches.evaluation import think as inside
+    from hrpo_patches.models.base import open_model
+    from hrpo_patches.thinking.backbone import is_untrained
 
     if arguments.png is not None:
         inside.check_png(arguments.png)
@@ -118,14 +119,14 @@ def think(arguments: argparse.Namespace) -> int:
         thoughts = inside.think(model, tokenizer, prompt, *numbers)
     title = shorten(f"{arguments.model}: {arguments.prompt}", 100, placeholder=" …")
     console.print(inside.table_of(thoughts, title))
-    if inside.is_untrained(model):
+    if is_untrained(model):
         console.print("The thinking weights are fresh, not trained: the residuals mean nothing yet.")
     return written([inside.draw(thoughts, title, arguments.png)] if arguments.png is not None else [])
 
 
 def evaluate(argv: list[str]) -> int:
     """Evaluate a model on a task."""
-    from hrpo_patches.evaluation import main as run
+    from hrpo_patches.commands.eval import main as run
 
     run(argv)
     return 0
@@ -135,7 +136,7 @@ def lm_eval(argv: list[str]) -> int:
     """Run lm-evaluation-harness with `hrpo` among its models."""
     if find_spec("lm_eval") is None:
         raise InputError("lm_eval needs lm-evaluation-harness; run: pip install 'hrpo_patches[lm-eval]'")
-    from hrpo_patches.harness import main as run
+    from hrpo_patches.evaluation.harness import main as run
 
     return run(argv)
 

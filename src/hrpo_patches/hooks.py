@@ -8,16 +8,16 @@ from __future__ import annotations
 from importlib import import_module
 
 _HOMES = {
-    "ThinkingMixin": "hrpo_patches.thinking",
-    "check_modules_to_save": "hrpo_patches.thinking",
-    "check_request": "hrpo_patches.decoding",
-    "guard_saving": "hrpo_patches.unsloth_save",
-    "is_thinking_module": "hrpo_patches.unsloth_hooks",
+    "ThinkingMixin": "hrpo_patches.thinking.mixin",
+    "check_modules_to_save": "hrpo_patches.thinking.mixin",
+    "check_request": "hrpo_patches.thinking.decoding",
+    "guard_saving": "hrpo_patches.models.unsloth_saving",
+    "is_thinking_module": "hrpo_patches.models.unsloth_forward",
     "is_thinking_parameter": "hrpo_thinking.parts",
     "plain_model_type": "hrpo_thinking.config",
-    "refuse_thinking": "hrpo_patches.decoding",
-    "start_thinking": "hrpo_patches.decoding",
-    "take_thinking": "hrpo_patches.unsloth_hooks",
+    "refuse_thinking": "hrpo_patches.thinking.decoding",
+    "start_thinking": "hrpo_patches.thinking.decoding",
+    "take_thinking": "hrpo_patches.models.unsloth_forward",
 }
 
 

@@ -63,6 +63,7 @@ PARTS = (
 )
 MODULES = tuple(part.name for part in PARTS)
 PROJECTION, GATE_R, GATE_I, LAMBDA = MODULES
+GROUP_OF = {part.name: part.group for part in PARTS}
 MODULE_PATTERN = re.compile(rf"(^|\.)({'|'.join(MODULES)})\.")
 
 RESIDUALS = {
@@ -123,3 +124,8 @@ def is_thinking_parameter(name: str) -> bool:
 def canonical(name: str) -> str:
     """A thinking parameter's dotted name without what PEFT puts around a trainable copy's."""
     return re.sub(r"\.modules_to_save\.[^.]+", "", name.removeprefix("base_model.model."))
+
+
+def group_of(name: str) -> str:
+    """The group of a parameter by its dotted name: "projection", "gate", "Lambda" or "base"."""
+    return next((GROUP_OF[part] for part in name.split(".") if part in GROUP_OF), "base")

@@ -142,7 +142,7 @@ FUSED = """
 import hrpo_patches, sys, torch
 from transformers import AutoModelForCausalLM
 from hrpo_patches import HRPOConfig, HRPOTrainer
-from hrpo_patches.replay import Rollout
+from hrpo_patches.thinking.replay import Rollout
 from probes import LENGTH, replay_inputs
 from tiny import byte_tokenizer
 from datasets import Dataset

@@ -4,11 +4,12 @@ import json
 
 import pytest
 
-from hrpo_patches.data import examples_of, find_task, load_problems, prompt_of
-from hrpo_patches.retrieval import with_retrieved
-from hrpo_patches.rewards import grade
 from hrpo_patches.tasks import TASKS, task_named
 from hrpo_patches.tasks.math import boxed
+from hrpo_patches.tasks.problems import find_task, load_problems
+from hrpo_patches.tasks.prompts import examples_of, prompt_of
+from hrpo_patches.tasks.retrieval import with_retrieved
+from hrpo_patches.tasks.rewards import grade
 from hrpo_thinking.errors import InputError
 
 BIRD = "Which is a bird?"

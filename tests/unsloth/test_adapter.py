@@ -12,7 +12,7 @@ from hrpo_patches import load_adapter, patch_trainer_optimizer
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import MODULES
 from hrpo_thinking.parts import is_thinking_parameter
-from hrpo_patches.unsloth_backend import load_base
+from hrpo_patches.models.backends import backend_named
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
 
@@ -64,7 +64,7 @@ def test_a_model_by_name_is_refused_once_unsloth_has_changed_the_classes(load, c
 
 def test_more_positions_than_the_model_has_are_refused(checkpoints):
     with pytest.raises(InputError, match="may take 257 tokens, and the model has 256 positions"):
-        load_base(checkpoints / "llama", torch.float32, 257)
+        backend_named("unsloth").load(checkpoints / "llama", torch.float32, 257)
 
 
 def test_a_loaded_adapter_is_ready_to_train_or_frozen(load, tmp_path):

@@ -11,7 +11,7 @@ from unsloth import FastLanguageModel
 
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import MODULES
-from hrpo_patches.unsloth_save import _REFUSED, trained_thinking
+from hrpo_patches.models.unsloth_saving import _REFUSED, trained_thinking
 
 MERGED_ON_TRANSFORMERS = """
 import hrpo_patches, sys, torch

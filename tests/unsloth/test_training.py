@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from trl.trainer import utils as trl_utils
 from unsloth.models.rl import PatchFastRL
 
-import hrpo_patches.backend
-import hrpo_patches.run
+import hrpo_patches.models.backends
+import hrpo_patches.commands.train
 from hrpo_patches import HRPOConfig, HRPOTrainer, InputError, load_adapter
 
 SCRIPT = ROOT / "scripts" / "hrpo_gsm8k.py"
@@ -42,9 +42,9 @@ STEP = {
     "residual_r_max": 0.6,
 }
 WITH_ODD_REWARD = """
-import hrpo_patches.run, runpy, sys
+import hrpo_patches.commands.train, runpy, sys
 from programs import odd_reward
-hrpo_patches.run.answer_reward = lambda task, marker: odd_reward
+hrpo_patches.commands.train.answer_reward = lambda task, marker: odd_reward
 runpy.run_path(sys.argv[1])["main"](sys.argv[2:])
 """
 GREEDY_ON_TRANSFORMERS = """
@@ -84,7 +84,7 @@ def runs(request, checkpoints, tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     rows = [{"question": f"{a}+{b}?", "answer": f"#### {a + b}"} for a in range(1, 5) for b in range(1, 5)]
     (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    trainers, printed, make_trainer = [], io.StringIO(), hrpo_patches.run.make_trainer
+    trainers, printed, make_trainer = [], io.StringIO(), hrpo_patches.commands.train.make_trainer
 
     def keep(options):
         made = make_trainer(options)
@@ -92,9 +92,9 @@ def runs(request, checkpoints, tmp_path_factory):
         return made
 
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
-        patch.setattr(hrpo_patches.backend, "_said", [])
-        patch.setattr(hrpo_patches.run, "make_trainer", keep)
-        patch.setattr(hrpo_patches.run, "answer_reward", lambda task, marker: odd_reward)
+        patch.setattr(hrpo_patches.models.backends, "_said", [])
+        patch.setattr(hrpo_patches.commands.train, "make_trainer", keep)
+        patch.setattr(hrpo_patches.commands.train, "answer_reward", lambda task, marker: odd_reward)
         runpy.run_path(str(SCRIPT))["main"](arguments("unsloth", request.param, checkpoints, folder))
     python("-c", WITH_ODD_REWARD, SCRIPT, *arguments("transformers", request.param, checkpoints, folder))
     return folder, trainers[0], printed.getvalue(), request.param

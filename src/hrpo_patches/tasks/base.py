@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from hrpo_patches.graders import Grader, is_number
+from hrpo_patches.tasks.graders import Grader
+from hrpo_patches.tasks.graders.numbers import is_number
 from hrpo_thinking.errors import InputError
 
 Row = dict[str, Any]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hrpo_patches.graders import number
 from hrpo_patches.tasks.base import STEPS, Problem, Row, Task, Unreadable, plain_number, text
+from hrpo_patches.tasks.graders.numbers import number
 
 GOLD_MARKER = "####"  # of GSM8K's own answers
 INSTRUCTION = STEPS + "{marker} 42"

@@ -16,8 +16,8 @@ from urllib.parse import parse_qsl
 
 import yaml
 
-from hrpo_patches.graders import number
 from hrpo_patches.tasks.base import Problem, Row, Task, text
+from hrpo_patches.tasks.graders.numbers import number
 from hrpo_patches.tasks.gsm8k import TASK as GSM8K
 from hrpo_thinking.errors import InputError
 

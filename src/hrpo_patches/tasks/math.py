@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from hrpo_patches.graders import expression
 from hrpo_patches.tasks.base import STEPS, Problem, Row, Task, Unreadable, text
+from hrpo_patches.tasks.graders.expressions import expression
 
 BOXED = "\\boxed"
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from string import ascii_uppercase
 
-from hrpo_patches.graders import choice
 from hrpo_patches.tasks.base import STEPS, Problem, Row, Task, Unreadable, text
+from hrpo_patches.tasks.graders.options import choice
 
 
 def with_options(question: str, options: list[str], right: int) -> Problem:

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hrpo_patches.graders import exact_match
 from hrpo_patches.tasks.base import STEPS, Problem, Row, Task, Unreadable, text
+from hrpo_patches.tasks.graders.names import exact_match
 
 HUB = "RUC-NLPIR/FlashRAG_datasets"
 TOP = 3  # documents that a question comes with

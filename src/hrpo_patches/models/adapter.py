@@ -1,0 +1,178 @@
+"""Loads trained adapters so that the model thinks as it did in training; knows files, nothing of training.
+
+An adapter folder holds PEFT's `adapter_config.json` and `adapter_model.safetensors` (LoRA and the thinking modules, as
+`modules_to_save`), and beside them `thinking_config.json` and a `generation_config.json` with `thinking: true`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from hrpo_patches.models.backends import backend_of, refuse_stranger
+from hrpo_patches.models.record import GENERATION_FILE, THINKING_FILE, read_thinking
+from hrpo_patches.thinking.backbone import patched_backbone
+from hrpo_thinking.config import VARIANT, ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import FALLBACK, MODULES, PROJECTION, RESIDUALS, is_thinking_parameter, parts_of
+
+
+def _read_record(folder: Path, held: set[str]) -> dict[str, Any]:
+    """The saved thinking config; for an adapter without one, what its weights say (published HRPO adapters)."""
+    if (folder / THINKING_FILE).is_file():
+        return read_thinking(folder)
+    return {"residual": next((name for name in RESIDUALS if set(parts_of(name)) <= held), FALLBACK)}
+
+
+def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """Every expected thinking weight has to be there, in its shape."""
+    for key, parameter in expected.items():
+        if key not in weights:
+            raise InputError(
+                f"{folder} lacks {key}: the adapter is damaged or was saved without its thinking weights."
+            )
+        if weights[key].shape != parameter.shape:
+            raise InputError(
+                f"{key} in {folder} is {tuple(weights[key].shape)}, but this base model needs "
+                f"{tuple(parameter.shape)}: the adapter belongs to another base model."
+            )
+
+
+def check_same_base(folder: Path, model: PreTrainedModel) -> None:
+    """Raise `InputError` if PEFT's config says that an adapter belongs to a model of another class."""
+    config = PeftConfig.from_pretrained(str(folder))
+    wanted = (config.auto_mapping or {}).get("base_model_class")
+    if wanted is not None and wanted not in {kind.__name__ for kind in type(model).__mro__}:
+        raise InputError(f"{folder} is an adapter for {wanted}, not for {type(model).__name__}.")
+
+
+def load_plain_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+    """Load an adapter without thinking weights (`--residual none`).
+
+    Raises:
+        InputError: it belongs to another base model.
+    """
+    folder = Path(folder)
+    check_same_base(folder, model)
+    try:
+        peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
+    except RuntimeError as error:
+        raise InputError(f"{folder} belongs to another base model: {' '.join(str(error).split())}") from None
+    held = set(load_file(folder / "adapter_model.safetensors"))
+    if other := sorted(held ^ set(get_peft_model_state_dict(peft_model))):
+        where = "that this base model has no place for" if other[0] in held else "missing"
+        raise InputError(f"{folder} belongs to another base model: {other[0]} is {where}.")
+    if (folder / GENERATION_FILE).is_file():
+        pauses = GenerationConfig.from_pretrained(folder)
+        for name in ("thoughts", "filler_token_id"):
+            setattr(peft_model.generation_config, name, getattr(pauses, name))
+    return peft_model
+
+
+def holds_thinking(folder: Path) -> bool:
+    """Whether an adapter's folder says how it thinks, or holds thinking weights (published HRPO adapters)."""
+    if (folder / THINKING_FILE).is_file() or not (folder / "adapter_model.safetensors").is_file():
+        return True  # what is missing is load_adapter's to say
+    with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
+        return any(is_thinking_parameter(key) for key in weights.keys())  # noqa: SIM118 - it is no dict
+
+
+def load_adapter(
+    model: str | PreTrainedModel,
+    folder: str | Path,
+    residual: str | None = None,
+    init_projection: bool = False,
+    is_trainable: bool = False,
+) -> PeftModel:
+    """Load a trained adapter so that the model thinks as it did in training.
+
+    Args:
+        model: the base model, or where to load it from. A plain one gains thinking modules; its `config.thinking` is
+            set to the adapter's.
+        folder: a folder that HRPOTrainer saved, or a published HRPO adapter (LoRA, gates and Λ).
+        residual: by default what the adapter was trained with.
+        init_projection: start a fresh projection for an adapter that has none, to train it further.
+        is_trainable: whether the adapter's weights require gradients.
+
+    Returns:
+        The PEFT model; its `generation_config.thinking` is True.
+
+    Raises:
+        InputError: no adapter there, a thinking weight is missing or of another size, or a projection is asked of an
+            adapter that has none.
+    """
+    folder = Path(folder)
+    if isinstance(model, PeftModel):
+        raise InputError("load_adapter takes a base model, and this one already has an adapter; load the base anew.")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder} holds no adapter: {name} is missing.")
+    weights = load_file(folder / "adapter_model.safetensors")
+    held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
+    if not held:
+        raise InputError(f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter.")
+    record = _read_record(folder, held)
+    residual = residual or record["residual"]
+    if PROJECTION in set(parts_of(residual)) - held and not init_projection:
+        raise InputError(
+            f"{folder} has no thinking_projection (it was trained with the embedding residual); load it with "
+            f"residual='embedding', or start a new projection with init_projection=True (--init_projection)."
+        )
+    refuse_stranger(model)
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model)
+    check_same_base(folder, model)
+    backbone = patched_backbone(model)
+    _check_hidden_size(folder, record, model)
+    options = {key: record[key] for key in ThinkingConfig.__dataclass_fields__ if key in record}
+    if PROJECTION not in parts_of(residual) and _drop_variant(options):
+        held.discard(PROJECTION)  # a projection of another kind, which this residual has no use for
+        weights = {key: value for key, value in weights.items() if f".{PROJECTION}." not in key}
+    thinking = ThinkingConfig.from_dict(options | {"residual": residual})
+    backbone.begin_thinking(thinking)
+
+    prefix = f"base_model.model.{model.base_model_prefix}."
+    modules = sorted(held | set(parts_of(residual)))
+    expected = {
+        f"{prefix}{module}.{name}": parameter
+        for module in modules
+        for name, parameter in getattr(backbone, module).named_parameters()
+    }
+    if init_projection and PROJECTION not in held:
+        weights |= {key: value.detach().clone() for key, value in expected.items() if f".{PROJECTION}." in key}
+    _check_complete(folder, weights, expected)
+
+    config = PeftConfig.from_pretrained(str(folder))
+    config.modules_to_save = sorted((set(config.modules_to_save or []) - {PROJECTION}) | set(modules))
+    config.inference_mode = not is_trainable
+    peft_model = get_peft_model(model, config)
+    result = set_peft_model_state_dict(peft_model, weights)
+    if result.unexpected_keys:
+        raise InputError(f"{folder} holds {result.unexpected_keys[0]}, which this base model has no place for.")
+    if lost := [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]:
+        raise InputError(f"{folder} lacks {lost[0]}: it is damaged, or belongs to another base model.")
+    peft_model.generation_config.thinking = True
+    peft_model.generation_config.thoughts = thinking.thoughts or None
+    peft_model.generation_config.filler_token_id = None  # the adapter's is known by name
+    return backend_of(model).finish_adapter(peft_model, is_trainable)
+
+
+def _drop_variant(options: dict[str, Any]) -> bool:
+    """Take the projection's variant out of `options`; whether it was one with weights of its own."""
+    kind = {name: options.pop(name, getattr(ThinkingConfig, name)) for name in VARIANT}
+    return kind["projection_layers"] != 1 or kind["projection_norm"]
+
+
+def _check_hidden_size(folder: Path, record: dict[str, Any], model: PreTrainedModel) -> None:
+    size = record.get("hidden_size", model.config.hidden_size)
+    if size != model.config.hidden_size:
+        raise InputError(
+            f"{folder} was trained on a base model of hidden size {size}, not {model.config.hidden_size}: it belongs "
+            f"to another base model."
+        )

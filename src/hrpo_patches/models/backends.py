@@ -1,0 +1,148 @@
+"""The libraries that load and run a model, behind one protocol, and which of them a run takes; nobody else asks.
+
+unsloth has to be imported before transformers, so a command asks here first, and this imports neither.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hrpo_patches.patching.overlay import check, installed_version
+from hrpo_thinking.errors import InputError, PatchError
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+
+BACKENDS = ("auto", "transformers", "unsloth")
+ONE_PASS = "unsloth's forward replays in one pass only; leave replay_passes at 1, or use transformers."
+
+
+class Backend(Protocol):
+    """How one library loads a model, gives it an adapter, and runs it.
+
+    Attributes:
+        fused_head: whether TRL's fused LM head can call the backbone of its models.
+        several_passes: whether its forward can replay in several passes.
+        own_checkpointing: whether its models do gradient checkpointing themselves.
+        own_adapters: whether an adapter has to be made by `add_adapter`, and not by a trainer from a PEFT config.
+    """
+
+    fused_head: bool
+    several_passes: bool
+    own_checkpointing: bool
+    own_adapters: bool
+
+    def load(self, source: Any, dtype: torch.dtype, max_seq_length: int, **options: Any) -> Any:
+        """The base model, loaded with these `options` (`thinking`); `max_seq_length` is prompt and completion."""
+
+    def add_adapter(
+        self, model: Any, lora: dict[str, Any], modules_to_save: list[str], seed: int
+    ) -> tuple[Any, PeftConfig | None]:
+        """A model with a fresh adapter (`lora` as peft.LoraConfig's), or the config that a trainer makes it from."""
+
+    def finish_adapter(self, model: Any, is_trainable: bool) -> Any:
+        """Make a model whose adapter PEFT has built ready, to be trained or to be used."""
+
+    def set_training(self, model: Any, training: bool) -> None:
+        """Put a model into training or evaluation mode, with all that this means in the library."""
+
+
+def backend_named(name: str) -> Backend:
+    """The backend of that name; the library has to be importable."""
+    module = import_module(f"hrpo_patches.models.{name}_backend")
+    backend: Backend = module.BACKEND
+    return backend
+
+
+def backend_of(model: Any) -> Backend:
+    """The backend whose forward `model` runs (a causal language model, or PEFT around one)."""
+    if "unsloth" in sys.modules and import_module("hrpo_patches.models.unsloth_backend").is_unsloth(model):
+        return backend_named("unsloth")
+    return backend_named("transformers")
+
+
+def refuse_stranger(model: Any) -> None:
+    """Raise `InputError` for a model, or the name of one, that another library's changes keep from running."""
+    if "unsloth" in sys.modules:
+        import_module("hrpo_patches.models.unsloth_backend").refuse_stranger(model)
+
+
+def wanted_backend(argv: list[str] | None) -> str:
+    """The `--backend` of a command line (by default this process's) or of its `--config`; else "auto"."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--backend")
+    parser.add_argument("--config", type=Path)
+    known, _ = parser.parse_known_args(argv)
+    if known.backend is None and known.config is not None and known.config.is_file():
+        import yaml
+
+        try:
+            options = yaml.safe_load(known.config.read_text())
+        except yaml.YAMLError:
+            options = None  # the command line's own parser says what is wrong with the file
+        known.backend = options.get("backend") if isinstance(options, dict) else None
+    return known.backend or "auto"
+
+
+def choose_backend(wanted: str) -> tuple[str, str]:
+    """("transformers" or "unsloth", why). Imports torch to ask for a GPU, and nothing else.
+
+    Raises:
+        InputError: there is no such backend, or unsloth was asked for and cannot be used.
+        PatchError: unsloth was asked for and there are no patches for the installed version.
+    """
+    if wanted not in BACKENDS:
+        raise InputError(f"--backend has to be auto, transformers or unsloth, not {wanted!r}.")
+    if wanted == "transformers":
+        return "transformers", "asked for"
+    obstacle = _obstacle(refuse=wanted == "unsloth")
+    if obstacle is None:
+        return "unsloth", "asked for" if wanted == "unsloth" else "it is installed and a GPU is there"
+    if wanted == "unsloth":
+        raise InputError(f"--backend unsloth cannot be used: {obstacle}.")
+    return "transformers", obstacle
+
+
+def _obstacle(refuse: bool) -> str | None:
+    """Why unsloth cannot be used here, or None; with `refuse`, a version without patches raises its own error."""
+    if "unsloth" in sys.modules:
+        return None
+    if installed_version("unsloth") is None:
+        return "unsloth is not installed (pip install 'hrpo_patches[unsloth]')"
+    try:
+        check("unsloth")
+    except PatchError as error:
+        if refuse:
+            raise
+        return str(error)
+    import torch
+
+    if not torch.cuda.is_available():
+        return "no GPU is there"
+    if "transformers" in sys.modules:
+        return "transformers was imported first; import unsloth, or call start_backend, before it"
+    return None
+
+
+def start_backend(wanted: str) -> str:
+    """Import unsloth if it is to be used, and say in one line what was chosen and why; returns the backend.
+
+    Raises:
+        InputError, PatchError: as `choose_backend`.
+    """
+    backend, why = choose_backend(wanted)
+    if backend == "unsloth":
+        import_module("unsloth")
+    if not _said:
+        name = f"{backend} {installed_version(backend)}"
+        print(f"backend: {name} ({why})")
+        _said.append(name)
+    return backend
+
+
+_said: list[str] = []

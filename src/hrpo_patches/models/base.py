@@ -1,0 +1,147 @@
+"""Loads a base model and its tokenizer; knows names and files, nothing of training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from hrpo_patches.models.adapter import holds_thinking, load_adapter, load_plain_adapter
+from hrpo_patches.models.backends import backend_named
+from hrpo_patches.models.smollm2 import SMOLLM2, smollm2_folder
+from hrpo_thinking.config import ThinkingConfig, check_same_kind
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import NAMES
+
+_VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def _config(source: Any) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {str(source)!r} could not be loaded: {str(error).splitlines()[0]}") from None
+
+
+def read_config(source: Any) -> Any:
+    """The config of a model that can think; an `InputError` if there is none, or its family has no patches."""
+    config = _config(source)
+    if not hasattr(config, "thinking"):
+        raise InputError(
+            f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for the {NAMES} families only."
+        )
+    return config
+
+
+def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+    """What to pass as `thinking` to `from_pretrained(source)`: `wanted`, over what the checkpoint's config says.
+
+    Raises:
+        InputError: there is no such model, its family has no patches, or the checkpoint holds thinking weights of
+            another residual or marker.
+    """
+    config = read_config(source)
+    saved = config.thinking if isinstance(config.thinking, dict) else {}
+    check_same_kind(saved, wanted, repr(str(source)))
+    return saved if saved.get("in_checkpoint") else saved | wanted
+
+
+def load_model(
+    name: str,
+    thinking: ThinkingConfig | None,
+    dtype: torch.dtype | None = None,
+    backend: str = "transformers",
+    max_seq_length: int = 2048,
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """A causal language model and its tokenizer, which pads on the left.
+
+    Args:
+        name: a hub id, a folder, or "smollm2-135m".
+        thinking: how the model thinks; None leaves the thinking modules out, and takes any family.
+        dtype: of the base weights; by default bfloat16 on a GPU that has it, else float32.
+        backend: "transformers", or "unsloth" where unsloth was imported first.
+        max_seq_length: the longest prompt and completion, in tokens; unsloth's models are built for it.
+
+    Raises:
+        InputError: there is no such model, or it is to think and its family has no patches.
+    """
+    source: Any = smollm2_folder() if name == SMOLLM2 else name
+    options: dict[str, Any] = {}
+    if thinking is not None:
+        options = {"thinking": thinking_options(source, thinking.to_dict())}
+    elif hasattr(_config(source), "thinking"):
+        options = {"thinking": False}
+    if dtype is None:
+        dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
+        model = backend_named(backend).load(source, dtype, max_seq_length, **options)
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"the model {name!r} could not be loaded: {str(error).splitlines()[0]}") from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def read_adapter_config(adapter: Path) -> PeftConfig:
+    """PEFT's config of the adapter in a folder; an `InputError` if there is none."""
+    if not (adapter / "adapter_config.json").is_file():
+        raise InputError(f"{adapter} holds no adapter: adapter_config.json is missing.")
+    try:
+        return PeftConfig.from_pretrained(str(adapter))
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{adapter / 'adapter_config.json'} is damaged: {error}.") from None
+
+
+def base_of(adapter: Path, base: str | None = None) -> Any:
+    """Where to load an adapter's base model from: `base`, or else the one that the adapter names.
+
+    Raises:
+        InputError: no adapter there, it names no base, or the base cannot be loaded.
+    """
+    source: Any = base or read_adapter_config(adapter).base_model_name_or_path
+    if not source:
+        raise InputError(f"{adapter} does not say which base model it belongs to; name it with --base.")
+    source = smollm2_folder() if source == SMOLLM2 else source
+    thinking_options(source, {})  # says what is wrong with the base
+    return source
+
+
+def tokenizer_of(adapter: Path, base: Any) -> PreTrainedTokenizerBase:
+    """The adapter's tokenizer, else the base's. For a folder without one, transformers may make an empty one up."""
+    for place in (adapter, base):
+        if not Path(place).is_dir() or any((Path(place) / name).is_file() for name in _VOCABULARIES):
+            try:
+                return AutoTokenizer.from_pretrained(place)
+            except (OSError, ValueError):
+                continue
+    raise InputError(f"neither {adapter} nor {base} has a tokenizer, which knows what spells the marker.")
+
+
+def open_model(name: str, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model to look at or to evaluate, and its tokenizer: an adapter's folder, a merged model, or any base model.
+
+    A plain adapter (`--residual none`) leaves the thinking weights fresh.
+
+    Raises:
+        InputError: as `load_model`, `load_adapter` and `base_of`.
+    """
+    if not (Path(name) / "adapter_config.json").is_file():
+        if base is not None:
+            raise InputError(f"{name} is no adapter, so it has no base model; leave --base out.")
+        said = ThinkingConfig.of(read_config(smollm2_folder() if name == SMOLLM2 else name))
+        model, tokenizer = load_model(name, said or ThinkingConfig())
+        return model.eval(), tokenizer
+    source = base_of(Path(name), base)
+    model, _ = load_model(str(source), ThinkingConfig())
+    tokenizer = tokenizer_of(Path(name), source)
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not holds_thinking(Path(name)):
+        return load_plain_adapter(model, name), tokenizer
+    return load_adapter(model, name), tokenizer

@@ -1,0 +1,111 @@
+"""An adapter made into a full model, and an old adapter into one of ours; knows files and models, not training."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, GenerationConfig
+
+from hrpo_patches.models.adapter import load_adapter
+from hrpo_patches.models.base import base_of, read_adapter_config, tokenizer_of
+from hrpo_patches.models.full import mark
+from hrpo_patches.models.record import read_thinking, write_thinking
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.modules import make_projection
+from hrpo_thinking.parts import MODULES, PROJECTION, parts_of
+
+_PREFIX = "base_model.model.model."
+
+
+@contextmanager
+def _whole_or_nothing(destination: Path) -> Iterator[Path]:
+    """A folder beside `destination` that takes its place at the end; an existing destination is an `InputError`."""
+    if destination.exists():
+        raise InputError(f"{destination} exists already; give a folder that does not.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}-"))
+    try:
+        yield building
+        building.chmod(0o755)  # mkdtemp keeps others out
+        building.rename(destination)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+
+
+def merge(adapter: Path, destination: Path, base: str | None = None) -> Path:
+    """Write the full model that the adapter and its base make, in the base's dtype; thinking weights stay float32.
+
+    Where hrpo_patches is imported, `AutoModelForCausalLM.from_pretrained(destination)` loads it, and it thinks by
+    default; without, transformers refuses it with an error that names hrpo_patches.
+
+    Args:
+        adapter: a folder that `load_adapter` takes.
+        destination: must not exist; it appears when all of it is written.
+        base: the base model, by default the one that the adapter names.
+
+    Raises:
+        InputError: the destination exists, there is no such base, or the adapter does not load.
+    """
+    source = base_of(adapter, base)
+    tokenizer = tokenizer_of(adapter, source)
+    with _whole_or_nothing(destination) as folder:
+        model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+        merged: Any = load_adapter(model, adapter).merge_and_unload()
+        merged.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        mark(folder)
+    return destination
+
+
+def convert(source: Path, destination: Path, residual: str, answer_start: str = "####", seed: int = 42) -> Path:
+    """Write a published HRPO adapter (LoRA, gates, Λ) as one that says how it thinks.
+
+    Args:
+        source: the adapter; its weights have to be safetensors.
+        destination: must not exist.
+        residual: "embedding", what it was trained with, or "projection", which starts a fresh projection for it.
+        answer_start: the marker that it was trained with.
+        seed: of a fresh projection.
+
+    Raises:
+        InputError: the destination exists, weights are missing or pickled, or the adapter already says how it thinks.
+    """
+    config = read_adapter_config(source)
+    thinking = ThinkingConfig(residual, answer_start)
+    if not (source / "adapter_model.safetensors").is_file():
+        raise InputError(f"{source} holds no adapter_model.safetensors; pickled weights are not read.")
+    if (source / "thinking_config.json").is_file():
+        kind = read_thinking(source)["residual"]
+        raise InputError(f"{source} already says how it thinks ({kind}); load it with hrpo_patches.load_adapter.")
+    weights = load_file(source / "adapter_model.safetensors")
+    gate = weights.get(f"{_PREFIX}thinking_residual_gate_r.weight")
+    if gate is None:
+        raise InputError(f"{source} holds no thinking gates, so it is no HRPO adapter.")
+    modules = parts_of(residual)
+    if PROJECTION in modules and f"{_PREFIX}{PROJECTION}.weight" not in weights:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            projection = make_projection(gate.shape[0], thinking)
+        weights |= {f"{_PREFIX}{PROJECTION}.{n}": p.detach() for n, p in projection.named_parameters()}
+    for name in modules:
+        if not any(key.startswith(f"{_PREFIX}{name}.") for key in weights):
+            raise InputError(f"{source} lacks {name}: it is damaged or was saved without its thinking weights.")
+    thinking_keys = tuple(f"{_PREFIX}{name}." for name in MODULES)
+    weights = {key: value.float() if key.startswith(thinking_keys) else value for key, value in weights.items()}
+    config.modules_to_save = sorted(set(config.modules_to_save or []) | set(modules))
+    with _whole_or_nothing(destination) as folder:
+        for file in source.iterdir():  # the tokenizer, the model card
+            if file.is_file() and not file.name.startswith("adapter_"):
+                shutil.copy(file, folder)
+        config.save_pretrained(str(folder))
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_thinking(thinking, gate.shape[0], GenerationConfig(), folder)
+    return destination

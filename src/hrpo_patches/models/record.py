@@ -1,0 +1,79 @@
+"""How a trained adapter thinks, written beside PEFT's files and read again; knows files, nothing of tensors."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import GenerationConfig, PreTrainedModel
+
+from hrpo_patches.thinking.backbone import causal_lm
+from hrpo_thinking.config import VARIANT, ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import PROJECTION, parts_of, spelled
+
+THINKING_FILE = "thinking_config.json"
+GENERATION_FILE = "generation_config.json"
+
+
+def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
+    """Write `thinking_config.json` and `generation_config.json` for `model`, also a PEFT one, into `folder`."""
+    base = causal_lm(model)
+    thinking = ThinkingConfig.of(base.config)
+    if thinking is None:
+        raise InputError("this is a plain model; there is no thinking to save.")
+    write_thinking(thinking, base.config.hidden_size, base.generation_config, folder)
+
+
+def write_thinking(
+    thinking: ThinkingConfig, hidden_size: int, generation_config: GenerationConfig, folder: str | Path
+) -> None:
+    """The two files of `save_thinking`, for an adapter whose base model is not at hand."""
+    record = thinking.to_dict() | {"hidden_size": hidden_size, "modules": parts_of(thinking.residual)}
+    record.pop("in_checkpoint")
+    (Path(folder) / THINKING_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    generation = copy.deepcopy(generation_config)
+    generation.thinking, generation.thoughts = True, thinking.thoughts or None
+    generation._from_model_config = False  # or loading it would take its fields for a model's
+    generation.save_pretrained(folder)
+
+
+def save_pauses(thoughts: int, filler: int, folder: str | Path) -> None:
+    """Write the forced thoughts of an adapter that does not think, where `load_plain_adapter` finds them."""
+    GenerationConfig(thoughts=thoughts, filler_token_id=filler).save_pretrained(folder)
+
+
+def check_same_pauses(folder: Path, wanted: int) -> None:
+    """Raise `InputError` unless a run without thinking that wrote `folder` had so many forced thoughts."""
+    file = folder / GENERATION_FILE
+    was = (GenerationConfig.from_pretrained(folder).thoughts or 0) if file.is_file() else 0
+    if was != wanted:
+        raise InputError(f"{folder} was trained with --thoughts {was}, not {wanted}.")
+
+
+def read_thinking(folder: Path) -> dict[str, Any]:
+    """The thinking that `save_thinking` wrote into `folder`; an `InputError` if the file is damaged."""
+    try:
+        record = json.loads((folder / THINKING_FILE).read_text())
+        ThinkingConfig(record["residual"], record["answer_start"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / THINKING_FILE} is damaged: {error!r}.") from None
+    return record
+
+
+def check_same_thinking(folder: Path, residual: str | None, wanted: ThinkingConfig | None) -> None:
+    """Raise `InputError` unless what `folder` holds was trained with this residual (if given) and as `wanted`."""
+    saved = read_thinking(folder) if (folder / THINKING_FILE).is_file() else None
+    was = spelled(saved["residual"] if saved is not None else None)
+    if residual is not None and was != residual:
+        raise InputError(f"{folder} was trained with --residual {was}, not {residual}.")
+    if saved is None or wanted is None:
+        return
+    forced = ("thoughts", "filler") if residual is not None else ()  # which an adapter may be trained further with
+    variant = VARIANT if was == wanted.residual and PROJECTION in parts_of(was) else ()
+    for name in ("answer_start", *forced, *variant):
+        value = saved.get(name, getattr(ThinkingConfig, name))
+        if value != getattr(wanted, name):
+            raise InputError(f"{folder} was trained with --{name} {value!r}, not {getattr(wanted, name)!r}.")

@@ -1,0 +1,113 @@
+"""unsloth as a backend: models and adapters through FastLanguageModel; knows unsloth's names, nothing of training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftConfig
+from torch import nn
+from transformers import AutoConfig
+
+from hrpo_patches.thinking.backbone import causal_lm
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import FAMILIES
+from hrpo_thinking.parts import is_thinking_parameter
+
+
+def causal_lms() -> list[type]:
+    """The causal language models of the patched families."""
+    return [getattr(transformers, f"{name}ForCausalLM") for name in FAMILIES.values()]
+
+
+def is_unsloth(model: nn.Module) -> bool:
+    """Whether `model` (a causal language model, or PEFT around one) runs unsloth's forward."""
+    return is_unsloth_class(type(causal_lm(model)))
+
+
+def is_unsloth_class(kind: type) -> bool:
+    """Whether unsloth has put its forward into this model class."""
+    return kind.forward.__module__.startswith("unsloth.")  # type: ignore[attr-defined]
+
+
+def refuse_stranger(model: Any) -> None:
+    """Raise `InputError` for a model that runs unsloth's forward but was not loaded by unsloth, or would not be.
+
+    Loading one model through unsloth changes the classes of transformers for the whole process.
+    """
+    if isinstance(model, str):
+        stranger = any(is_unsloth_class(kind) for kind in causal_lms())
+    else:
+        stranger = is_unsloth(model) and not hasattr(model, "max_seq_length")
+    if stranger:
+        raise InputError(
+            "unsloth has changed the classes of transformers in this process, so a model that it did not load does "
+            "not run; load it with FastLanguageModel.from_pretrained and pass that."
+        )
+
+
+class UnslothBackend:
+    """See `backends.Backend`."""
+
+    fused_head = False  # it calls the backbone itself, past the causal mask that unsloth's causal-LM forward makes
+    several_passes = False
+    own_checkpointing = True
+    own_adapters = True
+
+    def load(self, source: Any, dtype: torch.dtype, max_seq_length: int, **options: Any) -> Any:
+        """unsloth builds a model for the longest sequence.
+
+        Raises:
+            InputError: that is more than the model has positions for.
+        """
+        from unsloth import FastLanguageModel
+
+        positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", max_seq_length)
+        if max_seq_length > positions:  # unsloth would scale its RoPE, and train another model
+            raise InputError(
+                f"prompt and completion may take {max_seq_length} tokens, and the model has {positions} positions; "
+                f"lower --max_prompt_length or --max_completion_length."
+            )
+        model, _ = FastLanguageModel.from_pretrained(
+            str(source), max_seq_length=max_seq_length, dtype=dtype, load_in_4bit=False, **options
+        )
+        return model
+
+    def add_adapter(
+        self, model: Any, lora: dict[str, Any], modules_to_save: list[str], seed: int
+    ) -> tuple[Any, PeftConfig | None]:
+        """The adapter is there, and the trainer has none to make."""
+        from unsloth import FastLanguageModel
+
+        model = FastLanguageModel.get_peft_model(
+            model,
+            **lora,
+            modules_to_save=modules_to_save or None,
+            use_gradient_checkpointing="unsloth",
+            random_state=seed,
+        )
+        return model, None
+
+    def finish_adapter(self, model: Any, is_trainable: bool) -> Any:
+        """What unsloth gives to adapters of its own: fused LoRA kernels and their modes."""
+        from unsloth import FastLanguageModel
+
+        model = FastLanguageModel.patch_peft_model(model, use_gradient_checkpointing="unsloth")
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or (is_thinking_parameter(name) and ".modules_to_save." in name):
+                parameter.requires_grad_(is_trainable)
+        return FastLanguageModel.for_training(model) if is_trainable else FastLanguageModel.for_inference(model)
+
+    def set_training(self, model: Any, training: bool) -> None:
+        """unsloth's training mode, with its gradient checkpointing."""
+        from unsloth import FastLanguageModel
+
+        if not training:
+            model.eval()
+            return
+        kind = getattr(model, "_unsloth_gradient_checkpointing", "unsloth")
+        FastLanguageModel.for_training(model, use_gradient_checkpointing=kind)
+
+
+BACKEND = UnslothBackend()

@@ -1,0 +1,49 @@
+"""What the patched `unsloth/models/llama.py` calls: reads thinking out of its keywords; knows nothing of the maths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hrpo_patches.models.backends import ONE_PASS
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import NAMES
+from hrpo_thinking.parts import MODULES
+
+_KEYWORDS = ("thinking_states", "thinking_mask", "thinking_residual")
+
+
+def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> tuple[Any, ...] | None:
+    """The (states, mask, residual) of this forward, taken out of `kwargs`; None when thinking was not asked for.
+
+    Args:
+        backbone: the model that will blend.
+        kwargs: unsloth hands what is left of it to every decoder layer.
+        length: L, the number of input positions.
+
+    Raises:
+        InputError: the family has no patches, more than one pass is asked for, or unsloth would cut the input, and the
+            states would be out of place.
+    """
+    if kwargs.pop("thinking_passes", 1) != 1:
+        raise InputError(ONE_PASS)
+    thinking = tuple(kwargs.pop(name, None) for name in _KEYWORDS)
+    if thinking[0] is None and thinking[1] is None:
+        return None
+    if not hasattr(backbone, "blend_thinking"):
+        raise InputError(
+            f"{type(backbone).__name__} cannot think: hrpo_patches has patches for the {NAMES} families only."
+        )
+    longest = getattr(backbone, "max_seq_length", length)
+    if length > longest:
+        raise InputError(
+            f"the input has {length} positions, but the model was loaded with max_seq_length={longest}; load it with "
+            f"FastLanguageModel.from_pretrained(..., max_seq_length={length})."
+        )
+    return thinking
+
+
+def is_thinking_module(name: Any, model: Any = None) -> bool:
+    """Whether an entry of `modules_to_save` names one of the four thinking modules, and one that `model` has."""
+    if not isinstance(name, str) or name.rpartition(".")[2] not in MODULES:
+        return False
+    return model is None or any(f".{path}".endswith(f".{name}") for path, _ in model.named_modules())

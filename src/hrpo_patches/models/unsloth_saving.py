@@ -1,0 +1,134 @@
+"""What the patched `unsloth/save.py` calls: no way of saving loses trained thinking weights; knows files and names.
+
+The adapter and the merged 16-bit model are saved with them; what unsloth writes for other programs (GGUF, torchao,
+OpenVINO, compressed or 4-bit models, uploads of a merge) cannot hold them and is refused before anything is written.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import MethodType
+from typing import Any
+
+from torch import Tensor
+
+from hrpo_patches.models.full import add_thinking
+from hrpo_patches.models.record import save_thinking
+from hrpo_patches.thinking.backbone import causal_lm
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.modules import ThinkingModule
+from hrpo_thinking.parts import MODULES, is_thinking_parameter
+
+_REFUSED = (
+    "push_to_hub_merged",
+    "save_pretrained_gguf",
+    "push_to_hub_gguf",
+    "save_pretrained_torchao",
+    "save_pretrained_openvino",
+    "push_to_hub_openvino",
+    "save_pretrained_ggml",
+    "push_to_hub_ggml",
+)
+_ORIGINAL = "_unsloth_original_"
+_MERGE_OPTIONS = {
+    "dtype",
+    "max_shard_size",
+    "maximum_memory_usage",
+    "tags",
+    "safe_serialization",
+    "temporary_location",
+    "token",
+}
+
+
+def trained_thinking(model: Any) -> dict[str, Tensor]:
+    """The thinking weights that a save has to keep, by the base model's names; none where all are as they were drawn.
+
+    Raises:
+        InputError: several adapters are active, or none, so that it is not clear whose weights they are.
+    """
+    base = causal_lm(model)
+    found: dict[str, Tensor] = {}
+    trained = False
+    for name, module in base.named_modules():
+        if name.rpartition(".")[2] not in MODULES:
+            continue
+        if hasattr(module, "modules_to_save"):
+            active = module.active_adapters
+            if len(active) != 1 or active[0] not in module.modules_to_save:
+                raise InputError(f"{name} has the active adapters {active}; one has to be set to be saved or merged.")
+            module, trained = module.modules_to_save[active[0]], True
+        trained |= not all(part.is_fresh() for part in module.modules() if isinstance(part, ThinkingModule))
+        found |= {f"{name}.{parameter}": value for parameter, value in module.named_parameters()}
+    return found if trained else {}
+
+
+def guard_saving(model: Any) -> None:
+    """Called by unsloth whenever it has given `model` (also a PEFT model, also a tokenizer) its saving methods."""
+    if not hasattr(model, "named_parameters"):
+        return
+    if not any(is_thinking_parameter(name) for name, _ in model.named_parameters()):
+        return
+    for name in (*_REFUSED, "save_pretrained_merged", "save_pretrained"):
+        method = getattr(model, name, None)
+        if method is None or hasattr(method, "keeps_thinking"):
+            continue
+        # Kept on the model, where a deep copy finds its own; a closure would save the model that was copied.
+        setattr(model, _ORIGINAL + name, method)
+        function = {"save_pretrained_merged": _merged, "save_pretrained": _adapter}.get(name) or _refusing(name)
+        setattr(model, name, MethodType(function, model))
+
+
+def _original(model: Any, name: str) -> Any:
+    return getattr(model, _ORIGINAL + name)
+
+
+def _refusing(name: str) -> Any:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if trained_thinking(self):
+            raise InputError(
+                f"{name} cannot keep the thinking weights, so nothing was written. Use save_pretrained for the "
+                f"adapter or save_pretrained_merged(folder, tokenizer, save_method='merged_16bit') for a full model."
+            )
+        return _original(self, name)(*args, **kwargs)
+
+    refuse.keeps_thinking = True  # type: ignore[attr-defined]
+    return refuse
+
+
+def _merged(
+    self: Any, save_directory: Any, tokenizer: Any = None, save_method: str = "merged_16bit", *args: Any, **kwargs: Any
+) -> Any:
+    weights = trained_thinking(self)
+    kind = save_method.lower().replace(" ", "_")
+    others = any(args) or {name for name, value in kwargs.items() if value} - _MERGE_OPTIONS
+    pickled = kwargs.get("safe_serialization", True) is False
+    if weights and (kind not in ("merged_16bit", "lora") or others or pickled):
+        raise InputError(
+            f"save_pretrained_merged(save_method={save_method!r}) with these options cannot keep the thinking "
+            f"weights, so nothing was written. Use save_method='merged_16bit' or 'lora', with no other options "
+            f"than {', '.join(sorted(_MERGE_OPTIONS))}."
+        )
+    result = _original(self, "save_pretrained_merged")(save_directory, tokenizer, save_method, *args, **kwargs)
+    if weights and kind == "merged_16bit":
+        thinking = ThinkingConfig.of(causal_lm(self).config)
+        assert thinking is not None  # it has thinking weights
+        add_thinking(Path(save_directory), weights, thinking.to_dict())
+    elif weights:
+        save_thinking(self, save_directory)
+    return result
+
+
+def _adapter(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+    adapted = hasattr(self, "get_base_model") and trained_thinking(self)
+    if adapted and (kwargs.get("safe_serialization", True) is False or (args and args[0] is False)):
+        raise InputError("a pickled adapter is not read again, so nothing was written; leave safe_serialization out.")
+    result = _original(self, "save_pretrained")(save_directory, *args, **kwargs)
+    if adapted:
+        save_thinking(self, save_directory)
+    return result
+
+
+_merged.keeps_thinking = _adapter.keeps_thinking = True  # type: ignore[attr-defined]
+_adapter.__name__ = "unsloth_model_save_pretrained"  # unsloth wraps again whatever has another name

@@ -1,0 +1,95 @@
+"""The prompts that ask a task's questions; knows text and tokenizers, no models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hrpo_patches.tasks.base import Problem, Task
+from hrpo_thinking.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | list[dict[str, str]]
+
+
+def examples_of(task: Task, marker: str, shots: int, own: list[str]) -> list[str]:
+    """The worked examples of a prompt: the user's own, else the task's first `shots`.
+
+    Raises:
+        InputError: the task has fewer, or an example does not carry the marker once.
+    """
+    if own and shots:
+        raise InputError("--examples and --shots are two ways to say the same; leave one out.")
+    if not 0 <= shots <= len(task.examples):
+        raise InputError(f"{task.name} has {len(task.examples)} worked examples, not {shots}; give --examples.")
+    chosen = own or [example.format(marker=marker) for example in task.examples[:shots]]
+    for example in chosen:
+        if example.count(marker) != 1:
+            raise InputError(f"a worked example has to carry the marker {marker!r} once, unlike {example!r}.")
+    return chosen
+
+
+def prompt_of(task: Task, question: str, marker: str, examples: list[str], chat: bool) -> Prompt:
+    """The prompt of one problem.
+
+    Args:
+        task: says what to do.
+        question: the problem.
+        marker: the answer marker that the prompt asks for.
+        examples: worked examples, each a question, its solution, the marker and the answer. In plain text they are the
+            whole instruction.
+        chat: a conversation for a chat template; else plain text, the examples and the question apart by blank lines.
+
+    Returns:
+        Messages if `chat`, else a text that the completion continues on a new line.
+    """
+    instruction = task.instruction.format(marker=marker)
+    if chat:
+        system = "\n\n".join([instruction, *examples])
+        return [{"role": "system", "content": system}, {"role": "user", "content": question}]
+    return "\n\n".join([*(examples or [instruction]), question]) + "\n"
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
+    """The token ids of a prompt, a plain text or a conversation, as the trainer makes them."""
+    if isinstance(prompt, str):
+        return tokenizer(prompt)["input_ids"]
+    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
+        "input_ids"
+    ]
+
+
+def uses_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether prompts are conversations, for `prompt` "chat", "plain" or "auto": where there is a chat template.
+
+    Raises:
+        InputError: a conversation is asked for and the tokenizer has no template.
+    """
+    if prompt == "chat" and tokenizer.chat_template is None:
+        raise InputError("--prompt chat needs a chat template, and this model's tokenizer has none.")
+    return prompt == "chat" or (prompt == "auto" and tokenizer.chat_template is not None)
+
+
+def with_prompts(
+    problems: list[Problem], ask: Callable[[str], Prompt], tokenizer: PreTrainedTokenizerBase, longest: int
+) -> list[dict[str, Any]]:
+    """The problems with their prompts; those whose prompt is too long are left out, which is said.
+
+    Args:
+        problems: of a task.
+        ask: makes the prompt of a question.
+        tokenizer: counts.
+        longest: the most tokens that a prompt may have.
+
+    Raises:
+        InputError: every prompt is longer.
+    """
+    rows: list[dict[str, Any]] = [{**problem, "prompt": ask(problem["question"])} for problem in problems]
+    fitting = [row for row in rows if len(prompt_ids(tokenizer, row["prompt"])) <= longest]
+    if rows and not fitting:
+        raise InputError(f"every prompt is longer than --max_prompt_length {longest} tokens.")
+    if len(fitting) < len(rows):
+        print(f"{len(rows) - len(fitting)} of {len(rows)} problems have prompts over {longest} tokens: left out.")
+    return fitting

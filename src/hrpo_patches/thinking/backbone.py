@@ -1,0 +1,61 @@
+"""Finds the part of a model that thinks, whatever PEFT or a data parallel wrapper put around it; knows no maths."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import NAMES
+from hrpo_thinking.modules import ThinkingModule
+from hrpo_thinking.parts import parts_of
+
+if TYPE_CHECKING:  # transformers is importing this module
+    from hrpo_patches.thinking.mixin import ThinkingMixin
+
+
+def causal_lm(model: Any) -> Any:
+    """The causal language model inside of what PEFT or a data parallel wrapper put around it."""
+    while hasattr(model, "module") and not hasattr(model, "get_input_embeddings"):
+        model = model.module
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def patched_backbone(model: Any) -> ThinkingMixin:
+    """The part of `model` that holds the thinking modules, or could.
+
+    Raises:
+        InputError: its family has no patches.
+    """
+    base = causal_lm(model)
+    backbone = getattr(base, getattr(base, "base_model_prefix", ""), base)
+    if not hasattr(backbone, "blend_thinking"):
+        raise InputError(
+            f"{type(base).__name__} cannot think: hrpo_patches has patches for the {NAMES} families only."
+        )
+    return backbone
+
+
+def thinking_backbone(model: Any) -> ThinkingMixin:
+    """The part of `model` that holds the thinking modules.
+
+    Raises:
+        InputError: its family has no patches, or it was built without thinking.
+    """
+    backbone = patched_backbone(model)
+    if ThinkingConfig.of(backbone.config) is None:
+        raise InputError(
+            f"this {type(causal_lm(model)).__name__} is a plain one, without thinking modules; load it with "
+            f"thinking={{}} to add them, or generate without thinking=True."
+        )
+    return backbone
+
+
+def is_untrained(model: Any) -> bool:
+    """Whether thinking weights that the model uses are missing, or were never trained or loaded."""
+    if (thinking := ThinkingConfig.of(causal_lm(model).config)) is None:
+        return True
+    used = parts_of(thinking.residual)
+    named = [(name.split("."), module) for name, module in model.named_modules() if isinstance(module, ThinkingModule)]
+    parts = [module for name, module in named if set(name) & set(used) and "original_module" not in name]
+    return any(part.is_fresh() for part in parts)

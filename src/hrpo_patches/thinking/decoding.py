@@ -1,0 +1,295 @@
+"""The state that `_sample` carries from step to step while a model thinks; knows nothing of training.
+
+One object lives for one call of `generate`. Before each forward it hands over the last token's state and whether that
+token thinks; after each it takes the state that the next token was sampled from. It never waits for the device.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from hrpo_patches.thinking.backbone import thinking_backbone
+from hrpo_patches.thinking.mixin import ThinkingMixin
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
+from hrpo_thinking.parts import FALLBACK, RESIDUALS, parts_of
+
+if TYPE_CHECKING:  # transformers is importing this module
+    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+
+_RATIO_CHUNK = 128  # columns of the (B, C, d) gate that are computed at once
+
+
+def refuse_thinking(generation_config: GenerationConfig | None, what: str) -> None:
+    """Raise `InputError` if `generation_config` asks for thinking in a kind of decoding that cannot think."""
+    if getattr(generation_config, "thinking", None) or getattr(generation_config, "thoughts", None):
+        raise InputError(
+            f"{what} cannot think; generate with thinking=False and thoughts=0, or decode greedily or by sampling."
+        )
+
+
+def filler_id(tokenizer: PreTrainedTokenizerBase | None, thinking: ThinkingConfig) -> int:
+    """The id of the token that stands for a forced thought.
+
+    Raises:
+        InputError: there is no tokenizer to ask, it lacks the token, or the token ends a completion.
+    """
+    if tokenizer is None:
+        raise InputError("generate(thoughts=...) needs tokenizer=..., to know which token is the filler.")
+    name = thinking.filler
+    found = tokenizer.get_vocab().get(name)
+    if found is None:
+        raise InputError(f"the tokenizer has no token {name!r} to be the filler of forced thoughts; name another one.")
+    if found in (tokenizer.eos_token_id, tokenizer.pad_token_id):
+        raise InputError(f"the filler {name!r} is the tokenizer's end or padding token; name another one.")
+    return int(found)
+
+
+def check_request(
+    model: PreTrainedModel,
+    generation_config: GenerationConfig,
+    generation_mode: str,
+    tokenizer: PreTrainedTokenizerBase | None,
+    custom_generate: Any = None,
+) -> None:
+    """Called by `generate` before any work: is what was asked for possible?
+
+    Raises:
+        InputError: thinking or forced thoughts were asked for together with something that cannot do them.
+    """
+    wanted, forced = generation_config.thinking, generation_config.thoughts
+    if wanted not in (None, True, False):
+        raise InputError(f"generate(thinking=...) has to be True or False, not {wanted!r}.")
+    if forced is not None and (isinstance(forced, bool) or not isinstance(forced, int) or forced < 0):
+        raise InputError(f"generate(thoughts=...) has to be a whole number from 0, not {forced!r}.")
+    if not (wanted or forced):
+        return
+    backbone = thinking_backbone(model) if wanted else None
+    if (generation_config.num_beams or 1) > 1:
+        raise InputError(
+            f"thinking needs num_beams=1, not {generation_config.num_beams}: beams share no hidden state."
+        )
+    if custom_generate is not None or generation_mode not in ("greedy_search", "sample"):
+        mode = "custom_generate" if custom_generate is not None else str(getattr(generation_mode, "value", ""))
+        refuse_thinking(generation_config, mode)
+    if forced and generation_config.filler_token_id is None:
+        thinking = ThinkingConfig.of(model.config) or ThinkingConfig()
+        generation_config.filler_token_id = filler_id(tokenizer, thinking)
+    if forced:
+        _check_filler(model, generation_config)
+    if backbone is not None:
+        _check_thinking(backbone, tokenizer)
+
+
+def _check_filler(model: PreTrainedModel, generation_config: GenerationConfig) -> None:
+    filler, ends = generation_config.filler_token_id, generation_config.eos_token_id
+    if not isinstance(filler, int) or not 0 <= filler < model.get_input_embeddings().weight.shape[0]:
+        raise InputError(f"filler_token_id has to be the id of one of the model's tokens, not {filler!r}.")
+    if filler in (ends if isinstance(ends, list) else [ends]):
+        raise InputError(f"the filler of forced thoughts, token {filler}, ends a completion; name another one.")
+
+
+def _check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    if tokenizer is None:
+        raise InputError("generate(thinking=True) needs tokenizer=..., to know which tokens spell the answer marker.")
+    thinking = ThinkingConfig.of(backbone.config)
+    assert thinking is not None  # thinking_backbone has checked it
+    if getattr(backbone.thinking_residual_Lambda, "disable_adapters", False):
+        raise InputError(
+            "the adapter is switched off, and its thinking weights with it; generate with thinking=False."
+        )
+    wrapped = {name: _is_wrapped(backbone, name) for name in parts_of(thinking.residual)}
+    lacking = [name for name, there in wrapped.items() if not there]
+    if lacking and any(wrapped.values()):
+        raise InputError(
+            f"this adapter holds thinking gates but no {lacking[0]}, so it was not trained with the "
+            f"{thinking.residual}; load it with hrpo_patches.load_adapter(model, folder), which reads what it was "
+            f"trained with, or pass init_projection=True to start a projection for it."
+        )
+    marker_table(tokenizer, thinking.answer_start, backbone.config.vocab_size)
+
+
+def _is_wrapped(backbone: ThinkingMixin, name: str) -> bool:
+    """Whether PEFT's `modules_to_save` holds a copy of this thinking module."""
+    return hasattr(getattr(backbone, name), "original_module")
+
+
+def start_thinking(
+    model: PreTrainedModel,
+    input_ids: Tensor,
+    generation_config: GenerationConfig,
+    model_kwargs: dict[str, Any],
+    stopping_criteria: StoppingCriteriaList,
+) -> ThinkingDecoder | ForcedThoughts | None:
+    """Called by `_sample` before the prefill: the decoder, or None where nothing is thought or forced.
+
+    `model_kwargs` loses the tokenizer and gains the request for the last hidden state; stopping criteria that look at
+    text do not see forced thoughts.
+
+    Raises:
+        InputError: there are more forced thoughts than a completion has room for.
+    """
+    forced = generation_config.thoughts or 0
+    if forced:
+        room = generation_config.max_length - input_ids.shape[1]
+        if forced >= room:
+            raise InputError(f"thoughts={forced} leave no room for an answer in a completion of {room} tokens.")
+        stopping_criteria[:] = [_over_text(criterion, input_ids.shape[1], forced) for criterion in stopping_criteria]
+    if not generation_config.thinking:
+        return ForcedThoughts(forced, generation_config.filler_token_id) if forced else None
+    record = generation_config.return_dict_in_generate or not model_kwargs["use_cache"]
+    decoder = ThinkingDecoder(model, input_ids, model_kwargs.pop("tokenizer"), bool(record))
+    decoder.forced = ForcedThoughts(forced, generation_config.filler_token_id)
+    model_kwargs["output_last_hidden_state"] = True
+    return decoder
+
+
+def _over_text(criterion: Any, start: int, forced: int) -> Any:
+    """A stopping criterion that sees the prompt, up to `start`, and what follows the forced thoughts."""
+    if type(criterion).__name__ in ("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria"):
+        return criterion  # they look at the length, the clock, and the last token
+
+    def without_fillers(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        if input_ids.shape[1] <= start + forced:
+            return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+        text = torch.cat([input_ids[:, :start], input_ids[:, start + forced :]], dim=1)
+        return criterion(text, scores, **kwargs)
+
+    return without_fillers
+
+
+class ForcedThoughts:
+    """The first `count` tokens of a completion are the filler; alone, they are pauses in which nothing is thought."""
+
+    def __init__(self, count: int, filler: int | None) -> None:
+        self.count, self.filler, self.steps = count, filler, 0
+
+    def observe(self, outputs: Any, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> Tensor:
+        """The next tokens: the sampled ones, or fillers."""
+        self.steps += 1
+        return torch.full_like(next_tokens, self.filler) if self.steps <= self.count else next_tokens
+
+    def model_inputs(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        """Nothing is blended."""
+        return model_inputs
+
+    def undo(self, steps: int) -> None:
+        """Forget the last steps."""
+        self.steps -= steps
+
+    def outputs(self, sequences: Tensor) -> dict[str, Any]:
+        """Nothing was thought."""
+        return {}
+
+
+class ThinkingDecoder:
+    """Which sequences still think, and what their next input is blended with.
+
+    Args:
+        model: the causal language model.
+        input_ids: (B, P), the prompt.
+        tokenizer: spells the answer marker.
+        record: whether every step is kept for the output; without it only the last step is.
+
+    Attributes:
+        residual: what is really used, "projection" or "embedding".
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, record: bool
+    ) -> None:
+        self.backbone = thinking_backbone(model)
+        thinking = ThinkingConfig.of(self.backbone.config)
+        assert thinking is not None  # thinking_backbone has checked it
+        self.residual = thinking.residual
+        self.record = record
+        self.embeddings: Tensor = model.get_input_embeddings().weight
+        table = marker_table(tokenizer, thinking.answer_start, self.backbone.config.vocab_size)
+        self.table = table.to(input_ids.device)
+        self.answering = table.shape[1] - 1
+        self.progress = input_ids.new_zeros(input_ids.shape[0])
+        self.prompt_length = input_ids.shape[1]
+        self.forced = ForcedThoughts(0, None)
+        self.states: list[Tensor] = []  # each (B, d)
+        self.masks: list[Tensor] = []  # each (B,)
+
+    def model_inputs(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
+        """The next forward's inputs with the thinking of the positions that it reads: one, or all without a cache."""
+        input_ids = model_inputs["input_ids"]
+        width = min(input_ids.shape[1], len(self.states))
+        return model_inputs | {
+            "thinking_states": torch.stack(self.states[-width:], dim=1),
+            "thinking_mask": torch.stack(self.masks[-width:], dim=1),
+            "thinking_residual": self.residual,
+        }
+
+    def observe(self, outputs: Any, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> Tensor:
+        """Take the state that the next tokens came from; returns these: `next_tokens`, or fillers.
+
+        Args:
+            outputs: of the forward; `last_hidden_state` (B, L, d) if the model hands it over.
+            scores: (B, V), after the logits processors.
+            next_tokens: (B,).
+            unfinished: (B,), 0 for sequences that had ended before this step.
+        """
+        hidden: Tensor | None = getattr(outputs, "last_hidden_state", None)
+        if RESIDUALS[self.residual].needs_state and hidden is None:
+            self._fall_back()
+        last = hidden[:, -1] if hidden is not None else None
+        state = RESIDUALS[self.residual].observe(last, scores, self.embeddings)
+        next_tokens = self.forced.observe(outputs, scores, next_tokens, unfinished)
+        if self.forced.steps > self.forced.count:  # a filler is no text
+            self.progress = self.table[next_tokens.to(self.table.device), self.progress]
+        mask = (self.progress != self.answering) & unfinished.bool()
+        if not self.record and len(self.states) == 1:
+            self.states.clear()
+            self.masks.clear()
+        self.states.append(state)
+        self.masks.append(mask)
+        return next_tokens
+
+    def _fall_back(self) -> None:
+        if self.states:
+            raise RuntimeError("the model returned a last hidden state in some decoding steps and none in others.")
+        wanted, self.residual = self.residual, FALLBACK
+        warnings.warn(
+            f"the model's forward returns no last_hidden_state, so the {wanted} residual cannot be computed; this "
+            f"generate() uses the {FALLBACK} residual instead (see thinking_residual in its output).",
+            UserWarning,
+            stacklevel=2,
+        )
+
+    def undo(self, steps: int) -> None:
+        """Forget the last steps, as `_undo_generation_steps` does for the tokens."""
+        self.forced.undo(steps)
+        if steps:
+            del self.states[-steps:], self.masks[-steps:]
+
+    def outputs(self, sequences: Tensor) -> dict[str, Any]:
+        """What `generate` returns beside `sequences` (B, P + C); column c belongs to completion token c.
+
+        Returns:
+            thinking_states (B, C, d), thinking_mask (B, C) bool, thinking_ratio (B, C) float32, the mean over d of the
+            share a of the embedding, 1 where a position does not think, and thinking_residual.
+        """
+        # unsloth generates in inference mode, whose tensors no backward could use: the replay needs ordinary ones.
+        with torch.inference_mode(False), torch.no_grad():
+            states, mask = torch.stack(self.states, dim=1), torch.stack(self.masks, dim=1)
+        tokens = sequences[:, self.prompt_length :]
+        chunks = [
+            self.backbone.thinking_decay(embedding(chunk, self.embeddings)).mean(-1)
+            for chunk in tokens.split(_RATIO_CHUNK, dim=1)
+        ]
+        ratio = torch.cat(chunks, dim=1).float()
+        return {
+            "thinking_states": states,
+            "thinking_mask": mask,
+            "thinking_ratio": torch.where(mask.to(ratio.device), ratio, 1.0),
+            "thinking_residual": self.residual,
+        }

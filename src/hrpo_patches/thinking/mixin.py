@@ -1,0 +1,192 @@
+"""What a patched family gains: modules made, loaded and saved, inputs that think; leaves the maths to `Blend`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from hrpo_patches.thinking.passes import Head, Passes, check_passes, inputs_of_last_pass, one_by_one, refuse_dropout
+from hrpo_thinking.blend import Blend
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.modules import ThinkingModule, make_projection, thinking_modules
+from hrpo_thinking.parts import MODULE_PATTERN, MODULES, RESIDUALS, is_thinking_parameter
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel as _Base
+else:
+    _Base = object
+
+
+def check_modules_to_save(model: nn.Module, wanted: Sequence[str] | None) -> None:
+    """Called by PEFT before it makes an adapter's trained copies: it passes modules that a model lacks by.
+
+    Raises:
+        InputError: `wanted` names a thinking module, and the model has none.
+    """
+    paths = [f".{path}" for path, _ in model.named_modules()]
+    for entry in wanted or ():
+        if is_thinking_parameter(f"{entry}.") and not any(path.endswith(f".{entry}") for path in paths):
+            raise InputError(
+                f"the adapter holds {entry}, and this model has no such module, so PEFT would lose it; load the "
+                f"adapter with hrpo_patches.load_adapter(model, folder), or build the model with thinking={{}}."
+            )
+
+
+class ThinkingMixin(Blend, _Base):
+    """What a patched model family gains: the thinking modules, their life, and the inputs of a forward that thinks."""
+
+    declines_thinking = False  # whether thinking=False was said, which leaves a checkpoint's thinking weights out
+
+    def add_thinking_modules(self, config: Any) -> None:
+        """Called by a patched backbone's `__init__` before `post_init`; adds nothing unless `config.thinking` asks.
+
+        A plain model's config is left as stock's, without a word about thinking.
+
+        Raises:
+            InputError: `config.thinking` holds a value that cannot work.
+        """
+        thinking = ThinkingConfig.of(config)
+        if thinking is None:
+            if vars(config).pop("thinking", None) is False:
+                self.declines_thinking = True
+            return
+        config.thinking = thinking.to_dict()
+        for name, module in thinking_modules(config, thinking).items():
+            self.add_module(name, module)
+        # The first also keeps quantizers away, the second holds under bf16 as well as fp16.
+        self._keep_in_fp32_modules = set(MODULES)
+        self._keep_in_fp32_modules_strict = set(MODULES)
+        if not thinking.in_checkpoint:
+            self._keys_to_ignore_on_load_missing = {MODULE_PATTERN.pattern}
+
+    def begin_thinking(self, thinking: ThinkingConfig) -> None:
+        """Let this backbone think as described: with fresh modules, or a fresh projection of another kind."""
+        self.config.thinking = thinking.to_dict()
+        if not hasattr(self, "thinking_projection"):
+            self.add_thinking_modules(self.config)
+            for name in MODULES:
+                getattr(self, name).to(self.get_input_embeddings().weight.device).train(self.training)
+            return
+        fresh = make_projection(self.config.hidden_size, thinking)
+        own = getattr(self.thinking_projection, "original_module", self.thinking_projection)  # of PEFT's wrapper
+        current = {name: p.shape for name, p in own.named_parameters()}
+        if current != {name: p.shape for name, p in fresh.named_parameters()}:
+            self.thinking_projection = fresh.to(self.thinking_residual_Lambda.Lambda.device)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, ThinkingModule):
+            module.reset_parameters()
+        else:
+            super()._init_weights(module)
+
+    def _adjust_missing_and_unexpected_keys(self, loading_info: Any) -> None:
+        missing = sorted(key for key in loading_info.missing_keys if is_thinking_parameter(key))
+        whole = [key for key, _ in self.named_parameters() if is_thinking_parameter(key)]
+        thinking = ThinkingConfig.of(self.config)
+        claimed = thinking is not None and thinking.in_checkpoint
+        stray = sorted(key for key in loading_info.unexpected_keys if is_thinking_parameter(key))
+        declined = getattr(getattr(self, self.base_model_prefix, self), "declines_thinking", False)
+        if stray and thinking is None and not declined:
+            raise InputError(
+                f"this checkpoint holds thinking weights ({stray[0]}), and its config does not say that it thinks; "
+                f"load it with thinking={{}} to use them, or with thinking=False to leave them out."
+            )
+        super()._adjust_missing_and_unexpected_keys(loading_info)
+        if missing and (claimed or len(missing) < len(whole)):
+            raise InputError(
+                f"the checkpoint is to hold thinking weights, but {', '.join(missing)} is missing: it is damaged or "
+                f"was saved without. To start all of them anew, load it once with thinking=False and save that."
+            )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        thinking = getattr(self.config, "thinking", None)
+        if not isinstance(thinking, dict):
+            return super().save_pretrained(*args, **kwargs)
+        self.config.thinking = thinking | {"in_checkpoint": True}  # of the file that is written, not of this model
+        try:
+            return super().save_pretrained(*args, **kwargs)
+        finally:
+            self.config.thinking = thinking
+
+    def think(
+        self,
+        embeds: Tensor,
+        states: Tensor | None,
+        mask: Tensor | None,
+        residual: str | None = None,
+        passes: Passes = 1,
+        head: Head | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """The inputs (B, L, d) of a forward that thinks: `blend_thinking`, or the last of several `passes`.
+
+        Raises:
+            InputError: as `blend_thinking`, or several passes are not possible.
+        """
+        if passes == 1:
+            return self.blend_thinking(embeds, states, mask, residual)
+        kind, head = self._check_passes(embeds, mask, residual, passes, head, attention_mask)
+        if states is None or mask is None:
+            raise InputError("thinking_states and thinking_mask belong together; one of them is missing.")
+        assert passes != "all"  # which is `think_one_by_one`
+        return inputs_of_last_pass(self, embeds, states, mask, kind, passes, head, attention_mask, position_ids)
+
+    def think_one_by_one(
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        residual: str | None,
+        head: Head | None,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        **kwargs: Any,
+    ) -> Any:
+        """A forward's output whose masked positions are thought anew, each from the live state before it.
+
+        Raises:
+            InputError: as `think`.
+        """
+        if captured := [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]:
+            raise InputError(f"{captured[0]} does not go with passes='all', whose layers see a position at a time.")
+        kind, head = self._check_passes(embeds, mask, residual, "all", head, attention_mask)
+        assert mask is not None
+        hidden = one_by_one(self, embeds, mask.to(embeds.device), kind, head, attention_mask, position_ids)
+        return BaseModelOutputWithPast(last_hidden_state=hidden)
+
+    def _check_passes(
+        self,
+        embeds: Tensor,
+        mask: Tensor | None,
+        residual: str | None,
+        passes: Passes,
+        head: Head | None,
+        attention_mask: Tensor | None,
+    ) -> tuple[str, Head | None]:
+        """Refuse what several passes cannot do; the residual, and the head if it needs one."""
+        check_passes(passes)
+        if not hasattr(self, "thinking_projection"):
+            raise InputError("thinking was asked of a plain model; build or load it with thinking={}.")
+        if mask is None or mask.dim() != 2 or mask.shape[0] != embeds.shape[0] or mask.shape[1] >= embeds.shape[1]:
+            raise InputError(
+                f"more than one replay pass needs a thinking_mask (B, K) with K < L, for the first thought comes from "
+                f"the position before it; the inputs are {tuple(embeds.shape)}."
+            )
+        if mask.dtype != torch.bool:
+            raise InputError(f"thinking_mask has to be bool, not {mask.dtype}.")
+        if attention_mask is not None and getattr(attention_mask, "shape", None) != embeds.shape[:2]:
+            raise InputError("more than one replay pass needs an attention_mask (B, L), or none.")
+        refuse_dropout(self)
+        kind = residual or self.config.thinking["residual"]
+        needs_head = not RESIDUALS[kind].needs_state
+        if needs_head and head is None:
+            raise InputError(
+                f"the {kind} residual of a live state needs the LM head; call hrpo_patches.replay_forward(model, "
+                "...), which hands it over."
+            )
+        return kind, head if needs_head else None

@@ -1,0 +1,92 @@
+"""Parameter groups: base, gates, Λ and projection, each with its learning rate; knows names, not what they compute.
+
+Names are matched by component, so PEFT's, DDP's and torch.compile's prefixes and infixes do not matter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn, optim
+from transformers import Trainer
+
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import group_of
+
+
+def parameter_groups(
+    model: nn.Module, learning_rates: dict[str, float], weight_decay: float, decayed: Iterable[str]
+) -> list[dict[str, Any]]:
+    """Every trainable parameter of `model` in exactly one group.
+
+    Args:
+        model: whose parameters are grouped.
+        learning_rates: by group name.
+        weight_decay: for the parameters that decay.
+        decayed: their names. Thinking weights never decay: Λ would be pulled towards a = 2^(-c r), away from the
+            smooth start, and the projection has no scale, for its output is normalised.
+
+    Returns:
+        Groups for a torch optimizer, each with "name", "params", "lr" and "weight_decay"; none is empty.
+    """
+    decayed = set(decayed)
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        kind = group_of(name)
+        decay = weight_decay if name in decayed and kind == "base" else 0.0
+        key = kind if decay else f"{kind}_no_decay"
+        group = groups.setdefault(key, {"name": key, "params": [], "lr": learning_rates[kind], "weight_decay": decay})
+        group["params"].append(parameter)
+    return list(groups.values())
+
+
+def regroup(trainer: Trainer, optimizer: optim.Optimizer, learning_rates: dict[str, float]) -> optim.Optimizer:
+    """Put the parameters of a trainer's fresh `optimizer` into our groups; its class and options stay as they are.
+
+    Raises:
+        InputError: the optimizer has groups of its own kind (GaLore, LOMO, ...).
+    """
+    own = {key for group in optimizer.param_groups for key in group} - {"params", *optimizer.defaults}
+    if own or optimizer.state:
+        raise InputError(f"optim={trainer.args.optim!s} groups its parameters itself; use one of the AdamW family.")
+    rates = {"base": trainer.args.learning_rate} | learning_rates
+    decayed = trainer.get_decay_parameter_names(trainer.model)
+    optimizer.param_groups.clear()
+    for group in parameter_groups(trainer.model, rates, trainer.args.weight_decay, decayed):
+        optimizer.add_param_group(group)
+    return optimizer
+
+
+def patch_trainer_optimizer(
+    trainer: Trainer,
+    lr_residual_gate: float = 1e-4,
+    lr_residual_Lambda: float = 1e-3,
+    lr_thinking_projection: float = 1e-4,
+) -> None:
+    """Give any Hugging Face `Trainer` separate groups for the gates, Λ and the projection of its model.
+
+    Call it before `trainer.train()`. The base learning rate, weight decay and optimizer stay the training arguments'.
+
+    Raises:
+        InputError: the model has no trainable thinking weights, or the trainer already has an optimizer.
+    """
+    if trainer.optimizer is not None:
+        raise InputError("this trainer already has an optimizer; call patch_trainer_optimizer before training.")
+    if not any(group_of(name) != "base" and p.requires_grad for name, p in trainer.model.named_parameters()):
+        raise InputError(
+            "the trainer's model has no trainable thinking weights; load it with thinking={}, and with PEFT name the "
+            "thinking modules in LoraConfig(modules_to_save=...), or use HRPOTrainer, which does both."
+        )
+    rates = {"gate": lr_residual_gate, "Lambda": lr_residual_Lambda, "projection": lr_thinking_projection}
+
+    create = trainer.create_optimizer
+
+    def create_optimizer(model: nn.Module | None = None) -> optim.Optimizer:
+        fresh = trainer.optimizer is None
+        optimizer = create(model)
+        return regroup(trainer, optimizer, rates) if fresh else optimizer
+
+    trainer.create_optimizer = create_optimizer

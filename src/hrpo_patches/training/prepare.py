@@ -1,0 +1,194 @@
+"""Makes a model and its adapter config ready to be trained; knows names and dtypes, nothing of the trainer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from torch import Tensor, nn
+from transformers import set_seed
+from trl.trainer.utils import create_model_from_path
+
+from hrpo_patches.models.backends import ONE_PASS, backend_of, refuse_stranger
+from hrpo_patches.models.base import thinking_options
+from hrpo_patches.thinking.backbone import patched_backbone, thinking_backbone
+from hrpo_patches.thinking.passes import refuse_dropout
+from hrpo_patches.training.config import HRPOConfig
+from hrpo_thinking.config import ThinkingConfig, check_same_kind
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
+from hrpo_thinking.parts import FALLBACK, RESIDUALS, canonical, is_thinking_parameter, parts_of
+
+
+def thinking_model(model: Any, args: HRPOConfig, quantization_config: Any = None) -> Any:
+    """`model`, loaded if it is a name, with the thinking modules and as the run is to think.
+
+    A name is loaded here, with `args.model_init_kwargs` as TRL would; `thinking` is taken out of them, for reward
+    models and references that TRL loads by name get them, too.
+
+    Raises:
+        InputError: the model cannot think, or thinks in another way already.
+    """
+    refuse_stranger(model)
+    chosen: dict[str, Any] = {"residual": args.residual, "answer_start": args.answer_start}
+    chosen |= {name: value for name in ("thoughts", "filler") if (value := getattr(args, name)) is not None}
+    if isinstance(model, str):
+        init = dict(args.model_init_kwargs or {})
+        chosen = dict(init.pop("thinking", None) or {}) | chosen
+        args.model_init_kwargs = init or None
+        return _loaded(model, init | {"thinking": thinking_options(model, chosen)}, args, quantization_config)
+    backbone = patched_backbone(model)
+    current = (ThinkingConfig.of(backbone.config) or ThinkingConfig()).to_dict()
+    check_same_kind(current, chosen, "this model")
+    backbone.begin_thinking(ThinkingConfig.from_dict(current | chosen))
+    return model
+
+
+def _loaded(name: str, init: dict[str, Any], args: HRPOConfig, quantization_config: Any) -> Any:
+    """The model of that name as `GRPOTrainer` loads it, from its seed on."""
+    set_seed(args.seed)
+    init.setdefault("trust_remote_code", args.trust_remote_code)
+    if quantization_config is not None:
+        init.setdefault("quantization_config", quantization_config)
+    if args.distributed_state.distributed_type in ("MULTI_GPU", "DEEPSPEED"):
+        init["device_map"] = None
+    return create_model_from_path(name, **init)
+
+
+ALREADY = "your model is already instantiated"  # which TRL warns of where it has options to load one with
+
+
+@contextmanager
+def unsaid(text: str) -> Iterator[None]:
+    """Leave out what TRL's trainer warns of with this text."""
+    logger = logging.getLogger("trl.trainer.grpo_trainer")
+
+    def others(record: logging.LogRecord) -> bool:
+        return text not in record.getMessage()
+
+    logger.addFilter(others)
+    try:
+        yield
+    finally:
+        logger.removeFilter(others)
+
+
+def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: HRPOConfig) -> PeftConfig | None:
+    """A copy of `peft_config` whose `modules_to_save` names the thinking modules that this run trains.
+
+    Raises:
+        InputError: the model is unsloth's, which has to make its adapters itself.
+    """
+    if peft_config is None:
+        return None
+    if not isinstance(model, str) and backend_of(model).own_adapters:
+        raise InputError(
+            "this model runs unsloth's forward, which needs an adapter that unsloth made; leave peft_config out, and "
+            "wrap the model with FastLanguageModel.get_peft_model(model, ..., modules_to_save=[...])."
+        )
+    peft_config = copy.deepcopy(peft_config)
+    modules = parts_of(args.residual)
+    peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *modules]))
+    return peft_config
+
+
+def float32_copies(model: Any) -> dict[str, Tensor]:
+    """The thinking weights before TRL touches them, by canonical name; trained copies win over frozen originals."""
+    if isinstance(model, str):
+        return {}
+    named = [(name, p) for name, p in model.named_parameters() if is_thinking_parameter(name)]
+    named.sort(key=lambda item: ".modules_to_save." in item[0])
+    return {canonical(name).replace(".original_module", ""): p.detach().clone() for name, p in named}
+
+
+def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout: Any) -> None:
+    """Refuse a model that would fall back, whose thinking weights would not be trained, or that cannot do the passes.
+
+    The norm of its embeddings is measured, if the residual takes it, before training can change them.
+
+    Args:
+        model: the trainer's, unwrapped.
+        base: the causal language model in it.
+        tokenizer: has to spell the marker.
+        args: of the run.
+        rollout: the trainer's generation config.
+    """
+    backbone = thinking_backbone(base)
+    marker_table(tokenizer, args.answer_start, backbone.config.vocab_size)
+    for name in parts_of(args.residual):
+        module = getattr(backbone, name)
+        saved = not is_peft_model(model) or hasattr(module, "modules_to_save")
+        trained = getattr(module, "modules_to_save", module)
+        if not (saved and all(parameter.requires_grad for parameter in trained.parameters())):
+            raise InputError(
+                f"{name} is frozen, or would not be saved; pass peft_config to HRPOTrainer instead of a wrapped "
+                f"model, or load the adapter with hrpo_patches.load_adapter(..., is_trainable=True)."
+            )
+    with torch.no_grad():
+        probe = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
+        outputs = model(input_ids=probe, output_last_hidden_state=True, use_cache=False)
+    kind = RESIDUALS[backbone.config.thinking["residual"]]
+    if kind.needs_state and getattr(outputs, "last_hidden_state", None) is None:
+        raise InputError(
+            f"the forward of {type(base).__name__} returns no last_hidden_state, so the {kind.name} would never "
+            f"be used or trained; unwrap the model, or train with residual={FALLBACK!r}."
+        )
+    if args.passes != 1:
+        if not backend_of(base).several_passes:
+            raise InputError(ONE_PASS)
+        refuse_dropout(backbone, today=False)
+    live = args.passes != 1 or (args.reference == "start" and args.beta != 0.0)
+    if live and not kind.needs_state:
+        check_distribution(rollout, base.generation_config)
+    if backbone.config.thinking["residual_scale"] == "embedding":
+        backbone.embedding_norm()
+
+
+# What changes the distribution that a rollout samples from, beside the temperature, and the values that do not.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_k": (0,),
+    **dict.fromkeys(("top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty"), (1.0,)),
+    **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff"), (0.0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"), ()),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "watermarking_config"), ()),
+}
+
+
+def check_distribution(rollout: Any, model: Any) -> None:
+    """Refuse a rollout whose distribution a live state cannot make again: that is taken from the temperature alone.
+
+    Args:
+        rollout: the trainer's generation config.
+        model: the model's own, which says what that leaves open.
+    """
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(rollout, name, None)
+        value = value if value is not None else getattr(model, name, None)
+        if value is not None and value not in neutral:
+            raise InputError(
+                f"{name}={value!r} changes the distribution that the embedding residual is made from, and several "
+                f"replay passes, or the reference 'start', make it again from the temperature alone; leave it out."
+            )
+
+
+def restore_float32(model: nn.Module, before: dict[str, Tensor]) -> None:
+    """Undo a cast of thinking weights, as TRL does one for every trainable weight of a quantized model (QLoRA)."""
+    for name, parameter in model.named_parameters():
+        if is_thinking_parameter(name) and parameter.dtype != torch.float32:
+            value = before.get(canonical(name), parameter)
+            parameter.data = value.to(device=parameter.device, dtype=torch.float32)
+
+
+def freeze_unused(model: nn.Module, args: HRPOConfig) -> None:
+    """Freeze the thinking weights that this run does not use: DDP waits for the gradient of every trainable weight."""
+    used = parts_of(args.residual)
+    for name, parameter in model.named_parameters():
+        if is_thinking_parameter(name) and not set(name.split(".")) & set(used):
+            parameter.requires_grad_(False)

@@ -1,0 +1,346 @@
+"""HRPOTrainer: GRPOTrainer whose rollouts think and whose loss replays them; knows nothing of how a blend is made.
+
+It overrides only what differs from TRL: the constructor (which modules are trained, and that they stay float32), the
+generation of one turn (keeps the states), the scoring of a batch (carries them along), the log-probabilities (replays
+them), the optimizer (its groups), the order of the data and the save (two more files).
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftConfig
+from torch import Tensor, nn, optim
+from transformers import Trainer
+from trl.models import unwrap_model_for_generation
+from trl.trainer import utils as trl_utils
+from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
+
+from hrpo_patches.models.backends import backend_of
+from hrpo_patches.models.record import save_pauses, save_thinking
+from hrpo_patches.monitor.callback import ThinkingMonitor
+from hrpo_patches.monitor.nonfinite import keep
+from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
+from hrpo_patches.thinking.decoding import filler_id
+from hrpo_patches.thinking.passes import Passes
+from hrpo_patches.thinking.replay import Rollout, passes_inputs
+from hrpo_patches.training.config import HRPOConfig
+from hrpo_patches.training.epoch_order import EpochOrder
+from hrpo_patches.training.optim import regroup
+from hrpo_patches.training.prepare import (
+    ALREADY,
+    check_model,
+    float32_copies,
+    freeze_unused,
+    restore_float32,
+    thinking_model,
+    unsaid,
+    with_thinking_modules,
+)
+from hrpo_patches.training.reference import StartReference, without_reference
+from hrpo_patches.training.released import released
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError, NonFiniteError
+
+GRPOTrainer: Any = released("trl.trainer.grpo_trainer", "GRPOTrainer")
+
+
+class HRPOTrainer(GRPOTrainer):
+    """GRPO with hybrid latent reasoning (arXiv 2505.18454); `args.residual=None` trains plain GRPO.
+
+    Takes what `trl.GRPOTrainer` takes. With `peft_config`, the thinking modules are added to `modules_to_save`.
+    A plain model gains the thinking modules. `args.residual` and `args.answer_start` are written to
+    `model.config.thinking`.
+
+    Raises:
+        InputError: before the first step, if the model cannot think or cannot hand over its last hidden state, the
+            tokenizer cannot spell the marker, or an option does not go with thinking.
+    """
+
+    _tag_names = ["trl", "grpo", "hrpo"]  # noqa: RUF012 - TRL's own type
+    _name = "HRPO"
+
+    def __init__(
+        self,
+        model: Any,
+        reward_funcs: Any = None,
+        args: HRPOConfig | None = None,
+        train_dataset: Any = None,
+        *,
+        processing_class: Any = None,
+        peft_config: PeftConfig | None = None,
+        **kwargs: Any,
+    ) -> None:
+        args = args if args is not None else HRPOConfig(output_dir="HRPO")
+        if not isinstance(args, HRPOConfig):
+            raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
+        self._rollout: Rollout | None = None
+        self._epoch_order = EpochOrder()
+        turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
+        named = args.residual is not None and isinstance(model, str)
+        if args.residual is not None:
+            if turns:
+                raise InputError(
+                    f"{turns[0]} generates outside of one thinking turn; leave it out, or set residual=None."
+                )
+            peft_config = with_thinking_modules(model, peft_config, args)
+            model = thinking_model(model, args, kwargs.get("quantization_config"))
+        before = float32_copies(model) if args.residual is not None else {}
+        from_start = args.reference == "start" and args.beta != 0.0
+        with without_reference(args) if from_start else nullcontext(), unsaid(ALREADY) if named else nullcontext():
+            super().__init__(
+                model,
+                reward_funcs,
+                args,
+                train_dataset,
+                processing_class=processing_class,
+                peft_config=peft_config,
+                **kwargs,
+            )
+        self.add_callback(self._epoch_order)
+        freeze_unused(self.model, args)
+        if args.residual is not None:
+            restore_float32(self.model, before)
+            if is_peft_model(self.model) and "ref" in self.model.peft_config:
+                self.model.delete_adapter("ref")  # TRL's own, a copy of the adapter
+            check_model(self.model, self._base_model(), self._tokenizer, args, self.generation_config)
+            self.generation_config.thinking = True
+            self.generation_config.return_dict_in_generate = True
+        self._force_thoughts(bool(turns))
+        if from_start:
+            self.beta = args.beta
+            self.ref_model = StartReference(self.accelerator.unwrap_model(self.model))
+            self.add_callback(self.ref_model)
+        self.monitor: ThinkingMonitor | None = None
+        if args.monitor:
+            model = self.accelerator.unwrap_model(self.model)
+            self.monitor = ThinkingMonitor(model, args, estimate_marker=False).first_in(self)
+
+    def _force_thoughts(self, several_turns: bool) -> None:
+        """Let every completion begin with the run's forced thoughts, also where nothing is blended."""
+        own = self._base_model().generation_config
+        thinking, known = ThinkingConfig.of(self._base_model().config) or ThinkingConfig(), None
+        if self.args.residual is None:
+            count = self.args.thoughts if self.args.thoughts is not None else own.thoughts or 0
+            known = own.filler_token_id if self.args.filler is None else None
+            thinking = ThinkingConfig(thoughts=count, filler=self.args.filler or thinking.filler)
+        self.args.thoughts, self.args.filler = thinking.thoughts, thinking.filler
+        self._fillers: list[int] = []
+        own.thoughts = thinking.thoughts or None
+        if not thinking.thoughts:
+            return
+        self.generation_config.thoughts = thinking.thoughts
+        if several_turns:
+            raise InputError("forced thoughts begin a completion of one turn; leave tools out, or set thoughts=0.")
+        if thinking.thoughts >= self.args.max_completion_length:
+            raise InputError(
+                f"thoughts={thinking.thoughts} leave no room for an answer in completions of max_completion_length="
+                f"{self.args.max_completion_length} tokens."
+            )
+        known = known if known is not None else filler_id(self._tokenizer, thinking)
+        self._fillers = [known] * thinking.thoughts
+        self.generation_config.filler_token_id = own.filler_token_id = known
+
+    def _base_model(self) -> Any:
+        return causal_lm(self.accelerator.unwrap_model(self.model))
+
+    # --- rollout ---------------------------------------------------------------------------------------------------
+
+    def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple[list, list | None]:
+        if self.args.residual is None:
+            completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+            completion_ids = [ids[len(self._fillers) :] for ids in completion_ids]
+        else:
+            completion_ids, logprobs = self._think(prompt_ids), None
+        texts = self._tokenizer.batch_decode(completion_ids)
+        marked = torch.tensor([self.args.answer_start in text for text in texts], device=self.accelerator.device)
+        self._record("marker_rate", self.accelerator.gather(marked).float().mean())
+        return completion_ids, logprobs
+
+    def _think(self, prompt_ids: list) -> list:
+        """Sample one thinking completion for each prompt; keeps the rollout, returns the completions' token ids."""
+        prompts = [torch.tensor(ids) for ids in prompt_ids]
+        batch = {
+            "input_ids": pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left"),
+            "attention_mask": pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left"),
+        }
+        batch = Trainer._prepare_inputs(self, batch)
+        with (
+            unwrap_model_for_generation(
+                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+            ) as model,
+            torch.no_grad(),
+            self._dist.summon_full_params(self.model_wrapped, recurse=False),
+        ):
+            out = self._generated(model, batch)
+        if out.thinking_residual != self.args.residual:
+            raise InputError(
+                f"the rollout used the {out.thinking_residual} residual instead of {self.args.residual}: the model's "
+                f"forward returns no last_hidden_state."
+            )
+        self._rollout = Rollout(out.thinking_states, out.thinking_mask, out.thinking_residual)
+        self._record_ratios(out.thinking_ratio, out.thinking_mask)
+        completions = out.sequences[:, batch["input_ids"].shape[1] + len(self._fillers) :]
+        is_eos = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
+        kept = is_eos.cumsum(dim=1) - is_eos.long() == 0  # up to and including the first end token
+        return [row[keep].tolist() for row, keep in zip(completions.cpu(), kept.cpu(), strict=True)]
+
+    def _generated(self, model: Any, batch: dict[str, Tensor]) -> Any:
+        try:
+            return model.generate(**batch, generation_config=self.generation_config, tokenizer=self._tokenizer)
+        except RuntimeError as error:
+            if "probability tensor" not in str(error):  # torch's words for logits that are not finite
+                raise
+        folder, step = Path(self.args.output_dir), self.state.global_step + 1
+        kept = keep(self.model, batch, folder, step, self.args.process_index)
+        raise NonFiniteError(
+            f"the logits of step {step}'s rollout are not finite, so nothing could be sampled; its prompts are in "
+            f"{kept}. Lower the learning rates, and resume from the last checkpoint."
+        )
+
+    def _generate(self, prompts: list) -> tuple:
+        # To TRL a forced thought is the end of the prompt: no loss, no KL, no length and no text of the completion.
+        prompt_ids, *rest = super()._generate(prompts)
+        return [ids + self._fillers for ids in prompt_ids], *rest
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        if self._rollout is not None:
+            rollout = self._rollout.aligned(len(self._fillers) + output["completion_ids"].shape[1])
+            output |= {"thinking_states": rollout.states, "thinking_mask": rollout.mask}
+            self._rollout = None
+        return output
+
+    # --- loss ------------------------------------------------------------------------------------------------------
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if self.args.residual is None:
+            return super()._compute_loss(model, inputs)
+        self._rollout = Rollout(inputs["thinking_states"], inputs["thinking_mask"], self.args.residual)
+        try:
+            return super()._compute_loss(model, inputs)
+        finally:
+            self._rollout = None
+
+    def _is_reference(self, model: nn.Module) -> bool:
+        """Whether this forward is that of a reference that does not think: another model, or ours without adapters."""
+        if model is self.ref_model:
+            return True
+        return bool(getattr(thinking_backbone(self._base_model()).thinking_residual_Lambda, "disable_adapters", False))
+
+    def _get_per_token_logps_and_entropies(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        compute_entropy: bool = False,
+        **others: Any,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """TRL's, with the rollout replayed; in plain torch where TRL's fused LM head cannot run."""
+        if self.args.residual is None and self._trl_scores():
+            return super()._get_per_token_logps_and_entropies(
+                model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
+            )
+        if any(value is not None and value is not False for value in others.values()):
+            raise InputError("HRPOTrainer trains dense text models: images and router losses are not supported.")
+        if isinstance(model, StartReference):
+            with model.in_place():
+                return self._scored(self.model, input_ids, attention_mask, logits_to_keep, batch_size, "all")
+        passes = self.args.passes if torch.is_grad_enabled() else 1  # the values of all are the rollout's
+        return self._scored(model, input_ids, attention_mask, logits_to_keep, batch_size, passes, compute_entropy)
+
+    def _scored(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None,
+        passes: Passes,
+        compute_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None, None]:
+        """Log-probabilities and entropies (B, C), a few rows at once, thinking in so many `passes`."""
+        rollout = self._rollout
+        if rollout is not None:
+            rollout = None if self._is_reference(model) else rollout.aligned(len(self._fillers) + logits_to_keep)
+        size = batch_size or len(input_ids)
+        again = passes_inputs(self._base_model(), passes, self.args.residual, self.temperature) if rollout else {}
+        logps, entropies = [], []
+        for rows in (slice(start, start + size) for start in range(0, len(input_ids), size)):
+            thinking = rollout.model_inputs(rows) | again if rollout is not None else {}
+            score = self._score_fused if self._has_fused_head(model) else self._score_plain
+            logp, entropy = score(model, input_ids[rows], attention_mask[rows], logits_to_keep, thinking)
+            logps.append(logp)
+            entropies.append(entropy)
+        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+
+    def _on_triton(self) -> bool:
+        return self.accelerator.device.type == "cuda" and trl_utils._ChunkedLogProbFunction is not None
+
+    def _trl_scores(self) -> bool:
+        """Whether TRL's own log-probabilities run here: its head needs triton and a GPU, up to 1.15."""
+        return (self._on_triton() or hasattr(trl_utils, "_use_triton")) and backend_of(self._base_model()).fused_head
+
+    def _has_fused_head(self, model: nn.Module) -> bool:
+        return self._on_triton() and backend_of(self.accelerator.unwrap_model(model)).fused_head
+
+    def _score_fused(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        labels = input_ids.masked_fill(attention_mask == 0, -100)
+        labels[:, :-width] = -100
+        with self.accelerator.autocast():
+            outputs = model(
+                input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **thinking
+            )
+        entropy = outputs.entropy if outputs.entropy is not None else torch.zeros_like(outputs.log_probs)
+        return outputs.log_probs[:, -width:], entropy[:, -width:]
+
+    def _score_plain(
+        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        with self.accelerator.autocast():
+            outputs = model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                logits_to_keep=width + 1,
+                use_cache=False,
+                **thinking,
+            )
+        logits = outputs.logits[:, :-1].float() / self.temperature
+        return selective_log_softmax(logits, input_ids[:, -width:]), entropy_from_logits(logits)
+
+    # --- optimizer, metrics, save ----------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        return regroup(self, optimizer, self.args.learning_rates) if fresh and self.args.residual else optimizer
+
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self._epoch_order.sampler = super()._get_train_sampler(dataset)
+        return self._epoch_order.sampler
+
+    def _record_ratios(self, ratio: Tensor, mask: Tensor) -> None:
+        """embeds_ratio: mean a; hidden_ratio: mean sqrt(1 - a²); over thinking positions, a averaged over d."""
+        a = torch.where(mask, ratio, 0.0)
+        hidden = torch.where(mask, torch.sqrt(1 - a.square()), 0.0)
+        totals = self.accelerator.reduce(torch.stack([a.sum(), hidden.sum(), mask.sum().float()]), reduction="sum")
+        self._record("embeds_ratio", totals[0] / totals[2].clamp(min=1))
+        self._record("hidden_ratio", totals[1] / totals[2].clamp(min=1))
+
+    def _record(self, name: str, value: Tensor) -> None:
+        self._metrics["train" if self.model.training else "eval"][name].append(value.item())
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.residual is not None:
+            save_thinking(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+        elif self._fillers and is_peft_model(self.model):  # a full model's own file says so already
+            save_pauses(len(self._fillers), self._fillers[0], output_dir or self.args.output_dir)

@@ -1,0 +1,299 @@
+"""The training script as a person runs it: it trains on real data, and what cannot work is one sentence."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import byte_tokenizer, tiny_model
+
+from hrpo_patches.commands.arguments import RunArguments, parse
+from hrpo_patches.commands.train import main
+from hrpo_thinking.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "hrpo_gsm8k.py"
+TINY = [
+    "--max_steps",
+    "1",
+    "--max_completion_length",
+    "6",
+    "--per_device_train_batch_size",
+    "4",
+    "--gradient_accumulation_steps",
+    "1",
+]
+
+
+@pytest.fixture
+def base(tmp_path):
+    model = tiny_model("qwen2", thinking=False)
+    model.config.thinking = None
+    model.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    return str(tmp_path / "base")
+
+
+@pytest.fixture
+def data(tmp_path):
+    rows = [{"question": f"What is {i} + {i}?", "answer": f"it is\n#### {2 * i}"} for i in range(30)]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(tmp_path / "data.jsonl")
+
+
+def script(*arguments):
+    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
+
+
+def test_the_defaults_are_the_published_ones():
+    arguments = RunArguments()
+    published = {
+        "model_name": "Qwen/Qwen2.5-1.5B-Instruct",
+        "lora_rank": 32,
+        "lr": 5e-6,
+        "beta": 0.005,
+        "residual_r_min": 0.99,
+        "residual_r_max": 0.999,
+        "lr_residual_gate": 1e-4,
+        "lr_residual_Lambda": 1e-3,
+        "lr_thinking_projection": 1e-4,
+        "weight_decay": 0.1,
+        "warmup_ratio": 0.1,
+        "lr_scheduler_type": "cosine",
+        "optimizer": "paged_adamw_8bit",
+        "max_grad_norm": 0.1,
+        "group_size": 4,
+        "temperature": 0.5,
+        "gradient_accumulation_steps": 4,
+        "per_device_train_batch_size": 8,
+        "max_prompt_length": 1024,
+        "max_completion_length": 1024,
+        "seed": 42,
+        "save_steps": 250,
+    }
+    assert {key: getattr(arguments, key) for key in published} == published
+
+
+def test_the_options_reach_the_trainer(tmp_path, capsys):
+    arguments = parse(
+        ["--output_dir", str(tmp_path / "run"), "--max_steps", "10", "--lr", "1e-3", "--residual", "none"]
+    )
+    config = arguments.trainer_config()
+    assert (config.learning_rate, config.residual, config.save_total_limit) == (1e-3, None, 3)
+    assert config.get_warmup_steps(10) == 1
+    assert capsys.readouterr().out == "paged_adamw_8bit needs bitsandbytes and a GPU; using adamw_torch.\n"
+
+
+def test_every_option_reaches_what_it_is_for(tmp_path):
+    options = {
+        "lr": (0.11, "learning_rate"),
+        "beta": (0.12, "beta"),
+        "lr_residual_gate": (0.13, "lr_residual_gate"),
+        "lr_residual_Lambda": (0.14, "lr_residual_Lambda"),
+        "lr_thinking_projection": (0.15, "lr_thinking_projection"),
+        "weight_decay": (0.16, "weight_decay"),
+        "warmup_ratio": (0.17, "warmup_steps"),
+        "lr_scheduler_type": ("linear", "lr_scheduler_type"),
+        "max_grad_norm": (0.18, "max_grad_norm"),
+        "group_size": (3, "num_generations"),
+        "temperature": (0.19, "temperature"),
+        "gradient_accumulation_steps": (6, "gradient_accumulation_steps"),
+        "per_device_train_batch_size": (5, "per_device_train_batch_size"),
+        "max_completion_length": (21, "max_completion_length"),
+        "seed": (22, "seed"),
+        "residual": ("embedding", "residual"),
+        "answer_start": ("##", "answer_start"),
+        "max_steps": (23, "max_steps"),
+        "save_steps": (24, "save_steps"),
+        "logging_steps": (25, "logging_steps"),
+    }
+    flags = [text for name, (value, _) in options.items() for text in (f"--{name}", str(value))]
+    arguments = parse([*flags, "--output_dir", str(tmp_path / "run")])
+    config = arguments.trainer_config()
+    for name, (value, field) in options.items():
+        assert getattr(config, field) == value, name
+    assert config.loss_type == "grpo"
+    thinking = parse(["--residual_r_min", "0.3", "--residual_r_max", "0.4", "--output_dir", str(tmp_path)]).thinking()
+    assert (thinking.r_min, thinking.r_max) == (0.3, 0.4)
+
+
+def test_a_yaml_file_gives_options_and_flags_win_over_it(tmp_path):
+    (tmp_path / "c.yaml").write_text('lr: 1.0e-3\nseed: 7\nexamples:\n  - "1 + 1 = 2 #### 2"\n')
+    arguments = parse(["--config", str(tmp_path / "c.yaml"), "--seed", "8", "--output_dir", str(tmp_path / "run")])
+    assert (arguments.lr, arguments.seed, arguments.examples) == (1e-3, 8, ["1 + 1 = 2 #### 2"])
+    (tmp_path / "c.yaml").write_text("learning_rat: 1.0e-3\n")
+    with pytest.raises(InputError, match="learning_rat"):
+        parse(["--config", str(tmp_path / "c.yaml")])
+    (tmp_path / "c.yaml").write_text("lr: [1\n")
+    with pytest.raises(InputError) as error:
+        parse(["--config", str(tmp_path / "c.yaml")])
+    assert "\n" not in str(error.value)
+    with pytest.raises(InputError, match=r"no\.yaml"):
+        parse(["--config", str(tmp_path / "no.yaml")])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_a_config_that_is_shipped_is_valid(path):
+    assert parse(["--config", str(path), "--output_dir", "runs/none-such"]).eval_problems
+
+
+@pytest.mark.parametrize("residual", ["projection", "embedding", "none"])
+def test_a_run_trains_saves_and_reports(base, data, tmp_path, residual, capsys):
+    folder = tmp_path / "run"
+    arguments = ["--model_name", base, "--dataset", data, "--residual", residual, "--output_dir", str(folder)]
+    record = main([*arguments, *TINY, "--eval_problems", "5", "--report", "--save_steps", "1"])
+    assert record["before"]["total"] == record["after"]["total"] == 5
+    assert json.loads((folder / "report.json").read_text())["log"] == record["log"]
+    assert (folder / "report.png").is_file()
+    assert (folder / "thinking_config.json").is_file() == (residual != "none")
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert any("thinking_projection" in key for key in weights) == (residual == "projection")
+    assert "greedy accuracy" in capsys.readouterr().out
+    with pytest.raises(InputError, match="already holds a run"):
+        main([*arguments, *TINY])
+    lora = json.loads((folder / "adapter_config.json").read_text())
+    assert (lora["r"], lora["lora_alpha"], len(lora["target_modules"])) == (32, 64, 7)
+    again = main([*arguments, *TINY, "--max_steps", "2", "--resume_from_checkpoint", "latest"])
+    assert max(row["step"] for row in again["log"]) == 2
+    assert again["log"][0] == record["log"][0]  # the first step was not done again
+    other = "embedding" if residual == "projection" else "projection"
+    with pytest.raises(InputError, match=f"trained with --residual {residual}, not {other}"):
+        main([*arguments, *TINY, "--resume_from_checkpoint", "latest", "--residual", other])
+    if residual != "none":
+        with pytest.raises(InputError, match="trained with --answer_start '####'"):
+            main([*arguments, *TINY, "--resume_from_checkpoint", "latest", "--answer_start", "##"])
+
+
+def test_a_run_goes_on_from_an_adapter_with_a_projection_of_its_own(base, data, tmp_path):
+    options = ["--model_name", base, "--dataset", data, *TINY]
+    main([*options, "--residual", "embedding", "--output_dir", str(tmp_path / "old")])
+    new = [*options, "--adapter", str(tmp_path / "old"), "--output_dir", str(tmp_path / "new")]
+    with pytest.raises(InputError, match="--init_projection"):
+        main(new)
+    main([*new, "--init_projection"])
+    weights = load_file(tmp_path / "new" / "adapter_model.safetensors")
+    assert weights["base_model.model.model.thinking_projection.weight"].isfinite().all()
+
+
+@pytest.mark.smollm2
+@pytest.mark.shared_data
+def test_the_readme_command_trains_a_real_model_on_real_gsm8k(shared_data, tmp_path):
+    command = ["--model_name", "smollm2-135m", "--dataset", str(shared_data / "gsm8k" / "train.jsonl")]
+    rates = ["--lr_thinking_projection", "1e-4", "--output_dir", str(tmp_path / "run")]
+    result = script(*command, *rates, *TINY, "--max_steps", "2", "--warmup_ratio", "0")
+    assert result.returncode == 0, result.stderr[-2000:]
+    record = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert record["log"][0]["projection/grad_norm"] > 0
+    first, second = (row["projection/weight_norm"] for row in record["log"][:2])
+    assert first != second
+    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    projection = weights["base_model.model.model.thinking_projection.weight"]
+    assert projection.shape == (576, 576) and projection.dtype == torch.float32 and projection.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--residual_r_min", "0.999", "--residual_r_max", "0.99"], "0 < r_min < r_max < 1"),
+        (["--dataset", "missing.jsonl"], "missing.jsonl does not exist"),
+    ],
+)
+def test_the_script_says_one_sentence_and_exits_with_2(arguments, sentence, tmp_path):
+    result = script(*arguments, "--output_dir", str(tmp_path / "run"))
+    assert result.returncode == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: ") and sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--residual", "both"], "--residual has to be"),
+        (["--residual_r_max", "1.0"], "r_min < r_max"),
+        (["--prompt", "loud"], "--prompt has to be"),
+        (["--examples", "1 + 1 = 2"], "carry the marker"),
+        (["--init_projection"], "goes with --adapter"),
+        (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["--temperature", "0"], "--temperature has to be above 0"),
+        (["--max_completion_length", "0"], "--max_completion_length has to be above 0"),
+        (["--eval_problems", "-1"], "--eval_problems has to be 0 or more"),
+        (["--report_to", "paper"], "--report_to has to be"),
+        (["--report_to", "trackio"], "pip install trackio"),
+    ],
+)
+def test_arguments_that_cannot_work_are_one_sentence(arguments, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        parse([*arguments, "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_folder_with_another_run_is_not_resumed_into(base, data, tmp_path):
+    options = ["--model_name", base, "--dataset", data, *TINY, "--save_steps", "1"]
+    main([*options, "--output_dir", str(tmp_path / "one")])
+    main([*options, "--output_dir", str(tmp_path / "two"), "--seed", "1"])
+    before = (tmp_path / "two" / "adapter_model.safetensors").read_bytes()
+    checkpoint = ["--resume_from_checkpoint", str(tmp_path / "one" / "checkpoint-1")]
+    with pytest.raises(InputError, match="another run"):
+        main([*options, "--output_dir", str(tmp_path / "two"), *checkpoint])
+    assert (tmp_path / "two" / "adapter_model.safetensors").read_bytes() == before
+    with pytest.raises(InputError, match="trained with --answer_start"):
+        adapter = ["--adapter", str(tmp_path / "one"), "--answer_start", "##"]
+        main([*options, "--output_dir", str(tmp_path / "three"), *adapter])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--per_device_train_batch_size", "400"], "30 training problems are too few: one step needs 100"),
+        (["--group_size", "3"], "must be divisible by num_generations"),
+        (["--lr_scheduler_type", "zigzag"], "zigzag"),
+        (["--answer_start", "\ud800"], "marker|utf|surrogate"),
+    ],
+)
+def test_options_that_do_not_go_together_are_one_sentence(base, data, tmp_path, arguments, message):
+    options = ["--model_name", base, "--dataset", data, *TINY, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=message) as error:
+        main([*options, *arguments])
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_prompts_that_are_too_long_are_left_out_and_counted(base, data, tmp_path, capsys):
+    arguments = ["--model_name", base, "--dataset", data, "--output_dir", str(tmp_path / "run"), *TINY]
+    example = ["--examples", "1 + 1 = 2 #### 2", "--prompt", "plain"]
+    main([*arguments, *example, "--max_prompt_length", "34"])
+    assert "20 of 30 problems have prompts over 34 tokens: left out." in capsys.readouterr().out
+    with pytest.raises(InputError, match="every prompt is longer"):
+        main([*arguments, *example, "--max_prompt_length", "5", "--output_dir", str(tmp_path / "other")])
+
+
+def test_a_model_family_without_patches_is_refused(data, tmp_path):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2)).save_pretrained(tmp_path / "gpt2")
+    byte_tokenizer().save_pretrained(tmp_path / "gpt2")
+    arguments = ["--model_name", str(tmp_path / "gpt2"), "--dataset", data, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(InputError, match="is a gpt2 model; .* Llama, Qwen2 and Qwen3"):
+        main([*arguments, *TINY])
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_model_that_cannot_be_found_is_refused(data, tmp_path):
+    arguments = ["--model_name", str(tmp_path / "no-model"), "--dataset", data, "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(InputError, match="no-model.* could not be loaded") as error:
+        main([*arguments, *TINY])
+    assert "\n" not in str(error.value)
+
+
+def test_the_script_is_importable_and_documents_its_defaults():
+    spec = importlib.util.spec_from_file_location("hrpo_gsm8k", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert callable(module.main) and module.main.__doc__
+    result = script("--help")
+    assert "--lr_thinking_projection" in result.stdout and "(default: 0.0001)" in result.stdout

@@ -1,0 +1,46 @@
+"""Answers in batches of similar length, which change no answer and can be passed over."""
+
+import pytest
+import torch
+from tiny import byte_tokenizer, tiny_model
+
+from hrpo_patches.evaluation.generate import Decoding, batches_of, complete, greedy_completions
+from hrpo_patches.tasks.prompts import uses_chat
+from hrpo_thinking.errors import InputError
+
+
+def test_batches_sorted_by_length_change_no_answer():
+    model, tokenizer = tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9}), byte_tokenizer()
+    prompts = ["What is 3 + 4?", "Hi", "abc", "Say #### once", "x"]
+    model.train()
+    alone = [greedy_completions(model, tokenizer, [p], 8, thinking=True)[0] for p in prompts]
+    assert greedy_completions(model, tokenizer, prompts, 8, thinking=True, batch_size=2) == alone
+    assert greedy_completions(model, tokenizer, prompts, 8, thinking=False) != alone
+    assert model.training and torch.is_grad_enabled()
+
+
+def test_completions_come_in_batches_and_end_at_their_end_token():
+    model, tokenizer = tiny_model("llama", thinking=False), byte_tokenizer()
+    ids = [[1] * length for length in (5, 2, 9, 2)]
+    model.generation_config.eos_token_id = ends = list(range(60))
+    decoding = Decoding(30, thinking=False, temperature=1.0, batch_size=3)
+    found = {}
+    for batch, rows in complete(model, tokenizer, ids, decoding):
+        found |= dict(zip(batch, rows, strict=True))
+    assert batches_of(ids, 3) == [[1, 3, 0], [2]] and sorted(found) == [0, 1, 2, 3]
+    for row in found.values():
+        assert not set(ends) & set(row[:-1]) and (len(row) == 30 or row[-1] in ends)
+    assert any(len(row) < 30 for row in found.values())
+    same = [row for _, rows in complete(model, tokenizer, [[1, 2]] * 6, decoding) for row in rows]
+    assert same[:3] != same[3:]  # batches do not share a seed
+    ((batch, rows),) = complete(model, tokenizer, ids, decoding, first=1)
+    assert batch == [2] and rows == [found[2]]  # the same, though the first batch was passed over
+
+
+def test_a_conversation_needs_a_template():
+    tokenizer = byte_tokenizer()
+    assert not uses_chat("auto", tokenizer) and not uses_chat("plain", tokenizer)
+    with pytest.raises(InputError, match="needs a chat template"):
+        uses_chat("chat", tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content }}"
+    assert uses_chat("auto", tokenizer) and not uses_chat("plain", tokenizer)

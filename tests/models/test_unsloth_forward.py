@@ -1,0 +1,48 @@
+"""What unsloth's patched forward asks of us, without unsloth."""
+
+import pytest
+import torch
+from tiny import tiny_model
+from torch import nn
+
+from hrpo_patches.models.unsloth_forward import is_thinking_module, take_thinking
+from hrpo_thinking.errors import InputError
+
+STATES, MASK = torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.bool)
+
+
+def test_thinking_is_taken_out_of_the_keywords_that_every_layer_would_get():
+    backbone = tiny_model("llama").model
+    kwargs = {"thinking_states": STATES, "thinking_mask": MASK, "thinking_residual": "projection", "n_items": 3}
+    assert take_thinking(backbone, kwargs, 4) == (STATES, MASK, "projection")
+    assert kwargs == {"n_items": 3}
+    assert take_thinking(backbone, kwargs, 4) is None
+    assert take_thinking(nn.Linear(1, 1), {"n_items": 3}, 4) is None
+
+
+def test_another_family_and_an_input_that_would_be_cut_are_refused():
+    kwargs = {"thinking_states": STATES, "thinking_mask": MASK}
+    with pytest.raises(InputError, match="Linear cannot think"):
+        take_thinking(nn.Linear(1, 1), dict(kwargs), 4)
+    backbone = tiny_model("llama").model
+    backbone.max_seq_length = 3
+    with pytest.raises(InputError, match="4 positions.*max_seq_length=3"):
+        take_thinking(backbone, dict(kwargs), 4)
+    with pytest.raises(InputError, match="one pass only"):
+        take_thinking(backbone, kwargs | {"thinking_passes": "all"}, 3)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("thinking_projection", True),
+        ("model.thinking_residual_Lambda", True),
+        ("foo.thinking_projection", False),
+        ("projection", False),
+        ("lm_head", False),
+        (("thinking_projection",), False),
+    ],
+)
+def test_a_thinking_module_is_one_that_the_model_has(name, expected):
+    assert is_thinking_module(name, tiny_model("llama")) == expected
+    assert not is_thinking_module(name, tiny_model("llama", thinking=False))

@@ -1,0 +1,187 @@
+"""Whoever imports hrpo_patches and does not think cannot tell; whoever thinks says so, or is refused."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from runs import lora, small_trainer
+from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification
+
+from hrpo_patches import load_adapter
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES
+
+HERE = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """The folders that the same program wrote without the patches and with them."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in ("stock", "patched")}
+    for kind, folder in folders.items():
+        subprocess.run([sys.executable, HERE / "guest_probe.py", folder, kind], check=True, cwd=HERE)
+    return folders
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "llava", "internvl"])
+def test_a_plain_model_has_stocks_weights_modules_and_all_linear_targets(both, kind):
+    stock, patched = (json.loads((folder / "seen.json").read_text())[kind] for folder in both.values())
+    assert stock["weights"] and stock["adapted"]
+    assert stock == patched
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "llava", "internvl"])
+def test_a_plain_model_saves_stocks_files_byte_for_byte(both, kind):
+    for name in (kind, f"{kind}-again"):
+        stock, patched = (
+            {file.name: file.read_bytes() for file in (folder / name).iterdir()} for folder in both.values()
+        )
+        assert len(stock) >= 2 and stock == patched, name
+
+
+def snapshot(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_a_plain_model_gains_the_thinking_modules_and_trains_them(tmp_path, named, family):
+    model = tiny_model(family, thinking=None)
+    if named:
+        model.save_pretrained(tmp_path / "base")
+        model = str(tmp_path / "base")
+    trainer = small_trainer(tmp_path / "run", model=model)
+    before = snapshot(trainer.model)
+    trainer.train()
+    moved = {name for name, p in trainer.model.named_parameters() if not torch.equal(p, before[name])}
+    for name in MODULES:
+        assert any(f".{name}." in parameter for parameter in moved), name
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = load_adapter(tiny_model(family, thinking=None), tmp_path / "adapter")
+    weights = dict(loaded.named_parameters())
+    for name, parameter in trainer.model.named_parameters():
+        assert ".modules_to_save." not in name or torch.equal(parameter, weights[name]), name
+
+
+def test_options_of_thinking_reach_no_reward_model_and_no_reference(tmp_path, caplog):
+    tiny_model("llama", thinking=None).save_pretrained(tmp_path / "base")
+    scorer = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=0)
+    GPT2ForSequenceClassification(scorer).save_pretrained(tmp_path / "reward")
+    byte_tokenizer().save_pretrained(tmp_path / "reward")
+    options = {"dtype": "float32", "thinking": {"r_min": 0.5, "r_max": 0.6}}
+    with caplog.at_level("WARNING"):
+        trainer = small_trainer(
+            tmp_path / "run",
+            model=str(tmp_path / "base"),
+            reward=str(tmp_path / "reward"),
+            peft_config=None,
+            beta=0.1,
+            model_init_kwargs=options,
+        )
+    assert "already instantiated" not in caplog.text
+    assert "thinking" not in trainer.args.model_init_kwargs
+    assert trainer.model.config.thinking["r_min"] == 0.5
+    assert not any("thinking" in name for name in trainer.ref_model.state_dict())
+    trainer.train()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    """(its folder, its base's folder) of a thinking adapter for a plain base."""
+    folder = tmp_path_factory.mktemp("adapter")
+    tiny_model("llama", thinking=None).save_pretrained(folder / "base")
+    trainer = small_trainer(folder / "run", model=str(folder / "base"), max_steps=1)
+    trainer.train()
+    trainer.save_model(str(folder / "adapter"))
+    return folder / "adapter", folder / "base"
+
+
+def test_a_thinking_adapter_that_peft_alone_puts_on_a_plain_base_is_refused(adapter):
+    folder, base = adapter
+    for load in (
+        lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder),
+        lambda: AutoPeftModelForCausalLM.from_pretrained(folder),
+        lambda: AutoModelForCausalLM.from_pretrained(folder),
+        lambda: AutoModelForCausalLM.from_pretrained(base).load_adapter(str(folder)),
+    ):
+        with pytest.raises(InputError, match=r"PEFT would lose it; load the adapter with hrpo_patches\.load_adapter"):
+            load()
+
+
+def test_a_thinking_adapter_that_peft_alone_puts_on_a_thinking_base_is_whole(adapter):
+    folder, base = adapter
+    ours = dict(load_adapter(AutoModelForCausalLM.from_pretrained(base), folder).named_parameters())
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, thinking={}), folder)
+    for name, parameter in theirs.named_parameters():
+        assert "original_module" in name or torch.equal(parameter, ours[name]), name
+
+
+def test_thinking_modules_that_a_model_lacks_cannot_be_trained_with_peft():
+    with pytest.raises(InputError, match="the adapter holds thinking_projection"):
+        get_peft_model(tiny_model("llama", thinking=None), lora(modules_to_save=["thinking_projection"]))
+
+
+def test_all_linear_passes_the_thinking_modules_by(family):
+    variant = {"projection_layers": 2}
+    targets = {
+        key: {name for name, _ in get_peft_model(model, LoraConfig(target_modules="all-linear")).named_parameters()}
+        for key, model in {
+            "plain": tiny_model(family, thinking=None),
+            "thinking": tiny_model(family),
+            "two layers": tiny_model(family, thinking=variant),
+        }.items()
+    }
+    adapted = {key: {name for name in names if "lora_" in name} for key, names in targets.items()}
+    assert adapted["plain"] and adapted["plain"] == adapted["thinking"] == adapted["two layers"]
+    assert any(name for name in targets["thinking"] if MODULES[0] in name)
+
+
+def test_plain_training_in_two_processes_is_stocks_bit_for_bit(tmp_path):
+    found = {}
+    for kind in ("stock", "patched"):
+        subprocess.run([sys.executable, HERE / "gloo_probe.py", tmp_path / kind, kind], check=True, cwd=HERE)
+        found[kind] = load_file(tmp_path / kind)
+    stock, patched = found["stock"], found["patched"]
+    assert stock.keys() == patched.keys() and {name.split(".")[1] for name in stock} == {"ddp", "fsdp1", "fsdp2"}
+    assert not [name for name, value in stock.items() if not torch.equal(value, patched[name])]
+
+
+def test_the_optimizer_state_of_a_stock_run_resumes_under_the_patches(tmp_path):
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1])\n"
+        "from gloo_probe import fresh, steps\n"
+        "assert 'hrpo_patches' not in sys.modules\n"
+        "model = fresh('llama'); optimizer = torch.optim.AdamW(model.parameters(), 1e-2); steps(model, optimizer, 0)\n"
+        "torch.save((model.state_dict(), optimizer.state_dict()), sys.argv[3])\n"
+        "steps(model, optimizer, 1)\n"
+        "torch.save(model.state_dict(), sys.argv[3] + '.end')"
+    )
+    subprocess.run([sys.executable, "-c", code, HERE, "stock", str(tmp_path / "run")], check=True)
+    resume = (
+        "import sys; sys.path.insert(0, sys.argv[1])\n"
+        "from gloo_probe import fresh, steps\n"
+        "import torch; assert 'hrpo_patches' in sys.modules\n"
+        "model = fresh('llama'); optimizer = torch.optim.AdamW(model.parameters(), 1e-2)\n"
+        "weights, state = torch.load(sys.argv[3], weights_only=True)\n"
+        "model.load_state_dict(weights, strict=True); optimizer.load_state_dict(state); steps(model, optimizer, 1)\n"
+        "end = torch.load(sys.argv[3] + '.end', weights_only=True)\n"
+        "assert end.keys() == model.state_dict().keys()\n"
+        "assert all(torch.equal(value, end[name]) for name, value in model.state_dict().items())"
+    )
+    subprocess.run([sys.executable, "-c", resume, HERE, "patched", str(tmp_path / "run")], check=True)
+
+
+def test_a_published_adapter_that_lacks_a_gate_is_said_to_be_damaged(adapter, tmp_path):
+    folder = shutil.copytree(adapter[0], tmp_path / "published")
+    (folder / "thinking_config.json").unlink()
+    weights = load_file(folder / "adapter_model.safetensors")
+    kept = {name: value for name, value in weights.items() if "gate_r" not in name and "projection" not in name}
+    save_file(kept, folder / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="lacks .*thinking_residual_gate_r"):
+        load_adapter(AutoModelForCausalLM.from_pretrained(adapter[1]), folder)

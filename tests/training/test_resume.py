@@ -1,0 +1,134 @@
+"""A run that was killed and resumed is the run that was not: same weights, same log, bit for bit on a CPU."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from runs import small_trainer
+from safetensors.torch import load_file
+from tiny import byte_tokenizer, tiny_model
+
+STEPS = 6  # of four an epoch, so the run ends in its second
+KILLED = """
+import hrpo_patches.commands.train, os, signal, sys
+from hrpo_patches import HRPOTrainer
+when, step = sys.argv[1], int(sys.argv[2])
+name = {"between": "training_step", "saving": "_save_rng_state"}[when]
+original = getattr(HRPOTrainer, name)
+def method(self, *arguments, **options):
+    if self.state.global_step == step:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(self, *arguments, **options)
+setattr(HRPOTrainer, name, method)
+hrpo_patches.commands.train.main(sys.argv[3:])
+"""
+RUN = "import hrpo_patches.commands.train, sys; hrpo_patches.commands.train.main(sys.argv[1:])"
+
+
+def run(code, *arguments):
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    tiny_model("qwen2", thinking=False).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    rows = [{"question": f"{a}+{b}?", "answer": f"#### {a + b}"} for a in range(4) for b in range(4)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    values = {
+        "model_name": folder / "base",
+        "dataset": folder / "sums.jsonl",
+        "prompt": "plain",
+        "examples": "2+3?\n5 #### 5",
+        "group_size": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 8,
+        "lora_rank": 4,
+        "lr": 1e-3,
+        "temperature": 1,
+        "beta": 0.5,
+        "save_steps": 1,
+        "max_steps": STEPS,
+        "projection_dropout": 0.3,
+    }
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory):
+    """The run that nobody killed."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    done = run(RUN, *options, "--output_dir", folder)
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def log_of(folder):
+    """Everything that was logged but for times."""
+    rows = json.loads((folder / "report.json").read_text())["log"]
+    return [
+        {key: value for key, value in row.items() if "time" not in key and "per_second" not in key} for row in rows
+    ]
+
+
+@pytest.mark.parametrize(("when", "step", "last"), [("between", 3, 3), ("between", 5, 5), ("saving", 5, 4)])
+def test_a_killed_run_goes_on_as_if_it_had_not_been(options, whole, tmp_path, when, step, last):
+    folder = tmp_path / "run"
+    killed = run(KILLED, when, step, *options, "--output_dir", folder)
+    assert killed.returncode == -signal.SIGKILL
+    assert (folder / f"checkpoint-{last}" / "trainer_state.json").is_file()
+    assert (folder / f"checkpoint-{step}").is_dir() and not (folder / "report.json").exists()
+    resumed = run(RUN, *options, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    assert resumed.returncode == 0, resumed.stderr
+    assert (f"checkpoint-{step} is incomplete" in resumed.stdout) == (when == "saving")
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (folder, whole))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert log_of(folder)[:STEPS] == log_of(whole)[:STEPS]
+
+
+def test_a_run_that_goes_on_from_an_adapter_resumes_with_its_forced_thoughts_and_with_no_others(options, tmp_path):
+    taught = run(
+        RUN, *options, "--max_steps", 1, "--thoughts", 3, "--filler", "~", "--output_dir", tmp_path / "taught"
+    )
+    assert taught.returncode == 0, taught.stderr
+    further = [*options, "--adapter", tmp_path / "taught", "--output_dir", tmp_path / "further"]
+    assert run(RUN, *further, "--max_steps", 1).returncode == 0
+    again = [*further, "--max_steps", 2, "--resume_from_checkpoint", "latest"]
+    other = run(RUN, *again, "--thoughts", 2)
+    assert other.returncode != 0 and "was trained with --thoughts 3, not 2" in other.stderr
+    resumed = run(RUN, *again)
+    assert resumed.returncode == 0, resumed.stderr
+    assert json.loads((tmp_path / "further" / "thinking_config.json").read_text())["thoughts"] == 3
+
+
+def test_a_plain_run_resumes_with_its_pauses_only(options, tmp_path):
+    plain = [*options, "--residual", "none", "--projection_dropout", 0, "--output_dir", tmp_path / "plain"]
+    assert run(RUN, *plain, "--thoughts", 3, "--max_steps", 1).returncode == 0
+    other = run(RUN, *plain, "--max_steps", 2, "--thoughts", 2, "--resume_from_checkpoint", "latest")
+    assert other.returncode != 0 and "was trained with --thoughts 3, not 2" in other.stderr
+
+
+def test_the_embedding_scale_is_measured_before_training_can_change_the_table(tmp_path):
+    options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, "peft_config": None, "beta": 0.0}
+
+    def trainer():
+        return small_trainer(
+            tmp_path, model=tiny_model("llama", thinking={"residual_scale": "embedding"}), learning_rate=0.1, **options
+        )
+
+    straight = trainer()
+    straight.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    pairs = zip(straight.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in pairs)
+    table = resumed.model.get_input_embeddings().weight
+    assert abs(table.norm(dim=-1).mean().item() - resumed.model.config.thinking["embedding_norm"]) > 1e-3
