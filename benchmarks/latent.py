@@ -11,6 +11,7 @@ import argparse
 import itertools
 import json
 import math
+import sys
 import time
 import zlib
 from dataclasses import asdict, dataclass
@@ -26,7 +27,7 @@ from safetensors.torch import load_model, save_model
 from torch.nn.functional import cross_entropy, pad
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hrpo_patches.commands.console import console
+from hrpo_patches.commands.main import said
 from hrpo_patches.thinking.controls import CONTROLS, controlled
 from hrpo_patches.thinking.replay import replay_forward, thinking_roll
 
@@ -343,4 +344,4 @@ def main(flags: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    console(main)
+    sys.exit(said(main))

@@ -8,6 +8,7 @@ reference. A line of --out is one run.
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hrpo_patches import HRPOConfig, HRPOTrainer
-from hrpo_patches.commands.console import console
+from hrpo_patches.commands.main import said
 from hrpo_patches.thinking.replay import replay_forward
 
 
@@ -166,4 +167,4 @@ def main(flags: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    console(main)
+    sys.exit(said(main))

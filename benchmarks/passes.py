@@ -10,6 +10,7 @@ import argparse
 import ctypes
 import json
 import statistics
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -25,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hrpo_patches import HRPOConfig, HRPOTrainer, ThinkingConfig
-from hrpo_patches.commands.console import console
+from hrpo_patches.commands.main import said
 from hrpo_patches.models.base import load_model
 from hrpo_patches.thinking.replay import replay_forward
 
@@ -204,4 +205,4 @@ def main(flags: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    console(main)
+    sys.exit(said(main))

@@ -6,6 +6,7 @@ A model that never writes the marker has no reward to learn from. What comes out
 
 import argparse
 import re
+import sys
 from pathlib import Path
 
 import hrpo_patches  # noqa: F401 - before transformers
@@ -14,7 +15,7 @@ import hrpo_patches  # noqa: F401 - before transformers
 import torch
 from transformers import DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from hrpo_patches.commands.console import console
+from hrpo_patches.commands.main import said
 from hrpo_patches.models.base import load_model
 from hrpo_patches.tasks.gsm8k import GOLD_MARKER, TASK
 from hrpo_patches.tasks.prompts import prompt_ids, prompt_of, uses_chat
@@ -74,4 +75,4 @@ def main(flags=None):
 
 
 if __name__ == "__main__":
-    console(main)
+    sys.exit(said(main))

@@ -1,14 +1,11 @@
-"""Train a Qwen2 or Llama model on GSM8K, or data of its shape, with hybrid latent reasoning; see --help."""
+"""Train a Llama, Qwen2 or Qwen3 model on GSM8K, or data of its shape, with hybrid latent reasoning; see --help."""
 
-from typing import Any
+import sys
+from functools import partial
 
-from hrpo_patches.commands.console import console, train
+from hrpo_patches.commands.main import said, train
 
-
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train from a command line, by default this process's; returns what `report.json` holds."""
-    return train(argv, task="gsm8k")
-
+main = partial(train, task="gsm8k", prog="hrpo_gsm8k.py")
 
 if __name__ == "__main__":
-    console(main)
+    sys.exit(said(main))

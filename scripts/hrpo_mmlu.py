@@ -1,14 +1,11 @@
-"""Train a Qwen2 or Llama model on MMLU and ARC with hybrid latent reasoning; see --help."""
+"""Train a Llama, Qwen2 or Qwen3 model on MMLU and ARC with hybrid latent reasoning; see --help."""
 
-from typing import Any
+import sys
+from functools import partial
 
-from hrpo_patches.commands.console import console, train
+from hrpo_patches.commands.main import said, train
 
-
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train from a command line, by default this process's; returns what `report.json` holds."""
-    return train(argv, task="mmlu")
-
+main = partial(train, task="mmlu", prog="hrpo_mmlu.py")
 
 if __name__ == "__main__":
-    console(main)
+    sys.exit(said(main))

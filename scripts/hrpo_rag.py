@@ -1,14 +1,11 @@
-"""Train a Qwen2 or Llama model on NQ and HotpotQA, with documents, with hybrid latent reasoning; see --help."""
+"""Train a Llama, Qwen2 or Qwen3 model on NQ and HotpotQA, with documents, with hybrid latent reasoning; see --help."""
 
-from typing import Any
+import sys
+from functools import partial
 
-from hrpo_patches.commands.console import console, train
+from hrpo_patches.commands.main import said, train
 
-
-def main(argv: list[str] | None = None) -> dict[str, Any]:
-    """Train from a command line, by default this process's; returns what `report.json` holds."""
-    return train(argv, task="rag")
-
+main = partial(train, task="rag", prog="hrpo_rag.py")
 
 if __name__ == "__main__":
-    console(main)
+    sys.exit(said(main))

@@ -5,6 +5,8 @@ from peft import LoraConfig
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches import HRPOConfig, HRPOTrainer
+from hrpo_patches.commands import train_flags
+from hrpo_patches.commands.flags import split_backend, with_config
 
 PROMPTS = ["Hi", "What is 3 + 4?", "Say #### once", "abc"]
 
@@ -28,6 +30,12 @@ DEFAULTS = {
     "gradient_checkpointing": False,
     "use_cpu": True,
 }
+
+
+def parse(argv, task="gsm8k"):
+    """What `hrpo train` makes of a command line before any work."""
+    backend, words = split_backend(with_config(argv))
+    return train_flags.parse(words, task, backend)
 
 
 def config(folder, **options):

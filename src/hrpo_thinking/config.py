@@ -1,20 +1,75 @@
-"""ThinkingConfig: how a model thinks; knows values and their ranges, nothing of tensors."""
+"""ThinkingConfig: how a model thinks. Each option is written here once, with its help and what it may be.
+
+Command lines, `HRPOConfig`, adapters' records and the table in docs/options.md are derived from its fields. Knows
+values and their ranges, nothing of tensors.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import asdict, dataclass, fields
-from typing import Any, Literal, get_args
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NamedTuple
 
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import PROJECTION, RESIDUALS, parts_of
 
-Scale = Literal["unit", "embedding"]
+
+class Option(NamedTuple):
+    """What an option may be.
+
+    Attributes:
+        help: what it is, for a command line.
+        kind: the type of its values.
+        optional: whether it may be None.
+        choices: the values that there are, where they can be counted.
+        low, above, below: the least value, or what all values are above and below.
+        part: the thinking module that it is about; no run without that module may set it.
+        shapes: whether weights depend on it, in number or in shape.
+        published: its name in the published HRPO scripts, where that is another.
+    """
+
+    help: str
+    kind: type
+    optional: bool = False
+    choices: Collection[Any] | None = None
+    low: float = -math.inf
+    above: float = -math.inf
+    below: float = math.inf
+    part: str | None = None
+    shapes: bool = False
+    published: str | None = None
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise an `InputError` that says what `name` has to be, unless it may be `value`."""
+        if value is None and self.optional:
+            return
+        kinds = (int, float) if self.kind is float else (self.kind,)
+        fits = isinstance(value, kinds) and (self.kind is bool or not isinstance(value, bool))
+        if not fits or (self.kind is float and not math.isfinite(value)) or value == "":
+            raise InputError(f"{name} has to be {_NOUNS[self.kind]}, not {value!r}.")
+        if self.choices is not None and value not in self.choices:
+            raise InputError(f"{name} has to be one of {tuple(self.choices)}, not {value!r}.")
+        if self.kind in (int, float) and not (max(self.low, self.above) <= value < self.below and value != self.above):
+            bounds = [
+                f"{self.low:g} or more" if self.low > -math.inf else "",
+                f"above {self.above:g}" if self.above > -math.inf else "",
+                f"below {self.below:g}" if self.below < math.inf else "",
+            ]
+            raise InputError(f"{name} has to be {' and '.join(filter(None, bounds))}, not {value!r}.")
+
+
+_NOUNS = {str: "a non-empty text", bool: "True or False", int: "a whole number", float: "a finite number"}
+
+
+def _option(default: Any, help: str, kind: type | None = None, **facts: Any) -> Any:
+    option = Option(help, kind or type(default), default is None, **facts)
+    return field(default=default, metadata={"option": option})
 
 
 @dataclass
 class ThinkingConfig:
-    """How a model thinks; kept as a dict at `model.config.thinking`. A model without one there is plain.
+    """How a model thinks. A model's `config.thinking` holds it as a dict (`record_of`); a model without one is plain.
 
     Attributes:
         residual: what a position is blended with. "projection": the L2-normalised projection of the state that its
@@ -31,76 +86,58 @@ class ThinkingConfig:
         projection_dropout: the share of the projected vector that is dropped in a training forward, and only there: a
             rollout, and the log-probabilities of a forward without gradients, see none.
         residual_scale: the norm of the projected residual. "unit": 1; "embedding": that of the mean input embedding.
-        embedding_norm: that norm, the mean over the vocabulary, once it has been measured.
-        in_checkpoint: set by `save_pretrained`; a checkpoint that says so and lacks a thinking weight does not load.
 
     Raises:
         InputError: a value is out of its range.
     """
 
-    residual: str = "projection"
-    answer_start: str = "####"
-    filler: str = "."
-    thoughts: int = 0
-    r_min: float = 0.99
-    r_max: float = 0.999
-    init_std: float = 0.001
-    projection_layers: int = 1
-    projection_hidden: int | None = None
-    projection_norm: bool = False
-    projection_dropout: float = 0.0
-    residual_scale: Scale = "unit"
-    embedding_norm: float | None = None
-    in_checkpoint: bool = False
+    residual: str = _option(
+        "projection", "What a thinking position is blended with: projection or embedding.", choices=RESIDUALS
+    )
+    answer_start: str = _option("####", "The text that ends the thinking and starts the answer.")
+    filler: str = _option(".", "Name of the existing token that a forced thought is.")
+    thoughts: int = _option(0, "Forced thoughts that every completion begins with.", low=0)
+    r_min: float = _option(0.99, "Lower end of the initial decay.", published="residual_r_min")
+    r_max: float = _option(0.999, "Upper end of the initial decay.", published="residual_r_max")
+    init_std: float = _option(
+        0.001, "Standard deviation of the projection's initial weights; it sets no scale.", above=0
+    )
+    projection_layers: int = _option(
+        1, "Linear layers of the projection: 1, or 2 with SiLU between.", choices=(1, 2), part=PROJECTION, shapes=True
+    )
+    projection_hidden: int | None = _option(
+        None, "Width between two layers; by default the hidden size.", int, above=0, part=PROJECTION, shapes=True
+    )
+    projection_norm: bool = _option(False, "A LayerNorm after the projection.", part=PROJECTION, shapes=True)
+    projection_dropout: float = _option(
+        0.0, "Dropout of the projected vector, in the loss only.", low=0, below=1, part=PROJECTION
+    )
+    residual_scale: str = _option(
+        "unit",
+        "Norm of the residual: unit, or embedding for that of the mean embedding.",
+        choices=("unit", "embedding"),
+        part=PROJECTION,
+    )
 
     def __post_init__(self) -> None:
-        if self.residual not in RESIDUALS:
-            raise InputError(f"residual has to be one of {tuple(RESIDUALS)}, not {self.residual!r}.")
-        if not isinstance(self.answer_start, str) or not self.answer_start:
-            raise InputError(f"answer_start has to be a non-empty text, not {self.answer_start!r}.")
-        if not isinstance(self.filler, str) or not self.filler:
-            raise InputError(f"filler has to be the name of a token, not {self.filler!r}.")
-        for name in ("r_min", "r_max", "init_std", "projection_dropout", "embedding_norm"):
-            _check_number(name, getattr(self, name), whole=False)
-        for name in ("thoughts", "projection_layers", "projection_hidden"):
-            _check_number(name, getattr(self, name), whole=True)
-        if self.thoughts < 0:
-            raise InputError(f"thoughts has to be 0 or more, not {self.thoughts!r}.")
+        for name, option in OPTIONS.items():
+            option.check(name, getattr(self, name))
         check_r_range(self.r_min, self.r_max)
-        if not self.init_std > 0:
-            raise InputError(f"init_std has to be above 0, not {self.init_std!r}.")
-        self._check_projection()
-
-    def _check_projection(self) -> None:
-        if self.projection_layers not in (1, 2):
-            raise InputError(f"projection_layers has to be 1 or 2, not {self.projection_layers!r}.")
         if self.projection_hidden is not None and self.projection_layers == 1:
             raise InputError("projection_hidden is the width between two layers; it needs projection_layers=2.")
-        if self.projection_hidden is not None and not self.projection_hidden > 0:
-            raise InputError(f"projection_hidden has to be above 0, not {self.projection_hidden!r}.")
-        if not isinstance(self.projection_norm, bool):
-            raise InputError(f"projection_norm has to be True or False, not {self.projection_norm!r}.")
-        if not 0 <= self.projection_dropout < 1:
-            raise InputError(f"projection_dropout has to be from 0 to below 1, not {self.projection_dropout!r}.")
-        if self.residual_scale not in get_args(Scale):
-            raise InputError(f"residual_scale has to be one of {get_args(Scale)}, not {self.residual_scale!r}.")
-        if self.embedding_norm is not None and not self.embedding_norm > 0:
-            raise InputError(f"embedding_norm has to be above 0, not {self.embedding_norm!r}.")
-        if PROJECTION not in parts_of(self.residual) and (used := [name for name in VARIANT if self._differs(name)]):
+        lacking = [name for name in about_parts() if OPTIONS[name].part not in parts_of(self.residual)]
+        if used := [name for name in lacking if getattr(self, name) != getattr(ThinkingConfig, name)]:
             raise InputError(
                 f"{used[0]} is about the projection; it does not go with residual={self.residual!r}, leave it out."
             )
 
-    def _differs(self, name: str) -> bool:
-        return bool(getattr(self, name) != getattr(type(self), name))
-
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ThinkingConfig:
-        """The config with these values; an unknown key is an `InputError`."""
-        known = [field.name for field in fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise InputError(f"unknown thinking option {unknown[0]!r}; there are {known}.")
-        return cls(**values)
+        """The config with these values, as a model or a file holds them; an unknown key is an `InputError`."""
+        if unknown := sorted(set(values) - {*OPTIONS, *RECORD}):
+            raise InputError(f"unknown thinking option {unknown[0]!r}; there are {list(OPTIONS)}.")
+        _NORM.check("embedding_norm", values.get("embedding_norm"))
+        return cls(**{name: value for name, value in values.items() if name in OPTIONS})
 
     @classmethod
     def of(cls, model_config: Any) -> ThinkingConfig | None:
@@ -117,11 +154,27 @@ class ThinkingConfig:
         raise InputError(f"config.thinking has to be a dict, a ThinkingConfig, True, False or None, not {value!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The values as a dict, as they are saved in `config.json`."""
-        return asdict(self)
+        """The options as `config.thinking` holds them: the record of a model that nothing has been measured of."""
+        return record_of(self)
 
 
-VARIANT = ("projection_layers", "projection_hidden", "projection_norm", "projection_dropout", "residual_scale")
+OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(ThinkingConfig)}
+
+# What `config.thinking` holds beside the options: the mean norm of the input embeddings, once it has been measured;
+# that a checkpoint holds thinking weights, so that one without does not load, which is set in the written file only.
+RECORD: dict[str, Any] = {"embedding_norm": None, "in_checkpoint": False}
+_NORM = Option("", float, optional=True, above=0)
+
+
+def record_of(thinking: ThinkingConfig, held: Any = None) -> dict[str, Any]:
+    """What `config.thinking` holds for `thinking`; what is no option is taken from `held`, the record before."""
+    before = held if isinstance(held, dict) else {}
+    return asdict(thinking) | {name: before.get(name, value) for name, value in RECORD.items()}
+
+
+def about_parts() -> list[str]:
+    """The options that are about a thinking module: what was trained with one value is not to be used with another."""
+    return [name for name, option in OPTIONS.items() if option.part is not None]
 
 
 NEEDS_US = " (needs: import hrpo_patches)"  # after a merged model's type; stock transformers prints it when it refuses
@@ -134,13 +187,6 @@ def plain_model_type(model_config: dict[str, Any]) -> dict[str, Any]:
     return model_config
 
 
-def _check_number(name: str, value: Any, whole: bool) -> None:
-    if value is None and getattr(ThinkingConfig, name) is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)) or not abs(value) < math.inf:
-        raise InputError(f"{name} has to be a {'whole' if whole else 'finite'} number, not {value!r}.")
-
-
 def check_r_range(r_min: float, r_max: float) -> None:
     """Raise `InputError` unless 0 < r_min < r_max < 1."""
     if not 0 < r_min < r_max < 1:
@@ -149,7 +195,7 @@ def check_r_range(r_min: float, r_max: float) -> None:
 
 def check_same_kind(saved: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     """Raise `InputError` if thinking weights that were `saved` with one residual or marker are wanted with another."""
-    for key in ("residual", "answer_start", *VARIANT):
+    for key in ("residual", "answer_start", *about_parts()):
         was = saved.get(key, getattr(ThinkingConfig, key))
         if saved.get("in_checkpoint") and key in wanted and was != wanted[key]:
             raise InputError(f"the thinking weights of {what} were trained with {key}={was!r}, not {wanted[key]!r}.")

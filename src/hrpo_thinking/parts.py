@@ -63,6 +63,7 @@ PARTS = (
 )
 MODULES = tuple(part.name for part in PARTS)
 PROJECTION, GATE_R, GATE_I, LAMBDA = MODULES
+RATES = {"gate": 1e-4, "Lambda": 1e-3, "projection": 1e-4}  # each optimizer group's learning rate, as published
 GROUP_OF = {part.name: part.group for part in PARTS}
 MODULE_PATTERN = re.compile(rf"(^|\.)({'|'.join(MODULES)})\.")
 

@@ -11,10 +11,12 @@ from runs import small_trainer
 from tiny import FAMILIES, byte_tokenizer, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from hrpo_patches.__main__ import main as cli
 from hrpo_patches.commands import eval as evaluation
-from hrpo_patches.commands.eval import main, marker_position
+from hrpo_patches.commands.eval import main
+from hrpo_patches.commands.main import main as cli
+from hrpo_patches.evaluation import answers
 from hrpo_patches.evaluation import generate as evaluate
+from hrpo_patches.evaluation.answers import marker_position
 from hrpo_patches.tasks.problems import find_task, load_problems
 from hrpo_patches.thinking.controls import CONTROLS
 from hrpo_thinking.errors import InputError
@@ -127,8 +129,8 @@ def test_a_killed_evaluation_goes_on_to_the_same_results(command, tmp_path, deco
     killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
     assert killed.returncode == -9, killed.stderr[-1000:]
     assert (tmp_path / "killed.json.part").exists() and not (tmp_path / "killed.json").exists()
-    batches, complete = [], evaluation.complete
-    monkeypatch.setattr(evaluation, "complete", lambda *args: batches.append(args[4]) or complete(*args))
+    batches, complete = [], answers.complete
+    monkeypatch.setattr(answers, "complete", lambda *args: batches.append(args[4]) or complete(*args))
     assert main(arguments) == whole and batches == [2]
     assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
 
@@ -196,9 +198,9 @@ def test_a_plain_adapter_of_another_base_model_is_refused_too(
         (["--limit", "0"], "--limit has to be 1 or more"),
         (["--batch_size", "0"], "--batch_size has to be above 0"),
         (["--no-greedy", "--temperature", "0"], "--temperature has to be 0.01 or more"),
-        (["--prompt", "loud"], "--prompt has to be auto, chat or plain"),
+        (["--prompt", "loud"], "argument --prompt: invalid choice: 'loud'"),
         (["--prompt", "chat"], "needs a chat template"),
-        (["--split", "dev"], "--split has to be train or test"),
+        (["--split", "dev"], "argument --split: invalid choice: 'dev'"),
         (["--adapter", "nowhere"], "nowhere holds no adapter"),
         (["--dataset", "nowhere.jsonl"], "nowhere.jsonl does not exist"),
         (["--task", "svamp"], "needs 'Body' and 'Question' and 'Answer'"),
@@ -319,7 +321,7 @@ def test_two_evaluations_do_not_write_one_file(command, tmp_path, monkeypatch):
     first = evaluation.Progressed(tmp_path / "two.json", settings)
     with pytest.raises(InputError, match="another evaluation is writing"):
         evaluation.Progressed(tmp_path / "two.json", settings)
-    first._lock.close()
+    first._lock.release()
 
     def meanwhile(*_):
         (tmp_path / "out.json").write_text("mine")
@@ -394,7 +396,7 @@ def test_a_refused_control_leaves_nothing_that_blocks_the_corrected_command(comm
         (["--thoughts", "-1"], "--thoughts has to be from 0"),
         (["--thoughts", "24"], "to below --max_new_tokens 24"),
         (["--thoughts", "2", "--filler", "<nosuch>"], "no token '<nosuch>'"),
-        (["--control", "shuffled"], "has to be one of"),
+        (["--control", "shuffled"], "--control: invalid choice: 'shuffled'"),
         (["--control", "mean", "--no-thinking"], "does not go with --no-thinking"),
         (["--control", "swapped", "--batch_size", "11"], "a batch holds one"),
     ],

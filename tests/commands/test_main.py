@@ -1,17 +1,19 @@
 """`python -m hrpo_patches`."""
 
+import os
 import subprocess
 import sys
 
 from tiny import tiny_config
 
-from hrpo_patches import __main__ as cli
+from hrpo_patches.commands import main as cli
+from hrpo_patches.commands import maintain
 from hrpo_patches.patching import overlay
 
 
 def test_status_in_a_fresh_process_names_every_target_and_its_state():
     command = [sys.executable, "-m", "hrpo_patches", "status"]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env={"COLUMNS": "220"})
+    result = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"COLUMNS": "220"})
     for patch in overlay.all_patches():
         (line,) = [line for line in result.stdout.splitlines() if f" {patch.name} " in line]
         assert patch.target in line and patch.package in line
@@ -22,14 +24,14 @@ def test_status_after_loading_says_applied():
     for patch in overlay.all_patches():
         if overlay.installed_version(patch.package) is not None:
             __import__(patch.module)
-            assert cli.state_of(patch) == "applied"
+            assert maintain.state_of(patch) == "applied"
 
 
 def test_a_module_that_cannot_be_imported_is_a_line_and_not_a_traceback(monkeypatch, capsys):
     def no_gpu(module):
         raise NotImplementedError("you need a GPU")
 
-    monkeypatch.setattr(cli, "import_module", no_gpu)
+    monkeypatch.setattr(maintain, "import_module", no_gpu)
     assert cli.main(["status", "--load"]) == 0
     assert "could not be imported: you need a GPU" in capsys.readouterr().out
 
@@ -38,7 +40,7 @@ def test_status_says_what_is_refused_and_fails(monkeypatch, capsys):
     patch = next(p for p in overlay.all_patches() if p.package == "transformers")
     old = patch._replace(target="transformers/models/gpt2/modeling_gpt2.py")
     monkeypatch.setattr(overlay, "all_patches", lambda: (old,))
-    assert cli.state_of(old).startswith("refused: hrpo_patches cannot patch transformers")
+    assert maintain.state_of(old).startswith("refused: hrpo_patches cannot patch transformers")
     assert cli.main(["status"]) == 1
     assert "refused" in capsys.readouterr().out
 

@@ -5,9 +5,9 @@ import runpy
 from pathlib import Path
 
 import pytest
+from runs import parse
 from tiny import byte_tokenizer, tiny_model
 
-from hrpo_patches.commands.arguments import parse
 from hrpo_thinking.errors import InputError
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
@@ -85,5 +85,6 @@ def test_options_of_a_task_that_cannot_work_are_refused_before_any_work(flags, s
 def test_a_yaml_file_may_name_the_task_and_a_flag_wins_over_it(tmp_path):
     (tmp_path / "c.yaml").write_text("task: svamp\n")
     config = ["--config", str(tmp_path / "c.yaml"), "--output_dir", str(tmp_path / "run")]
-    assert parse(config, "math").task == "svamp" and parse([*config, "--task", "mmlu"], "math").task == "mmlu"
-    assert parse(config[2:], "math").task == "math" and parse(config[2:]).task == "gsm8k"
+    assert parse(config, "math").about.task == "svamp"
+    assert parse([*config, "--task", "mmlu"], "math").about.task == "mmlu"
+    assert parse(config[2:], "math").about.task == "math" and parse(config[2:]).about.task == "gsm8k"

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import parse
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
+from trl import GRPOConfig
 
-from hrpo_patches.commands.arguments import RunArguments, parse
-from hrpo_patches.commands.train import main
+from hrpo_patches.commands.main import train as main
+from hrpo_patches.commands.train_flags import TrainingFlags, make_parser
 from hrpo_thinking.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -49,24 +51,25 @@ def script(*arguments):
     return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
 
 
-def test_the_defaults_are_the_published_ones():
-    arguments = RunArguments()
+def test_the_defaults_are_the_published_ones(tmp_path):
+    run = parse(["--output_dir", str(tmp_path / "run")])
+    flags = run.record() | {"optim": TrainingFlags.optim}  # which becomes adamw_torch without a GPU
     published = {
         "model_name": "Qwen/Qwen2.5-1.5B-Instruct",
         "lora_rank": 32,
-        "lr": 5e-6,
+        "learning_rate": 5e-6,
         "beta": 0.005,
-        "residual_r_min": 0.99,
-        "residual_r_max": 0.999,
+        "r_min": 0.99,
+        "r_max": 0.999,
         "lr_residual_gate": 1e-4,
         "lr_residual_Lambda": 1e-3,
         "lr_thinking_projection": 1e-4,
         "weight_decay": 0.1,
-        "warmup_ratio": 0.1,
+        "warmup_steps": 0.1,
         "lr_scheduler_type": "cosine",
-        "optimizer": "paged_adamw_8bit",
+        "optim": "paged_adamw_8bit",
         "max_grad_norm": 0.1,
-        "group_size": 4,
+        "num_generations": 4,
         "temperature": 0.5,
         "gradient_accumulation_steps": 4,
         "per_device_train_batch_size": 8,
@@ -75,14 +78,14 @@ def test_the_defaults_are_the_published_ones():
         "seed": 42,
         "save_steps": 250,
     }
-    assert {key: getattr(arguments, key) for key in published} == published
+    assert {key: flags[key] for key in published} == published
 
 
 def test_the_options_reach_the_trainer(tmp_path, capsys):
     arguments = parse(
         ["--output_dir", str(tmp_path / "run"), "--max_steps", "10", "--lr", "1e-3", "--residual", "none"]
     )
-    config = arguments.trainer_config()
+    config = arguments.config
     assert (config.learning_rate, config.residual, config.save_total_limit) == (1e-3, None, 3)
     assert config.get_warmup_steps(10) == 1
     assert capsys.readouterr().out == "paged_adamw_8bit needs bitsandbytes and a GPU; using adamw_torch.\n"
@@ -112,8 +115,7 @@ def test_every_option_reaches_what_it_is_for(tmp_path):
         "logging_steps": (25, "logging_steps"),
     }
     flags = [text for name, (value, _) in options.items() for text in (f"--{name}", str(value))]
-    arguments = parse([*flags, "--output_dir", str(tmp_path / "run")])
-    config = arguments.trainer_config()
+    config = parse([*flags, "--output_dir", str(tmp_path / "run")]).config
     for name, (value, field) in options.items():
         assert getattr(config, field) == value, name
     assert config.loss_type == "grpo"
@@ -124,7 +126,8 @@ def test_every_option_reaches_what_it_is_for(tmp_path):
 def test_a_yaml_file_gives_options_and_flags_win_over_it(tmp_path):
     (tmp_path / "c.yaml").write_text('lr: 1.0e-3\nseed: 7\nexamples:\n  - "1 + 1 = 2 #### 2"\n')
     arguments = parse(["--config", str(tmp_path / "c.yaml"), "--seed", "8", "--output_dir", str(tmp_path / "run")])
-    assert (arguments.lr, arguments.seed, arguments.examples) == (1e-3, 8, ["1 + 1 = 2 #### 2"])
+    assert (arguments.config.learning_rate, arguments.config.seed) == (1e-3, 8)
+    assert arguments.about.examples == ["1 + 1 = 2 #### 2"]
     (tmp_path / "c.yaml").write_text("learning_rat: 1.0e-3\n")
     with pytest.raises(InputError, match="learning_rat"):
         parse(["--config", str(tmp_path / "c.yaml")])
@@ -138,7 +141,7 @@ def test_a_yaml_file_gives_options_and_flags_win_over_it(tmp_path):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_a_config_that_is_shipped_is_valid(path):
-    assert parse(["--config", str(path), "--output_dir", "runs/none-such"]).eval_problems
+    assert parse(["--config", str(path), "--output_dir", "runs/none-such"]).about.eval_problems
 
 
 @pytest.mark.parametrize("residual", ["projection", "embedding", "none"])
@@ -213,9 +216,9 @@ def test_the_script_says_one_sentence_and_exits_with_2(arguments, sentence, tmp_
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--residual", "both"], "--residual has to be"),
+        (["--residual", "both"], "--residual: invalid choice: 'both' .choose from"),
         (["--residual_r_max", "1.0"], "r_min < r_max"),
-        (["--prompt", "loud"], "--prompt has to be"),
+        (["--prompt", "loud"], "--prompt: invalid choice: 'loud'"),
         (["--examples", "1 + 1 = 2"], "carry the marker"),
         (["--init_projection"], "goes with --adapter"),
         (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
@@ -223,7 +226,7 @@ def test_the_script_says_one_sentence_and_exits_with_2(arguments, sentence, tmp_
         (["--temperature", "0"], "--temperature has to be above 0"),
         (["--max_completion_length", "0"], "--max_completion_length has to be above 0"),
         (["--eval_problems", "-1"], "--eval_problems has to be 0 or more"),
-        (["--report_to", "paper"], "--report_to has to be"),
+        (["--report_to", "paper"], "--report_to.*: invalid choice: 'paper'"),
         (["--report_to", "trackio"], "pip install trackio"),
     ],
 )
@@ -297,3 +300,20 @@ def test_the_script_is_importable_and_documents_its_defaults():
     assert callable(module.main) and module.main.__doc__
     result = script("--help")
     assert "--lr_thinking_projection" in result.stdout and "(default: 0.0001)" in result.stdout
+    assert "--top_p" not in result.stdout and "--top_p" in script("--help_all").stdout
+
+
+def test_every_option_of_trl_is_a_flag_and_a_published_name_is_the_same_one(tmp_path):
+    folder = ["--output_dir", str(tmp_path / "run")]
+    options = ["--top_p", "0.9", "--num_iterations", "2", "--num_train_epochs", "3", "--loss_type", "dapo"]
+    config = parse([*folder, *options, "--save_total_limit", "7"]).config
+    assert (config.top_p, config.num_iterations, config.num_train_epochs) == (0.9, 2, 3)
+    assert (config.loss_type, config.save_total_limit) == ("dapo", 7)
+    flags = make_parser("hrpo train")._option_string_actions
+    assert {f"--{name}" for name in GRPOConfig.__dataclass_fields__ if GRPOConfig.__dataclass_fields__[name].init} <= (
+        flags.keys()
+    )
+    for published, own in {"lr": "learning_rate", "optimizer": "optim", "group_size": "num_generations"}.items():
+        assert flags[f"--{published}"] is flags[f"--{own}"]
+    for published, own in {"warmup_ratio": "warmup_steps", "residual_r_min": "r_min"}.items():
+        assert flags[f"--{published}"] is flags[f"--{own}"]

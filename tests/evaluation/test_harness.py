@@ -13,7 +13,7 @@ from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hrpo_patches import load_adapter
-from hrpo_patches.__main__ import main as cli
+from hrpo_patches.commands.main import main as cli
 from hrpo_patches.evaluation.harness import ThinkingLM
 from hrpo_patches.models.smollm2 import smollm2_folder
 from hrpo_thinking.errors import InputError
@@ -127,7 +127,7 @@ def test_the_command_is_the_harness_and_has_hrpo_among_its_models(monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         cli(["lm_eval", "run", "--help"])
     assert stop.value.code == 0 and "--model" in capsys.readouterr().out
-    monkeypatch.setattr("hrpo_patches.__main__.find_spec", lambda name: None)
+    monkeypatch.setattr("hrpo_patches.extras.find_spec", lambda name: None)
     assert cli(["lm_eval"]) == 2
     assert "pip install 'hrpo_patches[lm-eval]'" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ from runs import small_trainer
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches import load_adapter
-from hrpo_patches.__main__ import main
+from hrpo_patches.commands.main import main
 from hrpo_patches.evaluation.think import draw, table_of, think, visible
 from hrpo_patches.thinking.backbone import is_untrained
 from hrpo_thinking.errors import InputError

@@ -6,13 +6,13 @@ import pytest
 import torch
 from peft import LoraConfig
 from rollouts import bias, ragged, sample, worst
+from runs import parse
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
 
 from hrpo_patches import load_adapter
-from hrpo_patches.commands.arguments import RunArguments
 from hrpo_patches.models.record import check_same_thinking, save_thinking
-from hrpo_thinking.config import VARIANT, ThinkingConfig
+from hrpo_thinking.config import ThinkingConfig, about_parts
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import MODULES, is_thinking_parameter
 
@@ -28,7 +28,7 @@ EVERY = [dict(zip(VALUES, combination, strict=True)) for combination in itertool
 
 
 def is_legal(options):
-    plain = all(options[name] == VALUES[name][0] for name in VARIANT)
+    plain = all(options[name] == VALUES[name][0] for name in about_parts())
     width = options["projection_hidden"] is None or options["projection_layers"] == 2
     return width and (options["residual"] == "projection" or plain)
 
@@ -71,28 +71,28 @@ def test_every_illegal_combination_is_one_sentence_at_config_time(options):
     with pytest.raises(InputError, match="does not go with residual='embedding'|needs projection_layers=2"):
         ThinkingConfig(**options)
     with pytest.raises(InputError):
-        RunArguments(**options).check()
+        parse([f"--{name}={value}" for name, value in options.items() if value is not None])
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"projection_layers": 3}, "projection_layers has to be 1 or 2, not 3"),
+        ({"projection_layers": 3}, r"projection_layers has to be one of \(1, 2\), not 3"),
         ({"projection_layers": 2, "projection_hidden": 0}, "projection_hidden has to be above 0"),
         ({"projection_norm": "yes"}, "projection_norm has to be True or False"),
-        ({"projection_dropout": 1.0}, "projection_dropout has to be from 0 to below 1"),
+        ({"projection_dropout": 1.0}, "projection_dropout has to be 0 or more and below 1"),
         ({"residual_scale": "big"}, "residual_scale has to be one of"),
         ({"embedding_norm": -1.0}, "embedding_norm has to be above 0"),
     ],
 )
 def test_a_value_that_cannot_be_is_one_sentence(options, message):
     with pytest.raises(InputError, match=message):
-        ThinkingConfig(**options)
+        ThinkingConfig.from_dict(options)
 
 
 def test_plain_grpo_refuses_options_of_the_projection():
     with pytest.raises(InputError, match="--projection_layers is about the projection"):
-        RunArguments(residual="none", projection_layers=2).check()
+        parse(["--residual", "none", "--projection_layers", "2"])
 
 
 def test_the_default_is_the_published_layer_under_its_published_name(family):

@@ -5,8 +5,9 @@ import sys
 from importlib.metadata import version
 
 import pytest
+from runs import parse
 
-from hrpo_patches.commands.arguments import RunArguments
+from hrpo_patches.commands.flags import split_backend, with_config
 from hrpo_patches.models import backends as backend
 from hrpo_thinking.errors import InputError, PatchError
 
@@ -36,14 +37,11 @@ def installed(monkeypatch):
         (["--backend=transformers", "--lr", "1"], "transformers"),
         (["--config", "CONFIG"], "unsloth"),
         (["--config", "CONFIG", "--backend", "transformers"], "transformers"),
-        (["--config", "missing.yaml"], "auto"),
-        (["--config", "BROKEN"], "auto"),
     ],
 )
 def test_the_wish_is_read_from_flags_and_then_from_the_config_file(argv, wanted, tmp_path):
     (tmp_path / "CONFIG").write_text("lr: 1.0e-4\nbackend: unsloth\n")
-    (tmp_path / "BROKEN").write_text("lr: [")
-    assert backend.wanted_backend([str(tmp_path / a) if a.isupper() else a for a in argv]) == wanted
+    assert split_backend(with_config([str(tmp_path / a) if a.isupper() else a for a in argv]))[0] == wanted
 
 
 def test_auto_takes_unsloth_where_it_is_installed_and_a_gpu_is_there(installed, monkeypatch):
@@ -78,14 +76,14 @@ def test_what_was_chosen_and_why_is_one_line_once(capsys, monkeypatch):
 
 
 def test_an_unknown_backend_is_refused_with_the_names_there_are():
-    for refuse in (lambda: backend.choose_backend("jax"), lambda: RunArguments(backend="jax").check()):
+    for refuse in (lambda: backend.choose_backend("jax"), lambda: parse(["--backend", "jax"])):
         with pytest.raises(InputError, match="--backend has to be auto, transformers or unsloth, not 'jax'"):
             refuse()
 
 
 def test_choosing_imports_no_transformers():
     program = (
-        "import sys; from hrpo_patches.models.backends import choose_backend, wanted_backend; "
-        "choose_backend(wanted_backend([])); assert not {'transformers', 'trl', 'peft'} & set(sys.modules)"
+        "import sys; from hrpo_patches.commands import main; from hrpo_patches.models.backends import choose_backend; "
+        "choose_backend('auto'); assert not {'transformers', 'trl', 'peft'} & set(sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

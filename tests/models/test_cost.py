@@ -65,8 +65,8 @@ def test_another_family_is_refused(tmp_path):
 
 def test_a_merged_model_has_the_projection_that_it_was_trained_with(tmp_path):
     config = tiny_config("llama")
-    kind = ThinkingConfig(projection_layers=2, projection_norm=True, in_checkpoint=True)
-    config.thinking = kind.to_dict()
+    kind = ThinkingConfig(projection_layers=2, projection_norm=True)
+    config.thinking = kind.to_dict() | {"in_checkpoint": True}
     config.save_pretrained(tmp_path)
     row = next(row for row in costs(str(tmp_path), ThinkingConfig()) if row.name == "thinking_projection")
     assert row.parameters == 2 * 32 * 32 + 64

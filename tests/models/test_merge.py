@@ -14,7 +14,7 @@ from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hrpo_patches import load_adapter
-from hrpo_patches.__main__ import main
+from hrpo_patches.commands.main import main
 from hrpo_patches.models.merge import convert, merge
 from hrpo_patches.models.record import save_thinking
 from hrpo_thinking.errors import InputError

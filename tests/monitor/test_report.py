@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from matplotlib.image import imread
 
-from hrpo_patches.__main__ import main
-from hrpo_patches.monitor import report
+from hrpo_patches import extras
+from hrpo_patches.commands.main import main
 from hrpo_patches.monitor.log import RunLog
 from hrpo_patches.monitor.report import PANELS, Run, draw, read_run, read_runs, table, write_json, write_report
 from hrpo_thinking.errors import InputError
@@ -113,7 +113,7 @@ def test_the_command_writes_both_files_and_never_over_others(tmp_path, capsys, m
     assert main(["report", folders[0], "--out", str(stem)]) == 2
     assert "both.png exists already; give another --out" in capsys.readouterr().err
     assert (tmp_path / "new" / "both.png").read_bytes() == before
-    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     assert main(["report", folders[0]]) == 2
     assert "report needs matplotlib; run: pip install" in capsys.readouterr().err
 

@@ -216,7 +216,7 @@ def test_an_unsloth_without_patches_is_no_obstacle_to_those_who_do_not_import_it
 
 
 def test_status_refuses_an_unsloth_without_patches_by_name(other_unsloth):
-    result = python("from hrpo_patches.__main__ import main; sys.exit(main(['status']))", other_unsloth)
+    result = python("from hrpo_patches.commands.main import main; sys.exit(main(['status']))", other_unsloth)
     lines = [line for line in result.stdout.splitlines() if " unsloth/" in line and ".patch" in line]
     assert result.returncode == 1 and len(lines) == 2
     for line in lines:

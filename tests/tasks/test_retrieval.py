@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from hrpo_patches.tasks import retrieval
+from hrpo_patches import extras
 from hrpo_patches.tasks.retrieval import Retriever, read_corpus, with_retrieved
 from hrpo_thinking.errors import InputError
 
@@ -75,7 +75,7 @@ def test_what_cannot_be_searched_is_one_sentence(corpus, tmp_path, monkeypatch):
         Retriever(["the", "a"])
     with pytest.raises(InputError, match="no documents to search"):
         Retriever([])
-    monkeypatch.setattr(retrieval, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="retrieval needs bm25s; run: pip install"):
         Retriever(["x"])
 

@@ -14,8 +14,9 @@ from tiny import byte_tokenizer, tiny_model
 
 STEPS = 6  # of four an epoch, so the run ends in its second
 KILLED = """
-import hrpo_patches.commands.train, os, signal, sys
+import hrpo_patches, os, signal, sys
 from hrpo_patches import HRPOTrainer
+from hrpo_patches.commands.main import train
 when, step = sys.argv[1], int(sys.argv[2])
 name = {"between": "training_step", "saving": "_save_rng_state"}[when]
 original = getattr(HRPOTrainer, name)
@@ -24,9 +25,9 @@ def method(self, *arguments, **options):
         os.kill(os.getpid(), signal.SIGKILL)
     return original(self, *arguments, **options)
 setattr(HRPOTrainer, name, method)
-hrpo_patches.commands.train.main(sys.argv[3:])
+train(sys.argv[3:])
 """
-RUN = "import hrpo_patches.commands.train, sys; hrpo_patches.commands.train.main(sys.argv[1:])"
+RUN = "import hrpo_patches, sys; from hrpo_patches.commands.main import train; train(sys.argv[1:])"
 
 
 def run(code, *arguments):

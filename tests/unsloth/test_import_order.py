@@ -46,6 +46,8 @@ def test_trainers_that_are_not_ours_stay_as_unsloth_leaves_them_and_ours_derive_
 
 
 def test_status_lists_the_patches_of_unsloth_as_applied():
-    program = "import hrpo_patches, harness, sys; from hrpo_patches.__main__ import main; sys.exit(main(['status']))"
+    program = (
+        "import hrpo_patches, harness, sys; from hrpo_patches.commands.main import main; sys.exit(main(['status']))"
+    )
     lines = [line for line in python("-c", program).splitlines() if " unsloth/" in line and ".patch" in line]
     assert len(lines) == 2 and all("applied" in line for line in lines)

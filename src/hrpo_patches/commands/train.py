@@ -1,9 +1,8 @@
-"""A training run from its command line to its report: the one `main` behind the training scripts."""
+"""`hrpo train`: a run from its command line to its report; knows the steps, and leaves each to its room."""
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,12 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import set_seed
 
-from hrpo_patches.commands.arguments import RunArguments, parse
+from hrpo_patches.commands.flags import Written
+from hrpo_patches.commands.train_flags import Run, parse
 from hrpo_patches.evaluation.generate import greedy_completions
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.models.adapter import load_adapter
-from hrpo_patches.models.backends import backend_named, start_backend
+from hrpo_patches.models.backends import backend_named
 from hrpo_patches.models.base import load_model
 from hrpo_patches.models.record import check_same_thinking
 from hrpo_patches.monitor.report import draw, read_run, write_json
@@ -29,68 +29,37 @@ from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
 from hrpo_patches.training.trainer import HRPOTrainer
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
-from hrpo_thinking.parts import parts_of, spelled
+from hrpo_thinking.parts import parts_of
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
-def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
+def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     """The trainer of a run, its task, and its held-out problems (which may be none).
 
     Raises:
         InputError: something of the run's data, model, adapter or options cannot work.
     """
-    arguments.backend = start_backend(arguments.backend)
-    task = find_task(arguments.task, arguments.dataset, seed=arguments.seed)
-    problems = load_problems(task, arguments.dataset, "train", arguments.corpus)
-    train, held_out = split_held_out(problems, arguments.eval_problems, arguments.seed)
-    try:
-        config = arguments.trainer_config()
-    except (ValueError, ImportError) as error:
-        raise InputError(" ".join(str(error).split())) from None
-    set_seed(arguments.seed)
-    longest = arguments.max_prompt_length + arguments.max_completion_length
-    model, tokenizer = load_model(
-        arguments.model_name, arguments.thinking(), backend=arguments.backend, max_seq_length=longest
-    )
-    marker_table(tokenizer, arguments.answer_start)
-    examples = examples_of(task, arguments.answer_start, arguments.shots, arguments.examples)
-    chat = uses_chat(arguments.prompt, tokenizer)
+    about, config = run.about, run.config
+    task = find_task(about.task, about.dataset, seed=config.seed)
+    problems = load_problems(task, about.dataset, "train", about.corpus)
+    train, held_out = split_held_out(problems, about.eval_problems, config.seed)
+    set_seed(config.seed)
+    longest = about.max_prompt_length + (config.max_completion_length or 0)
+    model, tokenizer = load_model(about.model_name, run.thinking(), backend=run.backend, max_seq_length=longest)
+    marker_table(tokenizer, config.answer_start)
     rows, held_out_rows = (
-        with_prompts(
-            part,
-            lambda question: prompt_of(task, question, arguments.answer_start, examples, chat),
-            tokenizer,
-            arguments.max_prompt_length,
-        )
+        with_prompts(part, asker(run, task, tokenizer), tokenizer, about.max_prompt_length)
         for part in (train, held_out)
     )
-    needed = config.generation_batch_size // config.num_generations
-    if len(rows) < needed:
-        raise InputError(
-            f"{len(rows)} training problems are too few: one step needs {needed} (per_device_train_batch_size x "
-            f"gradient_accumulation_steps / group_size); lower these, or give more data."
-        )
-    lora = {"r": arguments.lora_rank, "lora_alpha": 2 * arguments.lora_rank, "target_modules": LORA_TARGETS}
-    peft_config: PeftConfig | None = None
-    if arguments.adapter is not None:
-        if arguments.residual is None:
-            raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
-        check_same_thinking(Path(arguments.adapter), None, arguments.thinking())
-        model = load_adapter(
-            model,
-            arguments.adapter,
-            residual=arguments.residual,
-            init_projection=arguments.init_projection,
-            is_trainable=True,
-        )
-    else:
-        backend = backend_named(arguments.backend)
-        model, peft_config = backend.add_adapter(model, lora, parts_of(arguments.residual), arguments.seed)
-    form = [format_reward(arguments.answer_start)] if arguments.format_reward else []
+    _check_enough(len(rows), config)
+    model, peft_config = _with_adapter(model, run)
+    if about.format_reward:
+        config.reward_weights = [1.0, about.format_reward]
+    form = [format_reward(config.answer_start)] if about.format_reward else []
     trainer = HRPOTrainer(
         model,
-        [answer_reward(task, arguments.answer_start), *form],
+        [answer_reward(task, config.answer_start), *form],
         config,
         Dataset.from_list(rows),
         processing_class=tokenizer,
@@ -99,52 +68,83 @@ def make_trainer(arguments: RunArguments) -> tuple[HRPOTrainer, Task, list[dict[
     return trainer, task, held_out_rows
 
 
-def evaluate(
-    trainer: HRPOTrainer, task: Task, held_out: list[Any], arguments: RunArguments, title: str
-) -> dict[str, Any]:
+def asker(run: Run, task: Task, tokenizer: Any) -> Any:
+    """What makes the prompt of a question."""
+    marker = run.config.answer_start
+    examples = examples_of(task, marker, run.about.shots, run.about.examples)
+    chat = uses_chat(run.about.prompt, tokenizer)
+    return lambda question: prompt_of(task, question, marker, examples, chat)
+
+
+def _check_enough(rows: int, config: Any) -> None:
+    needed = config.generation_batch_size // config.num_generations
+    if rows < needed:
+        raise InputError(
+            f"{rows} training problems are too few: one step needs {needed} (per_device_train_batch_size x "
+            f"gradient_accumulation_steps / group_size); lower these, or give more data."
+        )
+
+
+def _with_adapter(model: Any, run: Run) -> tuple[Any, PeftConfig | None]:
+    """The model with its adapter, or with the config that the trainer makes one from."""
+    about, config = run.about, run.config
+    backend = backend_named(run.backend)
+    config.gradient_checkpointing = config.gradient_checkpointing and not backend.own_checkpointing
+    if about.adapter is None:
+        lora = {"r": about.lora_rank, "lora_alpha": 2 * about.lora_rank, "target_modules": LORA_TARGETS}
+        return backend.add_adapter(model, lora, parts_of(config.residual), config.seed)
+    check_same_thinking(Path(about.adapter), None, run.thinking())
+    return load_adapter(model, about.adapter, config.residual, about.init_projection, is_trainable=True), None
+
+
+def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: int, title: str) -> dict[str, Any]:
     """Greedy accuracy of the trainer's model, thinking as it is trained to: right, total, mean, standard_error."""
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    args = trainer.args
     texts = greedy_completions(
-        model,
+        trainer.accelerator.unwrap_model(trainer.model),
         trainer._tokenizer,
         [row["prompt"] for row in held_out],
-        arguments.max_completion_length,
-        thinking=arguments.residual is not None,
-        batch_size=arguments.eval_batch_size,
+        args.max_completion_length,
+        thinking=args.residual is not None,
+        batch_size=batch_size,
         title=title,
-        thoughts=trainer.args.thoughts,
+        thoughts=args.thoughts,
     )
-    verdicts = [grade(task, row, text, arguments.answer_start) for row, text in zip(held_out, texts, strict=True)]
+    verdicts = [grade(task, row, text, args.answer_start) for row, text in zip(held_out, texts, strict=True)]
     counts = {"right": int(sum(verdicts)), "total": len(verdicts)}
     return counts | {"mean": sum(verdicts) / len(verdicts), "standard_error": standard_error(verdicts)}
 
 
-def main(argv: list[str] | None = None, task_name: str = "gsm8k") -> dict[str, Any]:
-    """Train from a command line (by default this process's), save the adapter and `report.json`; returns the report.
+def main(
+    words: Written, task: str = "gsm8k", backend: str = "transformers", prog: str = "hrpo train"
+) -> dict[str, Any]:
+    """Train from a command line, save the adapter and `report.json`; returns the report.
 
     Args:
-        argv: the flags.
-        task_name: of the task, where --task names none.
+        words: the flags, but --backend and --config (`flags.split_backend`).
+        task: where --task names none.
+        backend: that was started.
+        prog: what the command is called in its help.
 
     Raises:
         InputError: before any training, if the run cannot work.
     """
-    arguments = parse(argv, task_name)
-    trainer, task, held_out = make_trainer(arguments)
+    run = parse(words, task, backend, prog)
+    trainer, chosen, held_out = make_trainer(run)
     started = time.monotonic()
-    source = (arguments.dataset or "").partition("?")[0]
-    given = asdict(arguments) | {"residual": spelled(arguments.residual)}
-    title = ", ".join(dict.fromkeys(filter(None, (given["model_name"], given["residual"], task.name, source))))
-    record: dict[str, Any] = {"title": title, "arguments": given}
+    record: dict[str, Any] = {"arguments": run.record()}
+    source = (run.about.dataset or "").partition("?")[0]
+    parts = (run.about.model_name, record["arguments"]["residual"], chosen.name, source)
+    record = {"title": ", ".join(dict.fromkeys(filter(None, parts)))} | record
     if held_out:
-        record["before"] = evaluate(trainer, task, held_out, arguments, "Answering before")
-    trainer.train(resume_from_checkpoint=arguments.resume_from_checkpoint)
+        record["before"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering before")
+    trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)
     trainer.save_model()
     if held_out:
-        record["after"] = evaluate(trainer, task, held_out, arguments, "Answering after")
+        record["after"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering after")
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
     if trainer.accelerator.is_main_process:
-        _finish(record, Path(arguments.output_dir), arguments.report)
+        _finish(record, Path(str(run.config.output_dir)), run.about.report)
     return record
 
 

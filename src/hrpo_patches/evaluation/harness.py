@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
 
 from hrpo_patches.models.adapter import load_adapter
+from hrpo_patches.models.hub import adapter_folder
+from hrpo_patches.models.record import THINKING_FILE
 from hrpo_patches.thinking.backbone import is_untrained
 from hrpo_thinking.errors import InputError
 
@@ -32,7 +33,7 @@ class ThinkingLM(HFLM):
 
     def __init__(self, pretrained: Any, peft: str | None = None, thinking: bool = True, **kwargs: Any) -> None:
         super().__init__(pretrained=pretrained, **kwargs)
-        if peft is not None and (Path(peft) / "thinking_config.json").is_file():
+        if peft is not None and (adapter_folder(peft) / THINKING_FILE).is_file():
             self._model = load_adapter(self.model, peft)
         elif peft is not None:
             raise InputError(f"{peft} is no adapter that says how it thinks; for another, take --model hf.")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hrpo_patches.monitor.report import require_matplotlib
+from hrpo_patches.extras import require
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_thinking.errors import InputError
@@ -151,7 +151,7 @@ def table_of(thoughts: list[Thought], title: str) -> Table:
 
 def check_png(path: Path) -> None:
     """Raise `InputError` unless a picture can be written to `path`."""
-    require_matplotlib("--png")
+    require("matplotlib", "--png")
     if path.suffix.lower() != ".png":
         raise InputError(f"--png needs a name that ends in .png, not {path}.")
     if path.exists():

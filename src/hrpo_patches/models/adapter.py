@@ -16,9 +16,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hrpo_patches.models.backends import backend_of, refuse_stranger
+from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.models.record import GENERATION_FILE, THINKING_FILE, read_thinking
 from hrpo_patches.thinking.backbone import patched_backbone
-from hrpo_thinking.config import VARIANT, ThinkingConfig
+from hrpo_thinking.config import OPTIONS, ThinkingConfig, about_parts
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import FALLBACK, MODULES, PROJECTION, RESIDUALS, is_thinking_parameter, parts_of
 
@@ -95,7 +96,7 @@ def load_adapter(
     Args:
         model: the base model, or where to load it from. A plain one gains thinking modules; its `config.thinking` is
             set to the adapter's.
-        folder: a folder that HRPOTrainer saved, or a published HRPO adapter (LoRA, gates and Λ).
+        folder: a folder or a hub id of what HRPOTrainer saved, or of a published HRPO adapter (LoRA, gates and Λ).
         residual: by default what the adapter was trained with.
         init_projection: start a fresh projection for an adapter that has none, to train it further.
         is_trainable: whether the adapter's weights require gradients.
@@ -107,12 +108,11 @@ def load_adapter(
         InputError: no adapter there, a thinking weight is missing or of another size, or a projection is asked of an
             adapter that has none.
     """
-    folder = Path(folder)
     if isinstance(model, PeftModel):
         raise InputError("load_adapter takes a base model, and this one already has an adapter; load the base anew.")
-    for name in ("adapter_config.json", "adapter_model.safetensors"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder} holds no adapter: {name} is missing.")
+    folder = adapter_folder(folder)
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder} holds no adapter: adapter_model.safetensors is missing.")
     weights = load_file(folder / "adapter_model.safetensors")
     held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
     if not held:
@@ -130,12 +130,12 @@ def load_adapter(
     check_same_base(folder, model)
     backbone = patched_backbone(model)
     _check_hidden_size(folder, record, model)
-    options = {key: record[key] for key in ThinkingConfig.__dataclass_fields__ if key in record}
+    options = {key: record[key] for key in OPTIONS if key in record}
     if PROJECTION not in parts_of(residual) and _drop_variant(options):
         held.discard(PROJECTION)  # a projection of another kind, which this residual has no use for
         weights = {key: value for key, value in weights.items() if f".{PROJECTION}." not in key}
     thinking = ThinkingConfig.from_dict(options | {"residual": residual})
-    backbone.begin_thinking(thinking)
+    backbone.begin_thinking(thinking, record)
 
     prefix = f"base_model.model.{model.base_model_prefix}."
     modules = sorted(held | set(parts_of(residual)))
@@ -164,9 +164,9 @@ def load_adapter(
 
 
 def _drop_variant(options: dict[str, Any]) -> bool:
-    """Take the projection's variant out of `options`; whether it was one with weights of its own."""
-    kind = {name: options.pop(name, getattr(ThinkingConfig, name)) for name in VARIANT}
-    return kind["projection_layers"] != 1 or kind["projection_norm"]
+    """Take what is about the projection out of `options`; whether it gave it weights of other shapes."""
+    kind = {name: options.pop(name, getattr(ThinkingConfig, name)) for name in about_parts()}
+    return any(kind[name] != getattr(ThinkingConfig, name) for name in kind if OPTIONS[name].shapes)
 
 
 def _check_hidden_size(folder: Path, record: dict[str, Any], model: PreTrainedModel) -> None:

@@ -5,10 +5,8 @@ unsloth has to be imported before transformers, so a command asks here first, an
 
 from __future__ import annotations
 
-import argparse
 import sys
 from importlib import import_module
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hrpo_patches.patching.overlay import check, installed_version
@@ -70,23 +68,6 @@ def refuse_stranger(model: Any) -> None:
     """Raise `InputError` for a model, or the name of one, that another library's changes keep from running."""
     if "unsloth" in sys.modules:
         import_module("hrpo_patches.models.unsloth_backend").refuse_stranger(model)
-
-
-def wanted_backend(argv: list[str] | None) -> str:
-    """The `--backend` of a command line (by default this process's) or of its `--config`; else "auto"."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--backend")
-    parser.add_argument("--config", type=Path)
-    known, _ = parser.parse_known_args(argv)
-    if known.backend is None and known.config is not None and known.config.is_file():
-        import yaml
-
-        try:
-            options = yaml.safe_load(known.config.read_text())
-        except yaml.YAMLError:
-            options = None  # the command line's own parser says what is wrong with the file
-        known.backend = options.get("backend") if isinstance(options, dict) else None
-    return known.backend or "auto"
 
 
 def choose_backend(wanted: str) -> tuple[str, str]:

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from hrpo_patches.models.adapter import holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.models.backends import backend_named
+from hrpo_patches.models.hub import CONFIG, adapter_folder, find_adapter
 from hrpo_patches.models.smollm2 import SMOLLM2, smollm2_folder
 from hrpo_thinking.config import ThinkingConfig, check_same_kind
 from hrpo_thinking.errors import InputError
@@ -90,12 +91,11 @@ def load_model(
 
 def read_adapter_config(adapter: Path) -> PeftConfig:
     """PEFT's config of the adapter in a folder; an `InputError` if there is none."""
-    if not (adapter / "adapter_config.json").is_file():
-        raise InputError(f"{adapter} holds no adapter: adapter_config.json is missing.")
+    adapter = adapter_folder(adapter)
     try:
         return PeftConfig.from_pretrained(str(adapter))
     except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{adapter / 'adapter_config.json'} is damaged: {error}.") from None
+        raise InputError(f"{adapter / CONFIG} is damaged: {error}.") from None
 
 
 def base_of(adapter: Path, base: str | None = None) -> Any:
@@ -124,24 +124,26 @@ def tokenizer_of(adapter: Path, base: Any) -> PreTrainedTokenizerBase:
 
 
 def open_model(name: str, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A model to look at or to evaluate, and its tokenizer: an adapter's folder, a merged model, or any base model.
+    """A model to look at or to evaluate, and its tokenizer: an adapter's folder or hub id, a merged model, or any
+    base model.
 
     A plain adapter (`--residual none`) leaves the thinking weights fresh.
 
     Raises:
         InputError: as `load_model`, `load_adapter` and `base_of`.
     """
-    if not (Path(name) / "adapter_config.json").is_file():
+    adapter = find_adapter(name)
+    if adapter is None:
         if base is not None:
             raise InputError(f"{name} is no adapter, so it has no base model; leave --base out.")
         said = ThinkingConfig.of(read_config(smollm2_folder() if name == SMOLLM2 else name))
         model, tokenizer = load_model(name, said or ThinkingConfig())
         return model.eval(), tokenizer
-    source = base_of(Path(name), base)
+    source = base_of(adapter, base)
     model, _ = load_model(str(source), ThinkingConfig())
-    tokenizer = tokenizer_of(Path(name), source)
+    tokenizer = tokenizer_of(adapter, source)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if not holds_thinking(Path(name)):
-        return load_plain_adapter(model, name), tokenizer
-    return load_adapter(model, name), tokenizer
+    if not holds_thinking(adapter):
+        return load_plain_adapter(model, adapter), tokenizer
+    return load_adapter(model, adapter), tokenizer

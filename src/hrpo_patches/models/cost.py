@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from hrpo_patches.models.base import read_config
 from hrpo_patches.models.smollm2 import SMOLLM2, smollm2_folder
-from hrpo_thinking.config import VARIANT, ThinkingConfig, check_same_kind
+from hrpo_thinking.config import ThinkingConfig, about_parts, check_same_kind, record_of
 from hrpo_thinking.parts import MODULES, is_thinking_parameter
 
 
@@ -50,8 +50,8 @@ def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
     saved = config.thinking if isinstance(config.thinking, dict) else {}
     if saved.get("in_checkpoint") and thinking == ThinkingConfig():  # a merged model has a projection of its own kind
         thinking = ThinkingConfig.from_dict(saved)
-    check_same_kind(saved, {name: getattr(thinking, name) for name in VARIANT}, repr(source))
-    config.thinking = thinking.to_dict()
+    check_same_kind(saved, {name: getattr(thinking, name) for name in about_parts()}, repr(source))
+    config.thinking = record_of(thinking)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     whole = sum(p.numel() for name, p in model.named_parameters() if not is_thinking_parameter(name))

@@ -6,7 +6,6 @@ Weights stay float32 whatever the rest is in, as everywhere: a 16-bit Λ would r
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from hrpo_patches.files import replace
 from hrpo_thinking.config import NEEDS_US
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import is_thinking_parameter
@@ -60,9 +60,7 @@ def _rewrite(shard: Path, added: dict[str, Tensor]) -> None:
         return
     kept = {key: value for key, value in load_file(shard).items() if not is_thinking_parameter(key)}
     fresh = {key: value.detach().cpu().contiguous() for key, value in added.items()}
-    building = shard.with_suffix(".building")
-    save_file(kept | fresh, building, metadata=metadata or {"format": "pt"})
-    os.replace(building, shard)
+    replace(shard, lambda file: save_file(kept | fresh, file, metadata=metadata or {"format": "pt"}))
 
 
 def _update_index(folder: Path, weights: dict[str, Tensor], shard: str) -> None:
@@ -77,4 +75,4 @@ def _update_json(path: Path, changes: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +10,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
+from hrpo_patches.files import whole_or_nothing
 from hrpo_patches.models.adapter import load_adapter
 from hrpo_patches.models.base import base_of, read_adapter_config, tokenizer_of
 from hrpo_patches.models.full import mark
+from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.models.record import read_thinking, write_thinking
-from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.config import ThinkingConfig, record_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.modules import make_projection
 from hrpo_thinking.parts import MODULES, PROJECTION, parts_of
@@ -25,38 +24,24 @@ from hrpo_thinking.parts import MODULES, PROJECTION, parts_of
 _PREFIX = "base_model.model.model."
 
 
-@contextmanager
-def _whole_or_nothing(destination: Path) -> Iterator[Path]:
-    """A folder beside `destination` that takes its place at the end; an existing destination is an `InputError`."""
-    if destination.exists():
-        raise InputError(f"{destination} exists already; give a folder that does not.")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}-"))
-    try:
-        yield building
-        building.chmod(0o755)  # mkdtemp keeps others out
-        building.rename(destination)
-    finally:
-        shutil.rmtree(building, ignore_errors=True)
-
-
-def merge(adapter: Path, destination: Path, base: str | None = None) -> Path:
+def merge(adapter: str | Path, destination: Path, base: str | None = None) -> Path:
     """Write the full model that the adapter and its base make, in the base's dtype; thinking weights stay float32.
 
     Where hrpo_patches is imported, `AutoModelForCausalLM.from_pretrained(destination)` loads it, and it thinks by
     default; without, transformers refuses it with an error that names hrpo_patches.
 
     Args:
-        adapter: a folder that `load_adapter` takes.
+        adapter: a folder or a hub id that `load_adapter` takes.
         destination: must not exist; it appears when all of it is written.
         base: the base model, by default the one that the adapter names.
 
     Raises:
         InputError: the destination exists, there is no such base, or the adapter does not load.
     """
+    adapter = adapter_folder(adapter)
     source = base_of(adapter, base)
     tokenizer = tokenizer_of(adapter, source)
-    with _whole_or_nothing(destination) as folder:
+    with whole_or_nothing(destination) as folder:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         merged: Any = load_adapter(model, adapter).merge_and_unload()
         merged.save_pretrained(folder)
@@ -101,11 +86,11 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
     thinking_keys = tuple(f"{_PREFIX}{name}." for name in MODULES)
     weights = {key: value.float() if key.startswith(thinking_keys) else value for key, value in weights.items()}
     config.modules_to_save = sorted(set(config.modules_to_save or []) | set(modules))
-    with _whole_or_nothing(destination) as folder:
+    with whole_or_nothing(destination) as folder:
         for file in source.iterdir():  # the tokenizer, the model card
             if file.is_file() and not file.name.startswith("adapter_"):
                 shutil.copy(file, folder)
         config.save_pretrained(str(folder))
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_thinking(thinking, gate.shape[0], GenerationConfig(), folder)
+        write_thinking(record_of(thinking), gate.shape[0], GenerationConfig(), folder)
     return destination

@@ -10,9 +10,9 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedModel
 
 from hrpo_patches.thinking.backbone import causal_lm
-from hrpo_thinking.config import VARIANT, ThinkingConfig
+from hrpo_thinking.config import OPTIONS, ThinkingConfig, about_parts, record_of
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.parts import PROJECTION, parts_of, spelled
+from hrpo_thinking.parts import parts_of, spelled
 
 THINKING_FILE = "thinking_config.json"
 GENERATION_FILE = "generation_config.json"
@@ -24,18 +24,18 @@ def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
     thinking = ThinkingConfig.of(base.config)
     if thinking is None:
         raise InputError("this is a plain model; there is no thinking to save.")
-    write_thinking(thinking, base.config.hidden_size, base.generation_config, folder)
+    write_thinking(record_of(thinking, base.config.thinking), base.config.hidden_size, base.generation_config, folder)
 
 
 def write_thinking(
-    thinking: ThinkingConfig, hidden_size: int, generation_config: GenerationConfig, folder: str | Path
+    thinking: dict[str, Any], hidden_size: int, generation_config: GenerationConfig, folder: str | Path
 ) -> None:
-    """The two files of `save_thinking`, for an adapter whose base model is not at hand."""
-    record = thinking.to_dict() | {"hidden_size": hidden_size, "modules": parts_of(thinking.residual)}
+    """The two files of `save_thinking`, from a `record_of` the thinking, where the base model is not at hand."""
+    record = thinking | {"hidden_size": hidden_size, "modules": parts_of(thinking["residual"])}
     record.pop("in_checkpoint")
     (Path(folder) / THINKING_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n")
     generation = copy.deepcopy(generation_config)
-    generation.thinking, generation.thoughts = True, thinking.thoughts or None
+    generation.thinking, generation.thoughts = True, thinking["thoughts"] or None
     generation._from_model_config = False  # or loading it would take its fields for a model's
     generation.save_pretrained(folder)
 
@@ -72,7 +72,7 @@ def check_same_thinking(folder: Path, residual: str | None, wanted: ThinkingConf
     if saved is None or wanted is None:
         return
     forced = ("thoughts", "filler") if residual is not None else ()  # which an adapter may be trained further with
-    variant = VARIANT if was == wanted.residual and PROJECTION in parts_of(was) else ()
+    variant = [name for name in about_parts() if was == wanted.residual and OPTIONS[name].part in parts_of(was)]
     for name in ("answer_start", *forced, *variant):
         value = saved.get(name, getattr(ThinkingConfig, name))
         if value != getattr(wanted, name):

@@ -15,7 +15,6 @@ from torch import Tensor
 from hrpo_patches.models.full import add_thinking
 from hrpo_patches.models.record import save_thinking
 from hrpo_patches.thinking.backbone import causal_lm
-from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.modules import ThinkingModule
 from hrpo_thinking.parts import MODULES, is_thinking_parameter
@@ -112,9 +111,7 @@ def _merged(
         )
     result = _original(self, "save_pretrained_merged")(save_directory, tokenizer, save_method, *args, **kwargs)
     if weights and kind == "merged_16bit":
-        thinking = ThinkingConfig.of(causal_lm(self).config)
-        assert thinking is not None  # it has thinking weights
-        add_thinking(Path(save_directory), weights, thinking.to_dict())
+        add_thinking(Path(save_directory), weights, causal_lm(self).config.thinking)
     elif weights:
         save_thinking(self, save_directory)
     return result

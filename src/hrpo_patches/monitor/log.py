@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hrpo_patches.files import append, replace
 from hrpo_thinking.errors import InputError
 
 LOG_FILE = "monitor.jsonl"
@@ -61,18 +61,12 @@ class RunLog:
         if self.path.exists() and (step == 0 or others):
             raise InputError(f"{self.path} holds another run's log; give another output_dir, or move it away.")
         rows = kept or [{"step": 0, "run": header}]
-        building = self.path.with_suffix(".new")
-        building.write_text("".join(self._line(row) for row in rows))
-        building.replace(self.path)
+        replace(self.path, "".join(self._line(row) + "\n" for row in rows))
 
     def write(self, row: Row) -> None:
         """Append one row, in one call of the operating system."""
-        file = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-        try:
-            os.write(file, self._line(row).encode())
-        finally:
-            os.close(file)
+        append(self.path, self._line(row))
 
     @staticmethod
     def _line(row: Row) -> str:
-        return json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False) + "\n"
+        return json.dumps({key: _plain(value) for key, value in row.items()}, allow_nan=False)

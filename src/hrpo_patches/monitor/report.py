@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+from hrpo_patches.extras import require
+from hrpo_patches.files import replace
 from hrpo_patches.monitor.log import LOG_FILE, Row, read_rows
 from hrpo_thinking.errors import InputError
 
@@ -64,7 +65,7 @@ class Run:
 def write_json(record: dict[str, Any], folder: Path) -> Path:
     """Write `report.json` into `folder`."""
     path = folder / "report.json"
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    replace(path, json.dumps(record, indent=2) + "\n")
     return path
 
 
@@ -203,7 +204,7 @@ def write_report(folders: list[Path], stem: Path) -> list[Path]:
     Raises:
         InputError: a folder holds no run, one of the files exists, or matplotlib is not installed.
     """
-    require_matplotlib("report")
+    require("matplotlib", "report")
     if not stem.name or stem.suffix in (".png", ".md") or stem.parent.is_file():
         raise InputError(f"--out is the name of two files, without their endings .png and .md; {stem} is none.")
     runs = read_runs(folders)
@@ -215,9 +216,3 @@ def write_report(folders: list[Path], stem: Path) -> list[Path]:
     draw(runs, paths[0])
     paths[1].write_text(f"![{_headline(runs)}]({paths[0].name})\n\n{table(runs)}")
     return paths
-
-
-def require_matplotlib(what: str) -> None:
-    """Raise `InputError` where it is not installed."""
-    if find_spec("matplotlib") is None:
-        raise InputError(f"{what} needs matplotlib; run: pip install 'hrpo_patches[quickstart]'")

@@ -16,6 +16,7 @@ from urllib.parse import parse_qsl
 
 import yaml
 
+from hrpo_patches.extras import require
 from hrpo_patches.tasks.base import Problem, Row, Task, text
 from hrpo_patches.tasks.graders.numbers import number
 from hrpo_patches.tasks.gsm8k import TASK as GSM8K
@@ -85,13 +86,10 @@ def gym_task(name: str, size: int, seed: int) -> GymTask:
     Raises:
         InputError: reasoning-gym is not installed, or does not know the name or an option.
     """
-    try:
-        import reasoning_gym
-        from reasoning_gym.factory import DATASETS
-    except ImportError:
-        raise InputError(
-            "reasoning_gym:... needs reasoning-gym; run: pip install 'hrpo_patches[quickstart]'"
-        ) from None
+    require("reasoning_gym", name)
+    import reasoning_gym
+    from reasoning_gym.factory import DATASETS
+
     generator, _, query = name.removeprefix(PREFIX).partition("?")
     if generator not in DATASETS:
         near = get_close_matches(generator, DATASETS, n=3, cutoff=0.4) or sorted(DATASETS)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, str]]
+PROMPTS = ("auto", "chat", "plain")
 
 
 def examples_of(task: Task, marker: str, shots: int, own: list[str]) -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from rich.progress import track
 
+from hrpo_patches.extras import require
 from hrpo_patches.tasks.base import Problem, Row
 from hrpo_patches.tasks.qa import TOP, documents_of, with_documents
 from hrpo_patches.tasks.sources import json_rows
@@ -22,8 +22,7 @@ class Retriever:
     """
 
     def __init__(self, documents: list[str]) -> None:
-        if find_spec("bm25s") is None:
-            raise InputError("retrieval needs bm25s; run: pip install 'hrpo_patches[rag]'")
+        require("bm25s", "retrieval")
         if not documents:
             raise InputError("there are no documents to search.")
         import bm25s

@@ -11,7 +11,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from hrpo_patches.thinking.passes import Head, Passes, check_passes, inputs_of_last_pass, one_by_one, refuse_dropout
 from hrpo_thinking.blend import Blend
-from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.config import ThinkingConfig, record_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.modules import ThinkingModule, make_projection, thinking_modules
 from hrpo_thinking.parts import MODULE_PATTERN, MODULES, RESIDUALS, is_thinking_parameter
@@ -55,18 +55,23 @@ class ThinkingMixin(Blend, _Base):
             if vars(config).pop("thinking", None) is False:
                 self.declines_thinking = True
             return
-        config.thinking = thinking.to_dict()
+        config.thinking = record_of(thinking, config.thinking)
         for name, module in thinking_modules(config, thinking).items():
             self.add_module(name, module)
         # The first also keeps quantizers away, the second holds under bf16 as well as fp16.
         self._keep_in_fp32_modules = set(MODULES)
         self._keep_in_fp32_modules_strict = set(MODULES)
-        if not thinking.in_checkpoint:
+        if not config.thinking["in_checkpoint"]:
             self._keys_to_ignore_on_load_missing = {MODULE_PATTERN.pattern}
 
-    def begin_thinking(self, thinking: ThinkingConfig) -> None:
-        """Let this backbone think as described: with fresh modules, or a fresh projection of another kind."""
-        self.config.thinking = thinking.to_dict()
+    def begin_thinking(self, thinking: ThinkingConfig, held: dict[str, Any] | None = None) -> None:
+        """Let this backbone think as described: with fresh modules, or a fresh projection of another kind.
+
+        Args:
+            thinking: how.
+            held: the record (`record_of`) of the weights that are to be loaded or trained further; by default its own.
+        """
+        self.config.thinking = record_of(thinking, held if held is not None else self.config.thinking)
         if not hasattr(self, "thinking_projection"):
             self.add_thinking_modules(self.config)
             for name in MODULES:
@@ -88,7 +93,7 @@ class ThinkingMixin(Blend, _Base):
         missing = sorted(key for key in loading_info.missing_keys if is_thinking_parameter(key))
         whole = [key for key, _ in self.named_parameters() if is_thinking_parameter(key)]
         thinking = ThinkingConfig.of(self.config)
-        claimed = thinking is not None and thinking.in_checkpoint
+        claimed = thinking is not None and record_of(thinking, self.config.thinking)["in_checkpoint"]
         stray = sorted(key for key in loading_info.unexpected_keys if is_thinking_parameter(key))
         declined = getattr(getattr(self, self.base_model_prefix, self), "declines_thinking", False)
         if stray and thinking is None and not declined:

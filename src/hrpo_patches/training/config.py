@@ -2,46 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from hrpo_patches.thinking.passes import Passes, check_passes
 from hrpo_patches.training.released import released
-from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.parts import residual_of
+from hrpo_thinking.parts import NONE, RATES, RESIDUALS, residual_of
 
-Reference = Literal["base", "start"]
+if TYPE_CHECKING:
+    from trl import GRPOConfig
+else:
+    GRPOConfig = released("trl.trainer.grpo_config", "GRPOConfig")
 
-GRPOConfig: Any = released("trl.trainer.grpo_config", "GRPOConfig")
-
-
-def read_passes(given: Any) -> Passes:
-    """`replay_passes` as Python gives it or as a command line does; an `InputError` if it cannot be."""
-    passes = int(given) if isinstance(given, str) and given.isdecimal() else given
-    check_passes(passes)
-    return passes
+REFERENCES = ("base", "start")
+SHARED = {"residual", "answer_start", "thoughts", "filler"}  # options of ThinkingConfig that are fields here, too
 
 
-def check_reference(reference: str) -> None:
-    """Raise `InputError` unless there is such a KL reference."""
-    if reference not in get_args(Reference):
-        raise InputError(f"reference has to be one of {get_args(Reference)}, not {reference!r}.")
+class _Spellings:
+    """How a command line spells a residual: those that are registered by the time it asks, and "none"."""
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*RESIDUALS, NONE))
+
+
+def _thinking(name: str, default: Any, **metadata: Any) -> Any:
+    """A field for an option of ThinkingConfig, with its help."""
+    return field(default=default, metadata={"help": OPTIONS[name].help} | metadata)
+
+
+def _rate(group: str, what: str) -> Any:
+    return field(default=RATES[group], metadata={"help": f"Learning rate of {what}."})
 
 
 @dataclass
 class HRPOConfig(GRPOConfig):
     """TRL's `GRPOConfig` with the options of thinking.
 
+    How a model thinks is said by `thinking`, or by the four options of it that have a field here. What is left open is
+    the model's own, or `ThinkingConfig`'s default.
+
     Raises:
-        InputError: an option asks for a kind of generation that cannot think, or is out of its range.
+        InputError: an option asks for a kind of generation that cannot think, is out of its range, or is given in both
+            ways.
     """
 
-    residual: str | None = field(
-        default="projection",
-        metadata={"help": "What a thinking position is blended with: projection, embedding, or none for plain GRPO."},
+    thinking: ThinkingConfig | str | dict[str, Any] | None = field(
+        default=None, metadata={"help": "Options of ThinkingConfig; a dict, on a command line as JSON."}
     )
-    answer_start: str = field(default="####", metadata={"help": "The text that ends the thinking."})
+    residual: str | None = _thinking("residual", ThinkingConfig.residual, choices=_Spellings())
+    answer_start: str = _thinking("answer_start", ThinkingConfig.answer_start)
+    thoughts: int | None = _thinking("thoughts", None)
+    filler: str | None = _thinking("filler", None)
     replay_passes: str = field(
         default="1",
         metadata={
@@ -49,23 +64,17 @@ class HRPOConfig(GRPOConfig):
             "or all, the exact gradient."
         },
     )
-    thoughts: int | None = field(
-        default=None,
-        metadata={"help": "Forced thoughts that every completion begins with; by default as many as the model's own."},
-    )
-    filler: str | None = field(
-        default=None, metadata={"help": "Name of the token that a forced thought is; by default the model's own."}
-    )
     reference: str = field(
         default="base",
         metadata={
+            "choices": REFERENCES,
             "help": "What the KL divergence is from: base, the base model with adapters off, not thinking; or start, "
-            "the model that training began from, thinking as it does."
+            "the model that training began from, thinking as it does.",
         },
     )
-    lr_residual_gate: float = field(default=1e-4, metadata={"help": "Learning rate of the two gates."})
-    lr_residual_Lambda: float = field(default=1e-3, metadata={"help": "Learning rate of Lambda."})
-    lr_thinking_projection: float = field(default=1e-4, metadata={"help": "Learning rate of thinking_projection."})
+    lr_residual_gate: float = _rate("gate", "the two gates")
+    lr_residual_Lambda: float = _rate("Lambda", "Lambda")
+    lr_thinking_projection: float = _rate("projection", "thinking_projection")
     monitor: bool = field(
         default=True,
         metadata={"help": "Measure thinking at every log line, warn early, keep all lines in monitor.jsonl."},
@@ -73,18 +82,45 @@ class HRPOConfig(GRPOConfig):
 
     def __post_init__(self) -> None:
         self.residual = residual_of(self.residual)
-        self.replay_passes = read_passes(self.replay_passes)  # type: ignore[assignment]
-        check_reference(self.reference)
-        if self.residual is not None:
-            given = {name: getattr(self, name) for name in ("residual", "answer_start", "thoughts", "filler")}
-            ThinkingConfig.from_dict({name: value for name, value in given.items() if value is not None})
+        self._read_thinking()
+        passes: Any = self.replay_passes
+        passes = int(passes) if isinstance(passes, str) and passes.isdecimal() else passes
+        check_passes(passes)
+        self.replay_passes = passes
+        if self.reference not in REFERENCES:
+            raise InputError(f"reference has to be one of {REFERENCES}, not {self.reference!r}.")
         if self.residual is not None or self.thoughts:
             self._refuse_what_cannot_think()
-        if self.residual is None and (self.replay_passes != 1 or self.reference != "base"):
+        if self.residual is None and (self.passes != 1 or self.reference != "base"):
             raise InputError("replay_passes and reference are about thinking; they do not go with residual='none'.")
         if self.reference == "start" and self.sync_ref_model:
             raise InputError("sync_ref_model moves the reference, and reference='start' keeps it; leave one out.")
         super().__post_init__()
+
+    def _read_thinking(self) -> None:
+        """Read `thinking` into a dict, and into the fields that say the same."""
+        given = self.thinking
+        if isinstance(given, str):
+            try:
+                given = json.loads(given)
+            except ValueError as error:
+                raise InputError(f"thinking is no JSON: {error}.") from None
+        if not isinstance(given, (ThinkingConfig, dict, type(None))):
+            raise InputError(f"thinking has to be a ThinkingConfig or a dict of its options, not {given!r}.")
+        options: dict[str, Any] = asdict(given) if isinstance(given, ThinkingConfig) else given or {}
+        if options and self.residual is None:
+            raise InputError("thinking does not go with residual='none', which is plain GRPO; leave one of them out.")
+        for name in SHARED & set(options):
+            own, default = getattr(self, name), type(self).__dataclass_fields__[name].default
+            if own not in (default, options[name]):
+                raise InputError(f"{name} is {own!r}, and thinking says {options[name]!r}; leave one of them out.")
+            setattr(self, name, options[name])
+        self.thinking = options or None
+        ThinkingConfig.from_dict(self._options())  # also where nothing is blended, and thoughts are pauses
+
+    def _options(self) -> dict[str, Any]:
+        own = {name: value for name in SHARED if (value := getattr(self, name)) is not None}
+        return (self.thinking or {}) | own  # type: ignore[operator]
 
     def _refuse_what_cannot_think(self) -> None:
         kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
@@ -100,6 +136,11 @@ class HRPOConfig(GRPOConfig):
                 f"{wrong[0]} cannot think: its decoding hands no hidden state from step to step. Leave it out, or "
                 f"train plain GRPO with residual='none'."
             )
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The options of thinking that this run chooses, by name; none for plain GRPO."""
+        return self._options() if self.residual is not None else {}
 
     @property
     def passes(self) -> Passes:

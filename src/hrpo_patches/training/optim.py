@@ -12,7 +12,7 @@ from torch import nn, optim
 from transformers import Trainer
 
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.parts import group_of
+from hrpo_thinking.parts import RATES, group_of
 
 
 def parameter_groups(
@@ -62,9 +62,9 @@ def regroup(trainer: Trainer, optimizer: optim.Optimizer, learning_rates: dict[s
 
 def patch_trainer_optimizer(
     trainer: Trainer,
-    lr_residual_gate: float = 1e-4,
-    lr_residual_Lambda: float = 1e-3,
-    lr_thinking_projection: float = 1e-4,
+    lr_residual_gate: float = RATES["gate"],
+    lr_residual_Lambda: float = RATES["Lambda"],
+    lr_thinking_projection: float = RATES["projection"],
 ) -> None:
     """Give any Hugging Face `Trainer` separate groups for the gates, Λ and the projection of its model.
 

@@ -20,7 +20,7 @@ from hrpo_patches.models.base import thinking_options
 from hrpo_patches.thinking.backbone import patched_backbone, thinking_backbone
 from hrpo_patches.thinking.passes import refuse_dropout
 from hrpo_patches.training.config import HRPOConfig
-from hrpo_thinking.config import ThinkingConfig, check_same_kind
+from hrpo_thinking.config import ThinkingConfig, check_same_kind, record_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import FALLBACK, RESIDUALS, canonical, is_thinking_parameter, parts_of
@@ -36,17 +36,16 @@ def thinking_model(model: Any, args: HRPOConfig, quantization_config: Any = None
         InputError: the model cannot think, or thinks in another way already.
     """
     refuse_stranger(model)
-    chosen: dict[str, Any] = {"residual": args.residual, "answer_start": args.answer_start}
-    chosen |= {name: value for name in ("thoughts", "filler") if (value := getattr(args, name)) is not None}
+    chosen = args.chosen
     if isinstance(model, str):
         init = dict(args.model_init_kwargs or {})
         chosen = dict(init.pop("thinking", None) or {}) | chosen
         args.model_init_kwargs = init or None
         return _loaded(model, init | {"thinking": thinking_options(model, chosen)}, args, quantization_config)
     backbone = patched_backbone(model)
-    current = (ThinkingConfig.of(backbone.config) or ThinkingConfig()).to_dict()
+    current = record_of(ThinkingConfig.of(backbone.config) or ThinkingConfig(), backbone.config.thinking)
     check_same_kind(current, chosen, "this model")
-    backbone.begin_thinking(ThinkingConfig.from_dict(current | chosen))
+    backbone.begin_thinking(ThinkingConfig.from_dict(current | chosen), current)
     return model
 
 

@@ -1,0 +1,143 @@
+"""Reads a command line and its YAML file into dataclasses by TRL's parser, once; knows flags, not what they mean.
+
+Importing this imports neither torch nor transformers: `--backend` is read before them, for so unsloth wants it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterable
+from dataclasses import field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from hrpo_patches.models.backends import BACKENDS
+from hrpo_thinking.config import OPTIONS, ThinkingConfig
+from hrpo_thinking.errors import InputError
+
+if TYPE_CHECKING:
+    from trl import TrlParser
+
+Written = list[str]  # words of a command line
+
+
+def option(default: Any, text: str, **metadata: Any) -> Any:
+    """A dataclass field that is a flag, with its help and whatever argparse takes (`choices`, `aliases`)."""
+    return field(default=default, metadata={"help": text} | metadata)
+
+
+def published(kind: type, name: str, default: Any, *aliases: str) -> Any:
+    """A field of the dataclass `kind` with another default, and the names that the published scripts have for it."""
+    (one,) = [one for one in fields(kind) if one.name == name]
+    return field(default=default, metadata=dict(one.metadata) | ({"aliases": list(aliases)} if aliases else {}))
+
+
+def add_thinking_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Give a parser the flags of these options of ThinkingConfig."""
+    group = parser.add_argument_group("how the model thinks")
+    for name in names:
+        one, default = OPTIONS[name], getattr(ThinkingConfig, name)
+        flags = [f"--{name}", *([f"--{one.published}"] if one.published else [])]
+        switch: dict[str, Any] = {"nargs": "?", "const": True} if one.kind is bool else {}
+        kind = _switch if one.kind is bool else one.kind
+        group.add_argument(*flags, type=kind, default=default, choices=one.choices, help=one.help, **switch)
+
+
+def _switch(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The options in a YAML file, by the name of their flag; an `InputError` if it holds none."""
+    try:
+        options = yaml.safe_load(path.read_text())
+    except (OSError, yaml.YAMLError) as error:
+        raise InputError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
+        raise InputError(f"--config {path} has to hold options, one `name: value` a line.")
+    return options
+
+
+def as_words(options: dict[str, Any]) -> Written:
+    """Options of a YAML file as words of a command line, so that one parser reads and checks both."""
+    words = []
+    for name, value in options.items():
+        if isinstance(value, list):
+            words += [f"--{name}", *map(str, value)]
+        elif value is not None:
+            text = json.dumps(value) if isinstance(value, (bool, dict)) else str(value)
+            words.append(f"--{name}={text}")
+    return words
+
+
+def with_config(argv: Written) -> Written:
+    """A command line with the options of its `--config FILE.yaml` before its own flags, which win.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--config", type=Path)
+    known, rest = parser.parse_known_args(argv)
+    return rest if known.config is None else as_words(read_yaml(known.config)) + rest
+
+
+def split_backend(words: Written) -> tuple[str, Written]:
+    """The `--backend` of a command line, and all other words; an `InputError` if there is no such backend."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--backend", default=BACKENDS[0])
+    known, rest = parser.parse_known_args(words)
+    if known.backend not in BACKENDS:
+        raise InputError(f"--backend has to be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, not {known.backend!r}.")
+    return known.backend, rest
+
+
+def add_first_flags(parser: argparse.ArgumentParser, backend: bool = False) -> None:
+    """Give a parser the flags that were read before it, for its help."""
+    if backend:
+        text = "The library that loads and runs the model; auto: unsloth if it is installed and a GPU is there."
+        parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0], help=text)
+    parser.add_argument("--config", metavar="FILE.yaml", help="A YAML file with any of these options; flags win.")
+
+
+def parser_of(*kinds: Any, prog: str, description: str) -> TrlParser:
+    """TRL's parser for these dataclasses, whose errors are `InputError`s."""
+    from trl import TrlParser
+
+    class Parser(TrlParser):
+        def error(self, message: str) -> Any:
+            raise InputError(f"{message}; see {prog} --help.")
+
+    usage = f"{prog} [--flag value ...]"
+    return Parser(kinds, prog=prog, usage=usage, description=description, allow_abbrev=False)
+
+
+class _Plain(argparse.ArgumentParser):
+    def error(self, message: str) -> Any:
+        raise InputError(f"{message}; see {self.prog} --help.")
+
+
+def plain_parser(prog: str, description: str) -> argparse.ArgumentParser:
+    """The parser of a command with few flags, whose errors are `InputError`s; its help has every default."""
+    shape = argparse.ArgumentDefaultsHelpFormatter
+    return _Plain(prog=prog, description=description, formatter_class=shape, allow_abbrev=False)
+
+
+def read(parser: TrlParser, words: Written, **defaults: Any) -> tuple[Any, ...]:
+    """The dataclasses of a parser, and a namespace of its other flags if it has any.
+
+    Raises:
+        InputError: a flag is not known, or its value cannot be.
+    """
+    parser.set_defaults(**defaults)
+    try:
+        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    except InputError:
+        raise
+    except (ValueError, ImportError) as error:
+        raise InputError(" ".join(str(error).split())) from None

@@ -1,0 +1,95 @@
+"""`hrpo think`, `report`, `info`, `lm_eval`: what can be looked at; knows their flags, leaves the work to others."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from textwrap import shorten
+
+from rich.console import Console
+
+from hrpo_patches.commands.flags import Written, add_thinking_flags, plain_parser
+from hrpo_patches.extras import require
+from hrpo_thinking.config import OPTIONS, ThinkingConfig
+
+
+def _console() -> Console:
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def info(argv: Written) -> None:
+    """Print what thinking adds to a model."""
+    from hrpo_patches.models.cost import costs, table_of
+
+    shaping = [name for name, option in OPTIONS.items() if option.shapes]
+    parser = plain_parser("hrpo info", "Show what thinking adds to a model: parameters, and multiply-adds a token.")
+    parser.add_argument("model", help="hub id, folder, config.json, or smollm2-135m; no weights are loaded")
+    add_thinking_flags(parser, shaping)
+    given = parser.parse_args(argv)
+    rows = costs(given.model, ThinkingConfig(**{name: getattr(given, name) for name in shaping}))
+    _console().print(table_of(rows, given.model))
+
+
+def report(argv: Written) -> None:
+    """Draw runs side by side."""
+    from hrpo_patches.monitor.report import read_runs, table, write_report
+
+    text = "Draw training runs side by side into a PNG, and put them into a Markdown table."
+    parser = plain_parser("hrpo report", text)
+    text = "the --output_dir of a run, also unfinished"
+    parser.add_argument("runs", type=Path, nargs="+", metavar="RUN_DIR", help=text)
+    text = "where they go, without the ending; must not exist"
+    parser.add_argument("--out", type=Path, default=Path("report"), help=text)
+    given = parser.parse_args(argv)
+    paths = write_report(given.runs, given.out)
+    print(table(read_runs(given.runs)))
+    print(*paths, sep="\n")
+
+
+def think(argv: Written) -> None:
+    """Show one completion, token by token."""
+    from hrpo_patches.evaluation import think as inside
+    from hrpo_patches.models.base import open_model
+    from hrpo_patches.thinking.backbone import is_untrained
+
+    given = _think_parser().parse_args(argv)
+    if given.png is not None:
+        inside.check_png(given.png)
+    console = _console()
+    with console.status("loading"):
+        model, tokenizer = open_model(given.model, given.base)
+    chat = tokenizer.chat_template is not None and not given.plain
+    prompt = [{"role": "user", "content": given.prompt}] if chat else given.prompt
+    with console.status("thinking"):
+        numbers = (given.max_new_tokens, given.temperature, given.top, given.seed)
+        thoughts = inside.think(model, tokenizer, prompt, *numbers)
+    title = shorten(f"{given.model}: {given.prompt}", 100, placeholder=" …")
+    console.print(inside.table_of(thoughts, title))
+    if is_untrained(model):
+        console.print("The thinking weights are fresh, not trained: the residuals mean nothing yet.")
+    if given.png is not None:
+        print(inside.draw(thoughts, title, given.png))
+
+
+def _think_parser() -> argparse.ArgumentParser:
+    text = "Show one completion: each token's a, its residual's nearest words, and the entropy of its step."
+    parser = plain_parser("hrpo think", text)
+    parser.add_argument("model", help="an adapter's folder or hub id, a merged model, any base, or smollm2-135m")
+    parser.add_argument("--prompt", required=True, help="the question")
+    parser.add_argument("--plain", action="store_true", help="as it is, without the tokenizer's chat template")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="where the completion is cut")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling; 0 is greedy")
+    parser.add_argument("--seed", type=int, default=42, help="of the sampling")
+    parser.add_argument("--top", type=int, default=3, help="words for each residual")
+    parser.add_argument("--base", help="the base model, if not the one that the adapter names")
+    parser.add_argument("--png", type=Path, help="draw it into this file, too; must not exist")
+    return parser
+
+
+def lm_eval(argv: Written) -> int:
+    """Run lm-evaluation-harness with `hrpo` among its models."""
+    require("lm_eval", "lm_eval")
+    from hrpo_patches.evaluation.harness import main
+
+    return main(argv)

@@ -1,0 +1,103 @@
+"""`hrpo`, and `python -m hrpo_patches`: the commands by name; imports each only when it is asked for.
+
+So that a version that cannot be patched is a sentence, and unsloth can be imported before transformers.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any
+
+from hrpo_patches import __version__
+from hrpo_patches.commands.flags import Written, split_backend, with_config
+from hrpo_patches.models.backends import start_backend
+from hrpo_thinking.errors import InputError, NonFiniteError, PatchError
+
+
+def train(argv: Written | None = None, task: str = "gsm8k", prog: str = "hrpo train") -> dict[str, Any]:
+    """Train from a command line, by default this process's; returns what `report.json` holds.
+
+    Args:
+        argv: the flags.
+        task: where --task names none.
+        prog: what the command is called in its help.
+
+    Raises:
+        InputError: before any training, if the run cannot work.
+    """
+    backend, words = split_backend(with_config(sys.argv[1:] if argv is None else argv))
+    if not {"-h", "--help", "--help_all"} & set(words):
+        backend = start_backend(backend)
+    report: dict[str, Any] = import_module("hrpo_patches.commands.train").main(words, task, backend, prog)
+    return report
+
+
+def evaluate(argv: Written | None = None) -> dict[str, Any]:
+    """Evaluate from a command line, by default this process's; returns the results.
+
+    Raises:
+        InputError: before the first completion, if the evaluation cannot work.
+    """
+    results: dict[str, Any] = import_module("hrpo_patches.commands.eval").main(sys.argv[1:] if argv is None else argv)
+    return results
+
+
+def _in(module: str, name: str) -> Callable[[Written], Any]:
+    return lambda argv: getattr(import_module(f"hrpo_patches.commands.{module}"), name)(argv)
+
+
+COMMANDS: dict[str, tuple[Callable[[Written], Any], str]] = {
+    "train": (train, "train a model to think, by GRPO"),
+    "eval": (evaluate, "let a model answer a task's problems, and grade them"),
+    "think": (_in("look", "think"), "show one completion: each token's a, its residual's nearest words, the entropy"),
+    "report": (_in("look", "report"), "draw runs side by side into a PNG, and put them into a Markdown table"),
+    "info": (_in("look", "info"), "show what thinking adds to a model: parameters, multiply-adds a token"),
+    "merge": (_in("adapters", "merge"), "make a full model, which thinks by default, of an adapter and its base"),
+    "convert": (_in("adapters", "convert"), "make a published HRPO adapter (LoRA, gates, Lambda) say how it thinks"),
+    "status": (_in("maintain", "status"), "show every patch and whether it is applied, fits, or is refused"),
+    "lm_eval": (_in("look", "lm_eval"), "lm-evaluation-harness, with the model `hrpo`, which thinks"),
+    "checkout": (_in("maintain", "checkout"), "for maintainers: write the patched upstream files into a folder"),
+    "refresh": (
+        _in("maintain", "refresh"),
+        "for maintainers: write the model families' diffs and the table of options",
+    ),
+}
+
+
+def usage() -> str:
+    """What `hrpo --help` prints."""
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {text}" for name, (_, text) in COMMANDS.items()]
+    head = (
+        f"hrpo {__version__}: hybrid latent reasoning.\n\nusage: hrpo COMMAND ...      (hrpo COMMAND --help says more)"
+    )
+    return "\n".join([head, "", *lines])
+
+
+def main(argv: Written | None = None) -> int:
+    """Run one command (by default of this process's command line); returns the exit status."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if argv else 2
+    if argv[0] not in COMMANDS:
+        print(f"error: there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    return said(COMMANDS[argv[0]][0], argv[1:])
+
+
+def said(entry: Callable[[Written], Any], argv: Written | None = None) -> int:
+    """Run `entry` for a person: what they can mend is one sentence and exit status 2, not a traceback."""
+    try:
+        status = entry(sys.argv[1:] if argv is None else argv)
+    except (InputError, NonFiniteError, PatchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return status if isinstance(status, int) else 0
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main())

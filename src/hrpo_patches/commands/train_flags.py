@@ -1,0 +1,237 @@
+"""The flags of a training run, their defaults and what they refuse; knows nothing of how a run is done."""
+
+from __future__ import annotations
+
+from argparse import SUPPRESS
+from dataclasses import asdict, dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from trl import TrlParser
+
+from hrpo_patches.commands.flags import (
+    Written,
+    add_first_flags,
+    add_thinking_flags,
+    option,
+    parser_of,
+    published,
+    read,
+)
+from hrpo_patches.extras import require
+from hrpo_patches.models.backends import BACKENDS
+from hrpo_patches.models.record import THINKING_FILE, check_same_pauses, check_same_thinking, read_thinking
+from hrpo_patches.tasks.problems import find_task
+from hrpo_patches.tasks.prompts import PROMPTS, examples_of
+from hrpo_patches.training.config import SHARED, HRPOConfig
+from hrpo_patches.training.resume import last_checkpoint
+from hrpo_thinking.config import OPTIONS, ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import NAMES
+from hrpo_thinking.parts import spelled
+
+REST = [name for name in OPTIONS if name not in SHARED]  # options of thinking that HRPOConfig has no field for
+_ALL = "--help_all"
+_GPU = torch.cuda.is_available()
+
+
+@dataclass
+class RunArguments:
+    """What a training run is about, beside its training arguments."""
+
+    _argument_group_name = "the run"
+
+    model_name: str = option("Qwen/Qwen2.5-1.5B-Instruct", f"Hub id or folder of a {NAMES} model, or smollm2-135m.")
+    task: str = option(
+        "gsm8k",
+        "What is asked and how answers are graded: a task, reasoning_gym:NAME?option=value, or package.module:TASK.",
+    )
+    dataset: str | None = option(
+        None, "Hub id, .jsonl file or folder with the problems; by default where the task has them."
+    )
+    corpus: str | None = option(None, "File or folder of documents for questions that come without.")
+    prompt: str = option("auto", "chat, plain, or auto: chat if the tokenizer has a chat template.", choices=PROMPTS)
+    shots: int = option(0, "How many of the task's worked examples the prompt shows.")
+    examples: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Worked examples for the prompt, each a question, a solution and its answer."},
+    )
+    max_prompt_length: int = option(1024, "Problems with a longer prompt (in tokens) are left out.")
+    format_reward: float = option(0.0, "Weight of a reward for the marker alone, beside the answer's of 1.")
+    lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
+    adapter: str | None = option(None, "Train this adapter further instead of a fresh one.")
+    init_projection: bool = option(False, "Start a projection for an --adapter that was trained without one.")
+    eval_problems: int = option(0, "Held-out problems to answer greedily before and after training.")
+    eval_batch_size: int = option(50, "Held-out problems answered at once.")
+    report: bool = option(False, "Write report.png beside report.json at the end.")
+
+
+@dataclass
+class TrainingFlags(HRPOConfig):
+    """`HRPOConfig` with the names and the defaults of the published HRPO scripts (arXiv 2505.18454)."""
+
+    _argument_group_name = "the training arguments of TRL's GRPO, and thinking's"
+
+    thinking: None = option(None, "")
+    output_dir: str | None = published(HRPOConfig, "output_dir", "runs/hrpo")
+    learning_rate: float = published(HRPOConfig, "learning_rate", 5e-6, "--lr")
+    beta: float = published(HRPOConfig, "beta", 0.005)
+    weight_decay: float = published(HRPOConfig, "weight_decay", 0.1)
+    warmup_steps: float = published(HRPOConfig, "warmup_steps", 0.1, "--warmup_ratio")  # below 1 it is a ratio
+    lr_scheduler_type: str = published(HRPOConfig, "lr_scheduler_type", "cosine")
+    optim: str = published(HRPOConfig, "optim", "paged_adamw_8bit", "--optimizer")
+    max_grad_norm: float = published(HRPOConfig, "max_grad_norm", 0.1)
+    num_generations: int | None = published(HRPOConfig, "num_generations", 4, "--group_size")
+    temperature: float = published(HRPOConfig, "temperature", 0.5)
+    gradient_accumulation_steps: int = published(HRPOConfig, "gradient_accumulation_steps", 4)
+    per_device_train_batch_size: int = published(HRPOConfig, "per_device_train_batch_size", 8)
+    max_completion_length: int | None = published(HRPOConfig, "max_completion_length", 1024)
+    seed: int = published(HRPOConfig, "seed", 42)
+    max_steps: int = published(HRPOConfig, "max_steps", -1)
+    num_train_epochs: float = published(HRPOConfig, "num_train_epochs", 1)
+    loss_type: str = published(HRPOConfig, "loss_type", "grpo")  # a mean over each completion's tokens
+    save_steps: float = published(HRPOConfig, "save_steps", 250)
+    save_total_limit: int | None = published(HRPOConfig, "save_total_limit", 3)
+    logging_steps: float = published(HRPOConfig, "logging_steps", 1)
+    resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' for the last in output_dir.")
+    report_to: str = option(
+        "none", "Where the log goes, beside monitor.jsonl.", choices=("none", "tensorboard", "wandb", "trackio")
+    )
+    bf16: bool | None = published(HRPOConfig, "bf16", _GPU and torch.cuda.is_bf16_supported())
+    gradient_checkpointing: bool = published(HRPOConfig, "gradient_checkpointing", _GPU)
+    dataloader_pin_memory: bool = published(HRPOConfig, "dataloader_pin_memory", _GPU)
+
+    def __post_init__(self) -> None:
+        if "8bit" in self.optim and not (_GPU and find_spec("bitsandbytes") is not None):
+            print(f"{self.optim} needs bitsandbytes and a GPU; using adamw_torch.")
+            self.optim = "adamw_torch"
+        super().__post_init__()
+
+
+@dataclass
+class Run:
+    """All that a command line says.
+
+    Attributes:
+        about: what the run is about.
+        config: of the trainer.
+        rest: the options of thinking that the trainer's config has no field for.
+        backend: as it was asked for.
+    """
+
+    about: RunArguments
+    config: TrainingFlags
+    rest: dict[str, Any]
+    backend: str = "auto"
+
+    def thinking(self) -> ThinkingConfig | None:
+        """How the model is to think; None for plain GRPO."""
+        own = {name: value for name in SHARED if (value := getattr(self.config, name)) is not None}
+        if self.about.adapter is not None and (Path(self.about.adapter) / THINKING_FILE).is_file():
+            saved = read_thinking(Path(self.about.adapter))
+            own = {name: saved[name] for name in ("thoughts", "filler") if name in saved} | own
+        if self.config.residual is None:
+            changed = [name for name, value in self.rest.items() if value != getattr(ThinkingConfig, name)]
+            if used := [name for name in changed if OPTIONS[name].part is not None]:
+                raise InputError(f"--{used[0]} is about the projection; it does not go with --residual none.")
+        thinking = ThinkingConfig.from_dict(self.rest | own)
+        return thinking if self.config.residual is not None else None
+
+    def record(self) -> dict[str, Any]:
+        """What the run was asked for, by flag: all but those of TRL's arguments that are as TRL has them."""
+        flags, ours = self.config.to_dict(), set(own_flags())
+        fields = HRPOConfig.__dataclass_fields__
+        own = {name: value for name, value in flags.items() if name in ours or value != fields[name].default}
+        own |= {"residual": spelled(self.config.residual), "backend": self.backend}
+        return asdict(self.about) | self.rest | own
+
+    def check(self) -> None:
+        """Raise `InputError` for whatever can be known to be wrong before any work."""
+        about, config = self.about, self.config
+        thinking = self.thinking()
+        forced = thinking.thoughts if thinking is not None else config.thoughts or 0
+        if forced and forced >= (config.max_completion_length or 0):
+            raise InputError(
+                f"--thoughts {forced} leave no room in --max_completion_length {config.max_completion_length}."
+            )
+        examples_of(find_task(about.task, about.dataset, size=1), config.answer_start, about.shots, about.examples)
+        if about.format_reward < 0:
+            raise InputError(f"--format_reward has to be 0 or more, not {about.format_reward}.")
+        numbers = asdict(about) | {name: getattr(config, name) for name in ("temperature", "max_completion_length")}
+        for name in ("lora_rank", "temperature", "max_prompt_length", "max_completion_length", "eval_batch_size"):
+            if numbers[name] is not None and not numbers[name] > 0:
+                raise InputError(f"--{name} has to be above 0, not {numbers[name]}.")
+        if about.eval_problems < 0:
+            raise InputError(f"--eval_problems has to be 0 or more, not {about.eval_problems}.")
+        for tracker in config.report_to:
+            require(tracker, f"--report_to {tracker}")
+        if about.adapter is not None and config.residual is None:
+            raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
+        if about.init_projection and about.adapter is None:
+            raise InputError("--init_projection goes with --adapter; a fresh adapter has a projection anyway.")
+        if about.report:
+            require("matplotlib", "--report")
+        self._check_output()
+
+    def _check_output(self) -> None:
+        folder = Path(str(self.config.output_dir))
+        if folder.is_file():
+            raise InputError(f"--output_dir {folder} is a file.")
+        holds = folder.is_dir() and any(folder.iterdir())
+        resumed = self.config.resume_from_checkpoint
+        if holds and resumed is None:
+            raise InputError(
+                f"{folder} already holds a run; give another --output_dir, or resume it by "
+                f"--resume_from_checkpoint latest."
+            )
+        if resumed is not None:
+            self._check_resume(folder, holds, resumed)
+
+    def _check_resume(self, folder: Path, holds: bool, resumed: str) -> None:
+        if resumed == "latest":
+            last = last_checkpoint(folder) if holds else None
+            if last is None:
+                raise InputError(f"{folder} holds no checkpoint to resume from.")
+            resumed = self.config.resume_from_checkpoint = str(last)
+        checkpoint = Path(resumed)
+        if not (checkpoint / "trainer_state.json").is_file():
+            raise InputError(f"{checkpoint} is no checkpoint: trainer_state.json does not exist there.")
+        if holds and checkpoint.resolve().parent != folder.resolve():
+            raise InputError(f"{folder} already holds another run than the checkpoint {checkpoint}.")
+        check_same_thinking(checkpoint, spelled(self.config.residual), self.thinking())
+        if self.config.residual is None:
+            check_same_pauses(checkpoint, self.config.thoughts or 0)
+
+
+def make_parser(prog: str, whole: bool = False) -> TrlParser:
+    """The parser of a training run's flags; its help leaves TRL's own out, unless it is to be `whole`."""
+    text = "Train a model to think, by GRPO. Any option can stand in the YAML file of --config."
+    parser = parser_of(RunArguments, TrainingFlags, prog=prog, description=text)
+    add_first_flags(parser, backend=True)
+    add_thinking_flags(parser, REST)
+    parser.add_argument(_ALL, action="help", help="Show TRL's own options, too, all of which are flags.")
+    own = {*own_flags(), "help", "help_all"}
+    for action in parser._actions:
+        if not whole and action.dest not in own:
+            action.help = SUPPRESS
+    return parser
+
+
+def own_flags() -> list[str]:
+    """The names of all flags but those of TRL's that are as TRL has them."""
+    thinking = {*HRPOConfig.__annotations__, *RunArguments.__annotations__, *REST, "backend", "config"}
+    return [name for name in [*thinking, *TrainingFlags.__annotations__] if not name.startswith("_")]
+
+
+def parse(words: Written, task: str = "gsm8k", backend: str = BACKENDS[0], prog: str = "hrpo train") -> Run:
+    """The run that a command line without --backend and --config asks for, checked; `task` is where it names none.
+
+    Raises:
+        InputError: a flag is not known, or something that it asks for cannot work.
+    """
+    about, config, more = read(make_parser(prog, whole=_ALL in words), words, task=task)
+    run = Run(about, config, {name: getattr(more, name) for name in REST}, backend)
+    run.check()
+    return run

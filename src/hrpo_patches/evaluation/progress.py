@@ -1,0 +1,57 @@
+"""Keeps what an evaluation has done so far, so that it can be stopped and taken up again; knows files, no models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hrpo_patches.files import append
+from hrpo_thinking.errors import InputError
+
+
+class Progressed:
+    """What an evaluation has done so far, in a file beside its results: the settings, then a line for each batch.
+
+    Raises:
+        InputError: the file belongs to an evaluation with other settings.
+    """
+
+    def __init__(self, out: Path, settings: dict[str, Any]) -> None:
+        self.path = out.with_name(out.name + ".part")
+        self._lock = FileLock(self.path.with_name(self.path.name + ".lock"))  # held until the process ends
+        try:
+            self._lock.acquire(timeout=0)
+            self.path.touch()
+        except Timeout:
+            raise InputError(f"another evaluation is writing {self.path}; wait, or give another --out.") from None
+        except OSError as error:
+            raise InputError(f"{out} cannot be written: {error.strerror}.") from None
+        lines = self.path.read_text(errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
+        try:
+            whole = [json.loads(line) for line in kept]
+        except ValueError:
+            whole = [None]
+        if whole and whole[0] != settings:
+            begun = whole[0] if isinstance(whole[0], dict) else {}
+            other = sorted(key for key in settings if begun.get(key) != settings[key])
+            raise InputError(
+                f"{self.path} belongs to another evaluation (other {', '.join(other)}); give another --out, or remove "
+                f"it."
+            )
+        self.batches: list[list[dict[str, Any]]] = whole[1:]
+        self.path.write_text("".join(kept) or json.dumps(settings) + "\n")
+
+    def add(self, samples: list[dict[str, Any]]) -> None:
+        """Write one batch's samples, in one call of the operating system."""
+        self.batches.append(samples)
+        append(self.path, json.dumps(samples))
+
+    def remove(self) -> None:
+        """Remove the file: the evaluation is done."""
+        self.path.unlink(missing_ok=True)
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)

@@ -1,0 +1,61 @@
+"""Writes files and folders that are whole or not there, also after a kill; knows nothing of what is in them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hrpo_thinking.errors import InputError
+
+
+def replace(path: Path, write: str | Callable[[Path], object]) -> None:
+    """Put a text, or what a function writes into the file that it is given, in the place of what is at `path`."""
+    building = path.with_name(path.name + ".building")
+    if callable(write):
+        write(building)
+    else:
+        building.write_text(write)
+    os.replace(building, path)
+
+
+def create(path: Path, text: str) -> None:
+    """Write a text to a file that is not there yet.
+
+    Raises:
+        InputError: there is one meanwhile; the text is in another file beside it, which the message names.
+    """
+    building = path.with_name(path.name + ".whole")
+    building.write_text(text)
+    try:
+        os.link(building, path)  # which replaces nothing
+    except FileExistsError:
+        raise InputError(f"{path} has come into being meanwhile; the results are in {building}.") from None
+    building.unlink()
+
+
+def append(path: Path, line: str) -> None:
+    """Add a line to a file, in one call of the operating system."""
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, (line + "\n").encode())
+    finally:
+        os.close(file)
+
+
+@contextmanager
+def whole_or_nothing(destination: Path) -> Iterator[Path]:
+    """A folder beside `destination` that takes its place at the end; an existing destination is an `InputError`."""
+    if destination.exists():
+        raise InputError(f"{destination} exists already; give a folder that does not.")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(dir=destination.parent, prefix=f".{destination.name}-"))
+    try:
+        yield building
+        building.chmod(0o755)  # mkdtemp keeps others out
+        building.rename(destination)
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
