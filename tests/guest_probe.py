@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 if sys.argv[2] == "patched":
@@ -13,6 +14,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
     CLIPVisionConfig,
+    GenerationConfig,
     InternVLConfig,
     InternVLVisionConfig,
     LlamaConfig,
@@ -20,6 +22,7 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 SMALL = {
     "vocab_size": 100,
@@ -57,4 +60,9 @@ for name, config in CONFIGS.items():
     }
     adapted = get_peft_model(again, LoraConfig(target_modules="all-linear"))
     seen[name]["adapted"] = [path for path, _ in adapted.named_parameters() if "lora_" in path]
+plain = AutoModelForCausalLM.from_config(CONFIGS["llama"])
+out = plain.generate(torch.tensor([[1, 2]]), max_new_tokens=2, return_dict_in_generate=True)
+torch.save([plain(torch.tensor([[1, 2]])), out.sequences], folder / "outputs.pt")
+seen["outputs"] = [[field.name for field in fields(kind)] for kind in (CausalLMOutputWithPast, type(out))]
+seen["generation"] = sorted(GenerationConfig().to_dict()) + sorted(plain.generation_config.to_dict())
 (folder / "seen.json").write_text(json.dumps(seen))

@@ -81,7 +81,7 @@ class Blend:
     def embedding_norm(self) -> float:
         """The mean norm of the input embeddings, measured when it is first asked for and kept in `config.thinking`."""
         if self.config.thinking.get("embedding_norm") is None:
-            table = self.get_input_embeddings().weight
+            table: Any = self.get_input_embeddings().weight
             norms = [rows.float().norm(dim=-1) for rows in table.split(4096)]
             self.config.thinking["embedding_norm"] = torch.cat(norms).mean().item()
         return self.config.thinking["embedding_norm"]

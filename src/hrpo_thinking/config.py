@@ -153,11 +153,17 @@ class ThinkingConfig:
             return cls.from_dict(value)
         raise InputError(f"config.thinking has to be a dict, a ThinkingConfig, True, False or None, not {value!r}.")
 
+    def chosen(self) -> dict[str, Any]:
+        """The options, but forced thoughts that are as by default: no weights depend on them; a model has its own."""
+        left_open = [name for name in FORCED if getattr(self, name) == getattr(ThinkingConfig, name)]
+        return {name: value for name, value in asdict(self).items() if name not in left_open}
+
     def to_dict(self) -> dict[str, Any]:
         """The options as `config.thinking` holds them: the record of a model that nothing has been measured of."""
         return record_of(self)
 
 
+FORCED = ("thoughts", "filler")
 OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields(ThinkingConfig)}
 
 # What `config.thinking` holds beside the options: the mean norm of the input embeddings, once it has been measured;
@@ -185,6 +191,14 @@ def plain_model_type(model_config: dict[str, Any]) -> dict[str, Any]:
     if str(model_config.get("model_type", "")).endswith(NEEDS_US):
         return model_config | {"model_type": model_config["model_type"].removesuffix(NEEDS_US)}
     return model_config
+
+
+def keep_thinking_options(generation_config: Any, given: dict[str, Any]) -> None:
+    """Called by `GenerationConfig.__init__`: takes what is said of thinking out of `given`; what is not, is None."""
+    for name in ("thinking", "thoughts", "filler_token_id"):
+        value = given.pop(name, None)
+        if value is not None:
+            setattr(generation_config, name, value)
 
 
 def check_r_range(r_min: float, r_max: float) -> None:

@@ -7,7 +7,7 @@ through here, so that a command line is read without torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hrpo_thinking.errors import InputError
@@ -24,12 +24,12 @@ class Part(NamedTuple):
     Attributes:
         name: its name on the backbone.
         group: its optimizer group, which has a learning rate.
-        residuals: those that train it, by name; none named: all.
+        residuals: those that train it, by name; None: all.
     """
 
     name: str
     group: str
-    residuals: tuple[str, ...] = ()
+    residuals: set[str] | None = None
 
 
 class ResidualKind(NamedTuple):
@@ -56,7 +56,7 @@ def embedding_residual(probabilities: Tensor, embeddings: Tensor) -> Tensor:
 
 
 PARTS = (
-    Part("thinking_projection", "projection", ("projection",)),
+    Part("thinking_projection", "projection", {"projection"}),
     Part("thinking_residual_gate_r", "gate"),
     Part("thinking_residual_gate_i", "gate"),
     Part("thinking_residual_Lambda", "Lambda"),
@@ -87,15 +87,24 @@ RESIDUALS = {
 FALLBACK = "embedding"  # of a generation whose forward returns no last hidden state
 
 
-def register(kind: ResidualKind) -> None:
+def register(kind: ResidualKind, trains: Collection[str] = ()) -> None:
     """Add a residual.
 
+    Args:
+        kind: its row.
+        trains: the thinking modules that it makes `s` with, by name, beside those that every residual trains.
+
     Raises:
-        InputError: there is one of that name.
+        InputError: there is one of that name, or no such module.
     """
     if kind.name in RESIDUALS or kind.name == NONE:
         raise InputError(f"there is a residual {kind.name!r} already; give yours another name.")
+    if unknown := sorted(set(trains) - set(MODULES)):
+        raise InputError(f"there is no thinking module {unknown[0]!r}; there are {', '.join(MODULES)}.")
     RESIDUALS[kind.name] = kind
+    for part in PARTS:
+        if part.residuals is not None and part.name in trains:
+            part.residuals.add(kind.name)
 
 
 def residual_of(given: str | None) -> str | None:
@@ -114,7 +123,8 @@ def spelled(residual: str | None) -> str:
 
 def parts_of(residual: str | None) -> list[str]:
     """The thinking modules that a run with this residual trains and saves, by name; none for plain GRPO."""
-    return [part.name for part in PARTS if residual is not None and (not part.residuals or residual in part.residuals)]
+    rows = PARTS if residual is not None else ()
+    return [part.name for part in rows if part.residuals is None or residual in part.residuals]
 
 
 def is_thinking_parameter(name: str) -> bool:

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from tiny import tiny_config
 
@@ -49,6 +50,8 @@ def test_checkout_and_refresh_are_commands(tmp_path, capsys):
     assert cli.main(["checkout", str(tmp_path / "tree")]) == 0
     assert cli.main(["refresh", "--into", str(tmp_path / "out")]) == 0
     assert "llama.patch" in capsys.readouterr().out
+    stored = Path(__file__).parents[2] / "docs" / "options.md"
+    assert (tmp_path / "out" / "options.md").read_text() == stored.read_text(), "run `hrpo refresh`"
     assert cli.main(["checkout", str(tmp_path / "tree")]) == 2
     assert "error: " in capsys.readouterr().err
 

@@ -7,7 +7,7 @@ from tiny import tiny_model
 
 from hrpo_patches import ThinkingConfig, load_adapter
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.parts import MODULES, RESIDUALS, ResidualKind, parts_of, register, residual_of
+from hrpo_thinking.parts import MODULES, PARTS, RESIDUALS, ResidualKind, parts_of, register, residual_of
 
 
 @pytest.fixture
@@ -56,3 +56,47 @@ def test_a_residual_of_ones_own_is_rolled_out_replayed_trained_and_reloaded(tmp_
     assert ThinkingConfig.of(loaded.config).residual == "bare_state"
     for name in before:
         assert torch.equal(loaded.get_parameter(name), trainer.model.get_parameter(name)), name
+
+
+@pytest.fixture
+def halved():
+    """A residual that is half of the projected one, and trains the projection."""
+    kind = ResidualKind(
+        "halved",
+        needs_state=True,
+        observe=lambda hidden, scores, embeddings: hidden.clone(),
+        make=lambda backbone, states: 0.5 * backbone.projected_residual(states),
+    )
+    register(kind, trains=["thinking_projection"])
+    yield kind
+    del RESIDUALS[kind.name]
+    PARTS[0].residuals.discard(kind.name)
+
+
+def test_a_residual_of_ones_own_may_train_the_projection(tmp_path, halved):
+    assert parts_of("halved") == list(MODULES)
+    trainer = small_trainer(tmp_path / "run", residual="halved")
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+    trainer.train()
+    trainer.save_model(str(tmp_path / "adapter"))
+    loaded = load_adapter(tiny_model("llama", thinking=None), tmp_path / "adapter")
+    (name,) = [name for name in before if "thinking_projection" in name]
+    assert not torch.equal(before[name], trainer.model.get_parameter(name))
+    assert torch.equal(loaded.get_parameter(name), trainer.model.get_parameter(name))
+
+
+def test_a_module_that_is_not_there_cannot_be_trained(bare_state):
+    with pytest.raises(InputError, match="no thinking module 'thinking_gate'"):
+        register(bare_state._replace(name="other"), trains=["thinking_gate"])
+    assert "other" not in RESIDUALS
+
+
+def test_an_adapter_with_a_residual_that_nobody_registered_says_so(tmp_path, bare_state):
+    trainer = small_trainer(tmp_path / "run", residual="bare_state")
+    trainer.save_model(str(tmp_path / "adapter"))
+    row = RESIDUALS.pop("bare_state")
+    try:
+        with pytest.raises(InputError, match="asks for what is not there: residual has to be one of"):
+            load_adapter(tiny_model("llama", thinking=None), tmp_path / "adapter")
+    finally:
+        RESIDUALS["bare_state"] = row

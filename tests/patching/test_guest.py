@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification
 
-from hrpo_patches import load_adapter
+from hrpo_patches import ThinkingConfig, load_adapter
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import MODULES
 
@@ -85,7 +85,7 @@ def test_options_of_thinking_reach_no_reward_model_and_no_reference(tmp_path, ca
             model_init_kwargs=options,
         )
     assert "already instantiated" not in caplog.text
-    assert "thinking" not in trainer.args.model_init_kwargs
+    assert trainer.args.model_init_kwargs == options  # the user's own are as they were, for the next trainer
     assert trainer.model.config.thinking["r_min"] == 0.5
     assert not any("thinking" in name for name in trainer.ref_model.state_dict())
     trainer.train()
@@ -110,7 +110,9 @@ def test_a_thinking_adapter_that_peft_alone_puts_on_a_plain_base_is_refused(adap
         lambda: AutoModelForCausalLM.from_pretrained(folder),
         lambda: AutoModelForCausalLM.from_pretrained(base).load_adapter(str(folder)),
     ):
-        with pytest.raises(InputError, match=r"PEFT would lose it; load the adapter with hrpo_patches\.load_adapter"):
+        with pytest.raises(
+            InputError, match=r"(PEFT would lose it|thinks); load (the adapter|it) with hrpo_patches\.load_adapter"
+        ):
             load()
 
 
@@ -120,6 +122,72 @@ def test_a_thinking_adapter_that_peft_alone_puts_on_a_thinking_base_is_whole(ada
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, thinking={}), folder)
     for name, parameter in theirs.named_parameters():
         assert "original_module" in name or torch.equal(parameter, ours[name]), name
+
+
+def test_peft_alone_does_not_let_an_adapter_think_in_another_way_than_it_was_trained_to(adapter):
+    folder, base = adapter
+    for other in ({"answer_start": "##"}, {"residual_scale": "embedding"}, {"residual": "embedding"}):
+        model = AutoModelForCausalLM.from_pretrained(base, thinking=other)
+        with pytest.raises(InputError, match=f"was trained with {next(iter(other))}=.*hrpo_patches.load_adapter"):
+            PeftModel.from_pretrained(model, folder)
+    thinking = AutoModelForCausalLM.from_pretrained(base, thinking={})
+    for load in (
+        lambda: thinking.load_adapter(str(folder)),
+        lambda: AutoModelForCausalLM.from_pretrained(folder, thinking={}),
+    ):
+        with pytest.raises(InputError, match="thinks; load it with hrpo_patches.load_adapter"):
+            load()
+
+
+@pytest.mark.parametrize("given", [True, {}, ThinkingConfig(r_min=0.5, r_max=0.6), {"r_min": 0.5, "r_max": 0.6}])
+def test_thinking_can_be_asked_for_in_model_init_kwargs_as_anywhere(tmp_path, given):
+    tiny_model("llama", thinking=None).save_pretrained(tmp_path / "base")
+    trainer = small_trainer(tmp_path / "run", model=str(tmp_path / "base"), model_init_kwargs={"thinking": given})
+    assert trainer.model.config.thinking["r_min"] == (0.5 if given not in (True, {}) else 0.99)
+
+
+def test_a_run_that_thinks_does_not_take_a_model_that_is_told_not_to(tmp_path):
+    tiny_model("llama", thinking=None).save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match="model_init_kwargs say thinking=False"):
+        small_trainer(tmp_path / "run", model=str(tmp_path / "base"), model_init_kwargs={"thinking": False})
+
+
+def test_plain_grpo_of_a_checkpoint_that_thinks_leaves_its_thoughts_out_and_tells_no_reward_model(tmp_path):
+    tiny_model("llama").save_pretrained(tmp_path / "base")
+    scorer = GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2, num_labels=1, pad_token_id=0)
+    GPT2ForSequenceClassification(scorer).save_pretrained(tmp_path / "reward")
+    byte_tokenizer().save_pretrained(tmp_path / "reward")
+    trainer = small_trainer(
+        tmp_path / "run",
+        model=str(tmp_path / "base"),
+        reward=str(tmp_path / "reward"),
+        residual=None,
+        peft_config=None,
+        model_init_kwargs={"thinking": False},
+    )
+    trainer.train()
+    assert not any("thinking" in name for name in trainer.model.state_dict())
+
+
+def test_a_model_that_declines_to_think_generates_and_saves_as_a_plain_one(tmp_path):
+    model = tiny_model("llama")
+    model.generation_config.thinking, model.generation_config.thoughts = True, 2
+    model.save_pretrained(tmp_path / "thinks")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "thinks", thinking=False)
+    plain.generate(torch.tensor([[5, 6]]), max_new_tokens=2)
+    plain.save_pretrained(tmp_path / "plain")
+    assert "thinking" not in (tmp_path / "plain" / "generation_config.json").read_text()
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "thinks").generation_config.thinking is True
+
+
+def test_a_named_checkpoint_that_thinks_takes_other_forced_thoughts(tmp_path):
+    tiny_model("llama", thinking={"thoughts": 1}).save_pretrained(tmp_path / "base")
+    own, other = (
+        small_trainer(tmp_path / f"run{i}", model=str(tmp_path / "base"), peft_config=None, **options)
+        for i, options in enumerate(({}, {"thoughts": 3, "filler": "a"}))
+    )
+    assert (own.args.thoughts, own.args.filler) == (1, ".") and own.model.config.thinking["thoughts"] == 1
+    assert (other.args.thoughts, other.args.filler) == (3, "a") and other.model.config.thinking["thoughts"] == 3
 
 
 def test_thinking_modules_that_a_model_lacks_cannot_be_trained_with_peft():

@@ -119,11 +119,11 @@ def test_another_version_with_the_same_content_is_patched(site):
     [
         ("class LlamaPreTrainedModel(PreTrainedModel):", "finds no LlamaPreTrainedModel"),
         ("        self.rotary_emb = LlamaRotaryEmbedding(config=config)", "LlamaModel.__init__"),
-        ("            attentions=outputs.attentions,", "LlamaForCausalLM.forward"),
+        ("        return CausalLMOutputWithPast(", "LlamaForCausalLM.forward"),
     ],
 )
 def test_one_character_in_what_a_hunk_holds_is_refused_with_what_moved(site, line, scope):
-    at = line.index("L") if "L" in line else line.index("a")
+    at = line.index("L")
     edit = ("transformers/models/llama/modeling_llama.py", line, line[:at] + "X" + line[at + 1 :])
     result = python("import hrpo_patches\nimport transformers", site(edit=edit))
     assert result.returncode == 1
@@ -157,8 +157,8 @@ def test_the_script_says_a_refusal_in_one_sentence(site):
 
 def test_a_missing_file_is_refused(site):
     folder = site()
-    (folder / "transformers/modeling_outputs.py").unlink()
-    assert "modeling_outputs.py is missing" in last_line(python("import hrpo_patches\nimport transformers", folder))
+    (folder / "transformers/integrations/peft.py").unlink()
+    assert "peft.py is missing" in last_line(python("import hrpo_patches\nimport transformers", folder))
 
 
 def test_files_that_fit_are_imported(site):

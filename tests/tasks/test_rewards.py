@@ -76,3 +76,10 @@ def test_grading_works_outside_of_the_main_thread():
     thread.start()
     thread.join()
     assert results == [1.0]
+
+
+def test_a_message_whose_reasoning_is_told_apart_at_the_marker_is_whole_again():
+    message = {"role": "assistant", "reasoning_content": "3 + 4 is\n", "content": "\n7"}
+    reward = answer_reward(GSM8K, "</think>")
+    assert reward([[message]], question=["?"], answer=[["7"]]) == [1.0]
+    assert reward([[message | {"content": "8"}]], question=["?"], answer=[["7"]]) == [0.0]

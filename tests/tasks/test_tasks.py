@@ -1,6 +1,7 @@
 """Each task: a row as the hub or a file has it goes in; the exact question, gold and prompt come out; it grades."""
 
 import json
+import sys
 
 import pytest
 
@@ -306,3 +307,19 @@ def test_a_task_from_outside_is_named_by_module_and_name(tmp_path, monkeypatch):
     ):
         with pytest.raises(InputError, match=message):
             find_task(name, None)
+
+
+def test_a_task_beside_the_command_is_found_and_its_braces_are_braces(tmp_path, monkeypatch):
+    code = """
+from dataclasses import replace
+from hrpo_patches.tasks import task_named
+TASK = replace(task_named("gsm8k"), name="own", instruction='Answer as {"a": 1}, then {marker}.')
+"""
+    (tmp_path / "a_task_of_ones_own.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", [path for path in sys.path if path not in ("", ".")])
+    task = task_named("a_task_of_ones_own:TASK")
+    (system, _) = prompt_of(task, "?", "##", [], chat=True)
+    assert system["content"] == 'Answer as {"a": 1}, then ##.'
+    with pytest.raises(InputError, match="could not be imported"):
+        task_named("./a_task_of_ones_own.py:TASK")

@@ -10,6 +10,7 @@ from hrpo_patches import HRPOTrainer
 from hrpo_patches.evaluation.generate import greedy_completions
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.rewards import answer_of, answer_reward
+from hrpo_thinking.errors import InputError
 
 MARKER = "</think>"
 TEMPLATE = (
@@ -102,3 +103,17 @@ def test_the_answer_is_read_after_the_models_own_marker(model, chat):
     texts = greedy_completions(model, chat, prompts, 12, thinking=True)
     assert any(MARKER in text for text in texts)
     assert {answer_of(text, MARKER) for text in texts if MARKER in text} == {"7"}
+
+
+def test_a_marker_that_no_reward_function_would_see_is_refused(model, chat, tmp_path):
+    chat.add_special_tokens({"additional_special_tokens": [MARKER]})
+    data = Dataset.from_dict({"prompt": [[{"role": "user", "content": "3 + 4?"}]] * 8})
+    with pytest.raises(InputError, match="'</think>' is a special token of this tokenizer"):
+        HRPOTrainer(
+            model,
+            lambda completions, **_: [0.0] * len(completions),
+            config(tmp_path, answer_start=MARKER),
+            data,
+            processing_class=chat,
+            peft_config=lora(),
+        )

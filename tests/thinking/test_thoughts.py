@@ -165,7 +165,7 @@ REFUSED = [
     ({"thoughts": LENGTH}, f"thoughts={LENGTH} leave no room"),
     ({"thoughts": 2, "filler": "<nosuch>"}, "the tokenizer has no token '<nosuch>'"),
     ({"thoughts": 2, "filler": "<end>"}, "end or padding token"),
-    ({"thoughts": 2, "filler": ""}, "filler has to be the name of a token"),
+    ({"thoughts": 2, "filler": ""}, "filler has to be a non-empty text"),
     ({"replay_passes": 0}, "whole number from 1, or 'all'"),
     ({"replay_passes": "most"}, "whole number from 1, or 'all'"),
     ({"reference": "last"}, "reference has to be one of"),

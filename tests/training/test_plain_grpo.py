@@ -14,6 +14,7 @@ from trl import __version__ as trl_version
 
 from hrpo_patches import HRPOConfig, HRPOTrainer
 
+STEPS = 5
 OLD = Version(trl_version) < Version("1.16")  # whose GRPOTrainer needs a GPU
 CALL = '<tool_call>\n{"name": "double", "arguments": {"number": 3}}\n</tool_call>'
 KEPT = (
@@ -62,10 +63,10 @@ CALLS: list[int] = []
 
 def trained(kind, folder, model, tokenizer, prompts, options, **extra):
     """What three steps log, and the weights after them."""
-    options = DEFAULTS | {"output_dir": str(folder), "max_steps": 3, "beta": 0.0} | options
+    options = DEFAULTS | {"output_dir": str(folder), "max_steps": STEPS, "beta": 0.0} | options
     own = {"residual": "none", "monitor": False} if kind is HRPOTrainer else {}
     arguments = (HRPOConfig if kind is HRPOTrainer else GRPOConfig)(**options, **own)
-    data = Dataset.from_dict({"prompt": prompts * 12})
+    data = Dataset.from_dict({"prompt": prompts * 2})  # two steps an epoch, so that its third is another epoch's
     trainer = kind(model, lengths_differ, arguments, data, processing_class=tokenizer, **extra)
     trainer.train()
     log = [{k: row[k] for k in KEPT if k in row} for row in trainer.state.log_history if "loss" in row]
@@ -75,7 +76,7 @@ def trained(kind, folder, model, tokenizer, prompts, options, **extra):
 def assert_same(tmp_path, model, prompts, options, tokenizer=byte_tokenizer, **extra):
     kinds = (HRPOTrainer,) if OLD else (HRPOTrainer, GRPOTrainer)
     runs = [trained(kind, tmp_path / kind.__name__, model(), tokenizer(), prompts, options, **extra) for kind in kinds]
-    assert len(runs[0][0]) == 3 and runs[0][0][0]["grad_norm"] > 0
+    assert len(runs[0][0]) == STEPS and runs[0][0][0]["grad_norm"] > 0
     for log, weights in runs[1:]:
         assert log == runs[0][0]
         assert all(torch.equal(value, weights[name]) for name, value in runs[0][1].items())
@@ -85,6 +86,14 @@ def assert_same(tmp_path, model, prompts, options, tokenizer=byte_tokenizer, **e
 @pytest.mark.parametrize("model", [gpt2, lambda: tiny_model("llama", thinking=None)], ids=["gpt2", "llama"])
 def test_plain_grpo_is_trls_digit_for_digit(tmp_path, model):
     assert_same(tmp_path, model, ["Hi", "What is 3 + 4?"], {})
+
+
+def test_what_trl_takes_by_position_is_taken(tmp_path):
+    data = Dataset.from_dict({"prompt": ["Hi"] * 8})
+    options = DEFAULTS | {"output_dir": str(tmp_path), "residual": "none", "beta": 0.0}
+    model, tokenizer = tiny_model("llama", thinking=None), byte_tokenizer()
+    trainer = HRPOTrainer(model, lengths_differ, HRPOConfig(**options), data, data, tokenizer)
+    assert trainer.eval_dataset is not None and trainer.processing_class is tokenizer
 
 
 @pytest.mark.skipif(OLD, reason="TRL 1.15 has no scores for a mixture of experts on a CPU")

@@ -79,21 +79,22 @@ OF_THE_MACHINE = {"bf16", "gradient_checkpointing", "dataloader_pin_memory"}  # 
 
 
 def option_table() -> str:
-    """docs/options.md: the flags of `hrpo train` that are not TRL's own, made from what the parser knows."""
-    from hrpo_patches.commands.train_flags import make_parser, own_flags
+    """docs/options.md: the flags of `hrpo train` that have something of ours, made from what the parser knows."""
+    from hrpo_patches.commands.train_flags import OF_TRL, make_parser, own_flags
 
     own, text = set(own_flags()), OPTIONS_INTRODUCTION
     for group in make_parser("hrpo train")._action_groups:
         actions = [one for one in group._group_actions if one.dest in own and one.const is not False]
-        if not actions or group.title == "positional arguments":
+        if not actions:
             continue
-        text += f"\n## {str(group.title).capitalize()}\n\n| flag | default | what |\n| --- | --- | --- |\n"
+        title = str(group.title)
+        text += f"\n## {title[0].upper()}{title[1:]}\n\n| flag | default | what |\n| --- | --- | --- |\n"
         for action in actions:
-            names = dict.fromkeys(name.replace("-", "_").replace("__", "--", 1) for name in action.option_strings)
+            names = [f"`{name}`" for name in action.option_strings if "-" not in name[2:]]
             default = "as the GPU can" if action.dest in OF_THE_MACHINE else action.default
-            shown = "" if default in (None, [], "==SUPPRESS==") else f"`{default}`"
-            what = " ".join((action.help or "").split()).replace("|", "\\|")
-            text += f"| {', '.join(f'`{name}`' for name in names)} | {shown} | {what} |\n"
+            shown = "" if default in (None, []) else f"`{default}`"
+            what = "as in TRL" if action.dest in OF_TRL else str(action.help)
+            text += f"| {', '.join(names)} | {shown} | {what} |\n"
     return text
 
 

@@ -25,13 +25,17 @@ from hrpo_patches.models.backends import BACKENDS
 from hrpo_patches.models.record import THINKING_FILE, check_same_pauses, check_same_thinking, read_thinking
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.prompts import PROMPTS, examples_of
-from hrpo_patches.training.config import SHARED, HRPOConfig
+from hrpo_patches.training.config import SHARED, GRPOConfig, HRPOConfig
 from hrpo_patches.training.resume import last_checkpoint
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
 from hrpo_thinking.parts import spelled
 
+OF_TRL = set(GRPOConfig.__dataclass_fields__) - {
+    "resume_from_checkpoint",
+    "report_to",
+}  # which are said otherwise here
 REST = [name for name in OPTIONS if name not in SHARED]  # options of thinking that HRPOConfig has no field for
 _ALL = "--help_all"
 _GPU = torch.cuda.is_available()
@@ -72,7 +76,7 @@ class RunArguments:
 class TrainingFlags(HRPOConfig):
     """`HRPOConfig` with the names and the defaults of the published HRPO scripts (arXiv 2505.18454)."""
 
-    _argument_group_name = "the training arguments of TRL's GRPO, and thinking's"
+    _argument_group_name = "training: TRL's arguments, and how thinking is trained"
 
     thinking: None = option(None, "")
     output_dir: str | None = published(HRPOConfig, "output_dir", "runs/hrpo")
@@ -99,7 +103,7 @@ class TrainingFlags(HRPOConfig):
     report_to: str = option(
         "none", "Where the log goes, beside monitor.jsonl.", choices=("none", "tensorboard", "wandb", "trackio")
     )
-    bf16: bool | None = published(HRPOConfig, "bf16", _GPU and torch.cuda.is_bf16_supported())
+    bf16: bool = published(HRPOConfig, "bf16", _GPU and torch.cuda.is_bf16_supported())
     gradient_checkpointing: bool = published(HRPOConfig, "gradient_checkpointing", _GPU)
     dataloader_pin_memory: bool = published(HRPOConfig, "dataloader_pin_memory", _GPU)
 

@@ -70,7 +70,7 @@ def answer_all(
         for batch, rows in complete(model, tokenizer, ids, decoding, len(done.batches), questions.golds):
             samples = []
             for item, row in zip(batch, rows, strict=True):
-                text = tokenizer.decode(row, skip_special_tokens=True)
+                text = str(tokenizer.decode(row, skip_special_tokens=True))
                 problem = questions.problems[item // questions.samples]
                 verdict = bool(grade(task, problem, text, marker))
                 position = marker_position(row, table)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
@@ -47,7 +47,7 @@ def batches_of(ids: list[list[int]], size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def complete(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     ids: list[list[int]],
     decoding: Decoding,
@@ -110,7 +110,7 @@ def _up_to_end(row: list[int], ends: set[int | None]) -> list[int]:
 
 
 def greedy_completions(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     max_new_tokens: int,

@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.extras import require
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
@@ -45,7 +45,7 @@ class Thought:
 
 @torch.no_grad()
 def think(
-    model: PreTrainedModel,
+    model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     max_new_tokens: int = 64,
@@ -95,10 +95,10 @@ def think(
     words = _nearest(residuals, base.get_input_embeddings().weight, top)
     return [
         Thought(
-            token=tokenizer.decode([token]),
+            token=str(tokenizer.decode([token])),
             share=share,
             thinks=thinks,
-            words=[(tokenizer.decode([i]), cosine) for i, cosine in near] if thinks else [],
+            words=[(str(tokenizer.decode([i])), cosine) for i, cosine in near] if thinks else [],
             entropy=entropy,
         )
         for token, share, thinks, near, entropy in zip(

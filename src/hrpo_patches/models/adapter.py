@@ -152,7 +152,7 @@ def load_adapter(
     config.modules_to_save = sorted((set(config.modules_to_save or []) - {PROJECTION}) | set(modules))
     config.inference_mode = not is_trainable
     peft_model = get_peft_model(model, config)
-    result = set_peft_model_state_dict(peft_model, weights)
+    result: Any = set_peft_model_state_dict(peft_model, weights)
     if result.unexpected_keys:
         raise InputError(f"{folder} holds {result.unexpected_keys[0]}, which this base model has no place for.")
     if lost := [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]:

@@ -13,7 +13,7 @@ from hrpo_patches.models.adapter import holds_thinking, load_adapter, load_plain
 from hrpo_patches.models.backends import backend_named
 from hrpo_patches.models.hub import CONFIG, adapter_folder, find_adapter
 from hrpo_patches.models.smollm2 import SMOLLM2, smollm2_folder
-from hrpo_thinking.config import ThinkingConfig, check_same_kind
+from hrpo_thinking.config import FORCED, ThinkingConfig, check_same_kind
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
 
@@ -47,7 +47,9 @@ def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     config = read_config(source)
     saved = config.thinking if isinstance(config.thinking, dict) else {}
     check_same_kind(saved, wanted, repr(str(source)))
-    return saved if saved.get("in_checkpoint") else saved | wanted
+    if saved.get("in_checkpoint"):  # forced thoughts are no weights, and may be others
+        return saved | {name: wanted[name] for name in FORCED if name in wanted}
+    return saved | wanted
 
 
 def load_model(
@@ -72,7 +74,7 @@ def load_model(
     source: Any = smollm2_folder() if name == SMOLLM2 else name
     options: dict[str, Any] = {}
     if thinking is not None:
-        options = {"thinking": thinking_options(source, thinking.to_dict())}
+        options = {"thinking": thinking_options(source, thinking.chosen())}
     elif hasattr(_config(source), "thinking"):
         options = {"thinking": False}
     if dtype is None:

@@ -63,7 +63,7 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
     Raises:
         InputError: the destination exists, weights are missing or pickled, or the adapter already says how it thinks.
     """
-    config = read_adapter_config(source)
+    config: Any = read_adapter_config(source)
     thinking = ThinkingConfig(residual, answer_start)
     if not (source / "adapter_model.safetensors").is_file():
         raise InputError(f"{source} holds no adapter_model.safetensors; pickled weights are not read.")

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import GenerationConfig, PreTrainedModel
 
 from hrpo_patches.thinking.backbone import causal_lm
@@ -27,9 +29,7 @@ def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
     write_thinking(record_of(thinking, base.config.thinking), base.config.hidden_size, base.generation_config, folder)
 
 
-def write_thinking(
-    thinking: dict[str, Any], hidden_size: int, generation_config: GenerationConfig, folder: str | Path
-) -> None:
+def write_thinking(thinking: dict[str, Any], hidden_size: int, generation_config: Any, folder: str | Path) -> None:
     """The two files of `save_thinking`, from a `record_of` the thinking, where the base model is not at hand."""
     record = thinking | {"hidden_size": hidden_size, "modules": parts_of(thinking["residual"])}
     record.pop("in_checkpoint")
@@ -48,7 +48,8 @@ def save_pauses(thoughts: int, filler: int, folder: str | Path) -> None:
 def check_same_pauses(folder: Path, wanted: int) -> None:
     """Raise `InputError` unless a run without thinking that wrote `folder` had so many forced thoughts."""
     file = folder / GENERATION_FILE
-    was = (GenerationConfig.from_pretrained(folder).thoughts or 0) if file.is_file() else 0
+    saved: Any = GenerationConfig.from_pretrained(folder) if file.is_file() else None
+    was = getattr(saved, "thoughts", None) or 0
     if was != wanted:
         raise InputError(f"{folder} was trained with --thoughts {was}, not {wanted}.")
 
@@ -58,9 +59,53 @@ def read_thinking(folder: Path) -> dict[str, Any]:
     try:
         record = json.loads((folder / THINKING_FILE).read_text())
         ThinkingConfig(record["residual"], record["answer_start"])
+    except InputError as error:
+        raise InputError(f"{folder / THINKING_FILE} asks for what is not there: {error}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / THINKING_FILE} is damaged: {error!r}.") from None
     return record
+
+
+def _record_at(source: Any) -> dict[str, Any] | None:
+    """How the adapter at `source`, a folder or a hub id, says that it thinks; None where it does not."""
+    if not isinstance(source, (str, Path)):
+        return None
+    folder = Path(source)
+    if not folder.exists():
+        try:
+            folder = Path(hf_hub_download(str(source), THINKING_FILE)).parent
+        except (HfHubHTTPError, HFValidationError, OSError):  # no such file, or no hub to ask
+            return None
+    return read_thinking(folder) if (folder / THINKING_FILE).is_file() else None
+
+
+def check_thinking_adapter(model: Any, source: Any) -> None:
+    """Called by PEFT before it loads an adapter's weights into `model`.
+
+    Raises:
+        InputError: the adapter was trained to think in another way than the model was built to.
+    """
+    saved, thinking = _record_at(source), ThinkingConfig.of(causal_lm(model).config)
+    if saved is None or thinking is None:  # a plain model has been refused by `check_modules_to_save`
+        return
+    for name in ("residual", "answer_start", *about_parts()):
+        was = saved.get(name, getattr(ThinkingConfig, name))
+        if was != getattr(thinking, name):
+            raise InputError(
+                f"{source} was trained with {name}={was!r}, and this model was built with "
+                f"{getattr(thinking, name)!r}; load it with hrpo_patches.load_adapter(model, folder), which builds "
+                f"the model as the adapter needs it."
+            )
+
+
+def refuse_thinking_adapter(source: Any) -> None:
+    """Called by transformers' own `load_adapter`, which cannot build a model as an adapter needs it.
+
+    Raises:
+        InputError: the adapter thinks.
+    """
+    if _record_at(source) is not None:
+        raise InputError(f"{source} thinks; load it with hrpo_patches.load_adapter(base, folder), which knows how.")
 
 
 def check_same_thinking(folder: Path, residual: str | None, wanted: ThinkingConfig | None) -> None:

@@ -81,7 +81,7 @@ class ThinkingMonitor(TrainerCallback):
         self.thinks = any(is_thinking_parameter(n) and p.requires_grad for n, p in model.named_parameters())
         self.start = {n: p.clone() for n, p in projection_weights(self.backbone).items()} if self.thinks else {}
         self.estimate_marker = estimate_marker
-        self.log = RunLog(Path(args.output_dir))
+        self.log = RunLog(Path(str(args.output_dir)))
         self.said: list[str] = []
         self.seconds = 0.0
         self._sampling = False

@@ -59,6 +59,7 @@ def measure_weights(backbone: ThinkingMixin, start: dict[str, Tensor]) -> dict[s
     if not weights or any(not weight.numel() for weight in weights.values()):  # not trained, or sharded
         return values
     now = torch.cat([weight.flatten() for weight in weights.values()])
+    last: Any
     *_, last = [part for part in backbone.thinking_projection.modules() if _is_active_linear(part)]
     values |= {"projection/weight_norm": now.norm(), "projection/effective_rank": effective_rank(last.weight)}
     if start.keys() == weights.keys():
@@ -115,7 +116,8 @@ def measure_blend(
     values["cosine/token"] = cosine_similarity(residual, e[few], eps=EPS).mean()
     if RESIDUALS[kind].needs_state and head is not None:
         logits = head(state.to(next(head.parameters()).dtype)).float()
-        other = embedding_residual((logits / temperature).softmax(-1), backbone.get_input_embeddings().weight)
+        table: Any = backbone.get_input_embeddings().weight
+        other = embedding_residual((logits / temperature).softmax(-1), table)
         values["cosine/embedding"] = cosine_similarity(residual, other.float(), eps=EPS).mean()
     return values
 

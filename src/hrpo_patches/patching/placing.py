@@ -64,7 +64,10 @@ def owners(source: str) -> list[str]:
                 owner[first - 1 : child.end_lineno] = [name] * ((child.end_lineno or first) - first + 1)
             visit(child, inner)
 
-    visit(ast.parse(source), "")
+    try:
+        visit(ast.parse(source), "")
+    except SyntaxError as error:
+        raise Misfit(f"finds what is no Python ({error})") from None
     return owner
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from difflib import get_close_matches
 from importlib import import_module
 
@@ -37,9 +39,11 @@ def task_named(name: str) -> Task:
 
 def _imported(name: str) -> Task:
     module, _, attribute = name.partition(":")
+    if not {"", os.getcwd()} & set(sys.path):  # as `python -m` would have it
+        sys.path.append(os.getcwd())
     try:
         task = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(f"the task {name!r} could not be imported: {error}.") from None
     if not isinstance(task, Task):
         raise InputError(f"{name} is a {type(task).__name__}, and has to be a hrpo_patches.tasks.Task.")

@@ -37,8 +37,8 @@ class Task:
         train, test: data sets of the hub, each `ID[:CONFIG]@SPLIT`; a task that is only trained on, or only evaluated
             on, leaves one empty.
         shapes: how rows are read, by the columns that a row has to have; the first shape that fits is taken.
-        instruction: the zero-shot prompt, a `str.format` template with {marker} where the answer marker goes.
-        examples: worked examples for a few-shot prompt, templates with {marker} once.
+        instruction: the zero-shot prompt, with {marker} where the answer marker goes; other braces are braces.
+        examples: worked examples for a few-shot prompt, with {marker} once.
         grader: says whether an answer is right.
         retrieval: whether a question comes with documents, found in a corpus where the row has none.
     """
@@ -109,6 +109,6 @@ def plain_number(value: Any) -> str:
     return plain
 
 
-STEPS = (
-    "Solve the problem step by step. When you are done, write {marker} and then the final answer alone, like this: "
-)
+def steps(like: str, do: str = "Solve the problem", answer: str = "the final answer alone") -> str:
+    """An instruction to reason first: what to `do`, which `answer` to give, and what one looks `like`."""
+    return f"{do} step by step. When you are done, write {{marker}} and then {answer}, like this: {{marker}} {like}"

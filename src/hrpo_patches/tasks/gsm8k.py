@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from hrpo_patches.tasks.base import STEPS, Problem, Row, Task, Unreadable, plain_number, text
+from hrpo_patches.tasks.base import Problem, Row, Task, Unreadable, plain_number, steps, text
 from hrpo_patches.tasks.graders.numbers import number
 
 GOLD_MARKER = "####"  # of GSM8K's own answers
-INSTRUCTION = STEPS + "{marker} 42"
+INSTRUCTION = steps("42")
 EXAMPLES = (
     "A box holds 6 eggs. Tom buys 3 boxes and breaks 2 eggs. How many whole eggs has he?\n"
     "He buys 3 * 6 = 18 eggs, and 18 - 2 = 16 of them are whole. {marker} 16",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hrpo_patches.tasks.base import STEPS, Problem, Row, Task, Unreadable, text
+from hrpo_patches.tasks.base import Problem, Row, Task, Unreadable, steps, text
 from hrpo_patches.tasks.graders.expressions import expression
 
 BOXED = "\\boxed"
@@ -38,15 +38,15 @@ TASK = Task(
     train=("DigitalLearningGmbH/MATH-lighteval@train",),
     test=("HuggingFaceH4/MATH-500@test",),
     shapes={("problem", "answer"): read_answer, ("problem", "solution"): read_solution},
-    instruction=STEPS + "{marker} \\frac{{1}}{{2}}",
+    instruction=steps("\\frac{1}{2}"),
     examples=(
         "What is the sum of the roots of $x^2 - 5x + 6 = 0$?\n"
         "The polynomial is $(x - 2)(x - 3)$, so the roots are 2 and 3, and $2 + 3 = 5$. {marker} 5",
         "A fair die is rolled once. What is the probability of a prime number?\n"
-        "2, 3 and 5 are prime, so it is $\\frac{{3}}{{6}} = \\frac{{1}}{{2}}$. {marker} \\frac{{1}}{{2}}",
-        "Simplify $\\sqrt{{50}} - \\sqrt{{8}}$.\n"
-        "$\\sqrt{{50}} = 5\\sqrt{{2}}$ and $\\sqrt{{8}} = 2\\sqrt{{2}}$; their difference is $3\\sqrt{{2}}$. "
-        "{marker} 3\\sqrt{{2}}",
+        "2, 3 and 5 are prime, so it is $\\frac{3}{6} = \\frac{1}{2}$. {marker} \\frac{1}{2}",
+        "Simplify $\\sqrt{50} - \\sqrt{8}$.\n"
+        "$\\sqrt{50} = 5\\sqrt{2}$ and $\\sqrt{8} = 2\\sqrt{2}$; their difference is $3\\sqrt{2}$. "
+        "{marker} 3\\sqrt{2}",
     ),
     grader=expression,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from string import ascii_uppercase
 
-from hrpo_patches.tasks.base import STEPS, Problem, Row, Task, Unreadable, text
+from hrpo_patches.tasks.base import Problem, Row, Task, Unreadable, steps, text
 from hrpo_patches.tasks.graders.options import choice
 
 
@@ -42,7 +42,7 @@ MMLU = Task(
     train=("cais/mmlu:all@auxiliary_train", "allenai/ai2_arc:ARC-Challenge@train", "allenai/ai2_arc:ARC-Easy@train"),
     test=("TIGER-Lab/MMLU-STEM@test",),
     shapes={("question", "choices", "answerKey"): read_arc, ("question", "choices", "answer"): read_mmlu},
-    instruction=STEPS.replace("the final answer", "the letter of the right option") + "{marker} B",
+    instruction=steps("B", answer="the letter of the right option alone"),
     examples=(
         "Which planet is nearest to the sun?\nA. Venus\nB. Mercury\nC. Mars\nD. Earth\n"
         "Mercury's orbit lies inside that of Venus, the next one. {marker} B",

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Prompt = str | list[dict[str, str]]
+MARKER = "{marker}"  # where the answer marker goes in a task's texts
 PROMPTS = ("auto", "chat", "plain")
 
 
@@ -25,7 +26,7 @@ def examples_of(task: Task, marker: str, shots: int, own: list[str]) -> list[str
         raise InputError("--examples and --shots are two ways to say the same; leave one out.")
     if not 0 <= shots <= len(task.examples):
         raise InputError(f"{task.name} has {len(task.examples)} worked examples, not {shots}; give --examples.")
-    chosen = own or [example.format(marker=marker) for example in task.examples[:shots]]
+    chosen = own or [example.replace(MARKER, marker) for example in task.examples[:shots]]
     for example in chosen:
         if example.count(marker) != 1:
             raise InputError(f"a worked example has to carry the marker {marker!r} once, unlike {example!r}.")
@@ -46,7 +47,7 @@ def prompt_of(task: Task, question: str, marker: str, examples: list[str], chat:
     Returns:
         Messages if `chat`, else a text that the completion continues on a new line.
     """
-    instruction = task.instruction.format(marker=marker)
+    instruction = task.instruction.replace(MARKER, marker)
     if chat:
         system = "\n\n".join([instruction, *examples])
         return [{"role": "system", "content": system}, {"role": "user", "content": question}]
@@ -55,11 +56,13 @@ def prompt_of(task: Task, question: str, marker: str, examples: list[str], chat:
 
 def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     """The token ids of a prompt, a plain text or a conversation, as the trainer makes them."""
-    if isinstance(prompt, str):
-        return tokenizer(prompt)["input_ids"]
-    return tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)[
-        "input_ids"
-    ]
+    made: Any = (
+        tokenizer(prompt)
+        if isinstance(prompt, str)
+        else tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True)
+    )
+    ids: list[int] = made["input_ids"]
+    return ids
 
 
 def uses_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hrpo_patches.tasks.base import STEPS, Problem, Row, Task, Unreadable, text
+from hrpo_patches.tasks.base import Problem, Row, Task, Unreadable, steps, text
 from hrpo_patches.tasks.graders.names import exact_match
 
 HUB = "RUC-NLPIR/FlashRAG_datasets"
@@ -61,10 +61,9 @@ def _task(name: str, train: tuple[str, ...], test: tuple[str, ...]) -> Task:
         train=tuple(f"{HUB}:{part}" for part in train),
         test=tuple(f"{HUB}:{part}" for part in test),
         shapes={("question", "golden_answers"): read, ("question", "answer"): read},
-        instruction=STEPS.replace("Solve the problem", "Answer the question from the documents").replace(
-            "final answer alone", "answer alone, as short as possible"
-        )
-        + "{marker} Marie Curie",
+        instruction=steps(
+            "Marie Curie", "Answer the question from the documents", "the answer alone, as short as possible"
+        ),
         examples=(
             "[1] Blue Lake: Blue Lake lies in the Harlow hills and feeds the river Tarn.\n"
             "[2] Tarn: The Tarn meets the sea at Port Ellery.\n"

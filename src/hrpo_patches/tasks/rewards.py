@@ -27,9 +27,16 @@ def grade(task: Task, problem: Problem, completion: str, marker: str) -> float:
     return float(bool(answer) and task.is_right(problem, answer or ""))
 
 
-def completion_text(completion: str | list[dict[str, Any]]) -> str:
-    """The text of a completion as TRL hands it to rewards: plain, or the last message of a conversation."""
-    return completion if isinstance(completion, str) else str(completion[-1]["content"])
+def completion_text(completion: str | list[dict[str, Any]], marker: str) -> str:
+    """The text of a completion as TRL hands it to rewards: plain, or the last message of a conversation.
+
+    Of a tokenizer that tells reasoning and content apart at the marker, the message has the two without it.
+    """
+    if isinstance(completion, str):
+        return completion
+    message = completion[-1]
+    reasoning = message.get("reasoning_content")
+    return f"{reasoning}{marker}{message.get('content')}" if reasoning is not None else str(message["content"])
 
 
 def answer_reward(task: Task, marker: str) -> Reward:
@@ -39,7 +46,7 @@ def answer_reward(task: Task, marker: str) -> Reward:
         rows = {name: values for name, values in columns.items() if name in ("question", "answer", "index")}
         problems = [dict(zip(rows, values, strict=True)) for values in zip(*rows.values(), strict=True)]
         return [
-            grade(task, cast(Problem, problem), completion_text(completion), marker)
+            grade(task, cast(Problem, problem), completion_text(completion, marker), marker)
             for problem, completion in zip(problems, completions, strict=True)
         ]
 
@@ -50,6 +57,6 @@ def format_reward(marker: str) -> Reward:
     """A TRL reward function: 1 for a completion with the marker exactly once and something after it."""
 
     def answer_has_its_format(completions: list, **_: Any) -> list[float]:
-        return [float(bool(answer_of(completion_text(completion), marker))) for completion in completions]
+        return [float(bool(answer_of(completion_text(completion, marker), marker))) for completion in completions]
 
     return answer_has_its_format

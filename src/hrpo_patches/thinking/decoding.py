@@ -21,12 +21,12 @@ from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import FALLBACK, RESIDUALS, parts_of
 
 if TYPE_CHECKING:  # transformers is importing this module
-    from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
 _RATIO_CHUNK = 128  # columns of the (B, C, d) gate that are computed at once
 
 
-def refuse_thinking(generation_config: GenerationConfig | None, what: str) -> None:
+def refuse_thinking(generation_config: Any, what: str) -> None:
     """Raise `InputError` if `generation_config` asks for thinking in a kind of decoding that cannot think."""
     if getattr(generation_config, "thinking", None) or getattr(generation_config, "thoughts", None):
         raise InputError(
@@ -53,7 +53,7 @@ def filler_id(tokenizer: PreTrainedTokenizerBase | None, thinking: ThinkingConfi
 
 def check_request(
     model: PreTrainedModel,
-    generation_config: GenerationConfig,
+    generation_config: Any,
     generation_mode: str,
     tokenizer: PreTrainedTokenizerBase | None,
     custom_generate: Any = None,
@@ -87,7 +87,7 @@ def check_request(
         _check_thinking(backbone, tokenizer)
 
 
-def _check_filler(model: PreTrainedModel, generation_config: GenerationConfig) -> None:
+def _check_filler(model: Any, generation_config: Any) -> None:
     filler, ends = generation_config.filler_token_id, generation_config.eos_token_id
     if not isinstance(filler, int) or not 0 <= filler < model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"filler_token_id has to be the id of one of the model's tokens, not {filler!r}.")
@@ -123,7 +123,7 @@ def _is_wrapped(backbone: ThinkingMixin, name: str) -> bool:
 def start_thinking(
     model: PreTrainedModel,
     input_ids: Tensor,
-    generation_config: GenerationConfig,
+    generation_config: Any,
     model_kwargs: dict[str, Any],
     stopping_criteria: StoppingCriteriaList,
 ) -> ThinkingDecoder | ForcedThoughts | None:
@@ -150,6 +150,13 @@ def start_thinking(
     return decoder
 
 
+def decoder_only_output(thinking: dict[str, Any], **fields: Any) -> Any:
+    """Called by `_sample`: stock's output, or ours with what `ThinkingDecoder.outputs` returns."""
+    from hrpo_patches.thinking.outputs import GenerateDecoderOnlyOutput, ThinkingDecoderOnlyOutput
+
+    return ThinkingDecoderOnlyOutput(**fields, **thinking) if thinking else GenerateDecoderOnlyOutput(**fields)
+
+
 def _over_text(criterion: Any, start: int, forced: int) -> Any:
     """A stopping criterion that sees the prompt, up to `start`, and what follows the forced thoughts."""
     if type(criterion).__name__ in ("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria"):
@@ -168,7 +175,7 @@ class ForcedThoughts:
     """The first `count` tokens of a completion are the filler; alone, they are pauses in which nothing is thought."""
 
     def __init__(self, count: int, filler: int | None) -> None:
-        self.count, self.filler, self.steps = count, filler, 0
+        self.count, self.filler, self.steps = count, filler or 0, 0
 
     def observe(self, outputs: Any, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> Tensor:
         """The next tokens: the sampled ones, or fillers."""
@@ -209,7 +216,8 @@ class ThinkingDecoder:
         assert thinking is not None  # thinking_backbone has checked it
         self.residual = thinking.residual
         self.record = record
-        self.embeddings: Tensor = model.get_input_embeddings().weight
+        table_of_embeddings: Any = model.get_input_embeddings().weight
+        self.embeddings: Tensor = table_of_embeddings
         table = marker_table(tokenizer, thinking.answer_start, self.backbone.config.vocab_size)
         self.table = table.to(input_ids.device)
         self.answering = table.shape[1] - 1

@@ -33,7 +33,7 @@ def check_modules_to_save(model: nn.Module, wanted: Sequence[str] | None) -> Non
         if is_thinking_parameter(f"{entry}.") and not any(path.endswith(f".{entry}") for path in paths):
             raise InputError(
                 f"the adapter holds {entry}, and this model has no such module, so PEFT would lose it; load the "
-                f"adapter with hrpo_patches.load_adapter(model, folder), or build the model with thinking={{}}."
+                f"adapter with hrpo_patches.load_adapter(model, folder)."
             )
 
 
@@ -107,6 +107,13 @@ class ThinkingMixin(Blend, _Base):
                 f"the checkpoint is to hold thinking weights, but {', '.join(missing)} is missing: it is damaged or "
                 f"was saved without. To start all of them anew, load it once with thinking=False and save that."
             )
+
+    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
+        """Called by `from_pretrained`: a model that declined to think leaves its file's wish to think, too."""
+        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]  # GenerationMixin's
+        if getattr(getattr(self, self.base_model_prefix, self), "declines_thinking", False):
+            for name in ("thinking", "thoughts", "filler_token_id"):
+                self.generation_config.__dict__.pop(name, None)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         thinking = getattr(self.config, "thinking", None)

@@ -190,7 +190,7 @@ def _advance(
     past: list[Stretch],
 ) -> tuple[Tensor, Stretch]:
     """The hidden states of the next columns, and their own keys and values, given those of the stretches before."""
-    layers = [_Columns([stretch[i] for stretch in past]) for i in range(backbone.config.num_hidden_layers)]
+    layers: Any = [_Columns([stretch[i] for stretch in past]) for i in range(backbone.config.num_hidden_layers)]
     name = (
         "cache" if "cache" in signature(backbone.forward).parameters else "past_key_values"
     )  # until transformers 5.24
@@ -226,7 +226,7 @@ class _Columns(DynamicLayer):
 @contextmanager
 def _layers_not_checkpointed(backbone: nn.Module) -> Iterator[None]:
     """A layer under gradient checkpointing drops its cache; `_again` recomputes what it would anyway."""
-    layers = [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
+    layers: Any = [module for module in backbone.modules() if getattr(module, "gradient_checkpointing", False)]
     for module in layers:
         module.gradient_checkpointing = False
     try:

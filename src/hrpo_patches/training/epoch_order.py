@@ -1,4 +1,4 @@
-"""Keeps a run's data in the same order when it is resumed; knows seeds and epochs, nothing of models."""
+"""Keeps a run's data in the same order when it is resumed; knows the sampler and epochs, nothing of models."""
 
 from __future__ import annotations
 
@@ -8,17 +8,25 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 
 class EpochOrder(TrainerCallback):
-    """Draws each epoch's order of the data from the seed and the epoch alone.
+    """Takes a resumed run's sampler to where it was when its epoch began.
 
-    TRL's sampler goes on from epoch to epoch with one generator that no checkpoint holds, so a run that is resumed
-    after its first epoch would see the first epoch's order again. The first epoch is TRL's.
+    TRL's sampler draws each epoch's order from one generator, which no checkpoint holds, so that a run that is resumed
+    after its first epoch would see the first epoch's order again. The order of a run that is not resumed is TRL's.
     """
 
     sampler: Any = None
+    drawn = 0  # orders that this process has drawn
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.drawn = 0
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         epoch = int((state.epoch or 0.0) + 1e-6)  # a resumed run is in the middle of one
         if getattr(self.sampler, "generator", None) is not None:
-            self.sampler.generator.manual_seed(args.seed + epoch)
+            for _ in range(self.drawn, epoch):
+                next(iter(self.sampler), None)
+        self.drawn = epoch + 1

@@ -53,9 +53,10 @@ def regroup(trainer: Trainer, optimizer: optim.Optimizer, learning_rates: dict[s
     if own or optimizer.state:
         raise InputError(f"optim={trainer.args.optim!s} groups its parameters itself; use one of the AdamW family.")
     rates = {"base": trainer.args.learning_rate} | learning_rates
-    decayed = trainer.get_decay_parameter_names(trainer.model)
+    model: Any = trainer.model
+    decayed = trainer.get_decay_parameter_names(model)
     optimizer.param_groups.clear()
-    for group in parameter_groups(trainer.model, rates, trainer.args.weight_decay, decayed):
+    for group in parameter_groups(model, rates, trainer.args.weight_decay, decayed):
         optimizer.add_param_group(group)
     return optimizer
 
@@ -75,7 +76,8 @@ def patch_trainer_optimizer(
     """
     if trainer.optimizer is not None:
         raise InputError("this trainer already has an optimizer; call patch_trainer_optimizer before training.")
-    if not any(group_of(name) != "base" and p.requires_grad for name, p in trainer.model.named_parameters()):
+    whole: Any = trainer.model
+    if not any(group_of(name) != "base" and p.requires_grad for name, p in whole.named_parameters()):
         raise InputError(
             "the trainer's model has no trainable thinking weights; load it with thinking={}, and with PEFT name the "
             "thinking modules in LoraConfig(modules_to_save=...), or use HRPOTrainer, which does both."
@@ -89,4 +91,4 @@ def patch_trainer_optimizer(
         optimizer = create(model)
         return regroup(trainer, optimizer, rates) if fresh else optimizer
 
-    trainer.create_optimizer = create_optimizer
+    trainer.create_optimizer = create_optimizer  # type: ignore[method-assign]

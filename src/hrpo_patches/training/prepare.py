@@ -6,6 +6,8 @@ import copy
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -26,27 +28,51 @@ from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import FALLBACK, RESIDUALS, canonical, is_thinking_parameter, parts_of
 
 
-def thinking_model(model: Any, args: HRPOConfig, quantization_config: Any = None) -> Any:
-    """`model`, loaded if it is a name, with the thinking modules and as the run is to think.
+def policy(model: Any, args: HRPOConfig, quantization_config: Any = None) -> Any:
+    """`model` as the run trains it: with the thinking modules, unless it is plain GRPO.
 
-    A name is loaded here, with `args.model_init_kwargs` as TRL would; `thinking` is taken out of them, for reward
-    models and references that TRL loads by name get them, too.
+    A name is loaded here where thinking is to be said, with `args.model_init_kwargs` as TRL would.
 
     Raises:
-        InputError: the model cannot think, or thinks in another way already.
+        InputError: the model cannot think, thinks in another way already, or is told to in two ways.
     """
-    refuse_stranger(model)
-    chosen = args.chosen
+    if args.residual is not None:
+        refuse_stranger(model)
     if isinstance(model, str):
-        init = dict(args.model_init_kwargs or {})
-        chosen = dict(init.pop("thinking", None) or {}) | chosen
-        args.model_init_kwargs = init or None
-        return _loaded(model, init | {"thinking": thinking_options(model, chosen)}, args, quantization_config)
+        init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # TRL has read it
+        asked = init.pop("thinking", None)
+        if args.residual is not None:
+            asked = thinking_options(model, _asked(asked) | args.chosen)
+        return model if asked is None else _loaded(model, init | {"thinking": asked}, args, quantization_config)
+    if args.residual is None:
+        return model
     backbone = patched_backbone(model)
     current = record_of(ThinkingConfig.of(backbone.config) or ThinkingConfig(), backbone.config.thinking)
-    check_same_kind(current, chosen, "this model")
-    backbone.begin_thinking(ThinkingConfig.from_dict(current | chosen), current)
+    check_same_kind(current, args.chosen, "this model")
+    backbone.begin_thinking(ThinkingConfig.from_dict(current | args.chosen), current)
     return model
+
+
+def _asked(given: Any) -> dict[str, Any]:
+    """The options that `model_init_kwargs["thinking"]` names."""
+    if given is False:
+        raise InputError("model_init_kwargs say thinking=False; leave it out, or train plain GRPO with residual=None.")
+    if isinstance(given, dict):
+        return given
+    said = ThinkingConfig.of(SimpleNamespace(thinking=given))
+    return asdict(said) if isinstance(given, ThinkingConfig) and said is not None else {}
+
+
+@contextmanager
+def only_for_the_policy(args: HRPOConfig) -> Iterator[None]:
+    """Keeps `thinking` from the reward models and references that a constructor loads by `model_init_kwargs`."""
+    given = args.model_init_kwargs
+    if isinstance(given, dict):
+        args.model_init_kwargs = {name: value for name, value in given.items() if name != "thinking"} or None
+    try:
+        yield
+    finally:
+        args.model_init_kwargs = given
 
 
 def _loaded(name: str, init: dict[str, Any], args: HRPOConfig, quantization_config: Any) -> Any:
@@ -91,10 +117,10 @@ def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: HRPO
             "this model runs unsloth's forward, which needs an adapter that unsloth made; leave peft_config out, and "
             "wrap the model with FastLanguageModel.get_peft_model(model, ..., modules_to_save=[...])."
         )
-    peft_config = copy.deepcopy(peft_config)
+    wanted: Any = copy.deepcopy(peft_config)
     modules = parts_of(args.residual)
-    peft_config.modules_to_save = list(dict.fromkeys([*(peft_config.modules_to_save or []), *modules]))
-    return peft_config
+    wanted.modules_to_save = list(dict.fromkeys([*(wanted.modules_to_save or []), *modules]))
+    return wanted
 
 
 def float32_copies(model: Any) -> dict[str, Tensor]:
@@ -120,6 +146,7 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout
     """
     backbone = thinking_backbone(base)
     marker_table(tokenizer, args.answer_start, backbone.config.vocab_size)
+    _check_visible(tokenizer, args.answer_start)
     for name in parts_of(args.residual):
         module = getattr(backbone, name)
         saved = not is_peft_model(model) or hasattr(module, "modules_to_save")
@@ -147,6 +174,16 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout
         check_distribution(rollout, base.generation_config)
     if backbone.config.thinking["residual_scale"] == "embedding":
         backbone.embedding_norm()
+
+
+def _check_visible(tokenizer: Any, marker: str) -> None:
+    """Refuse a marker that a reward function would not see, for TRL leaves special tokens out of completions."""
+    ids = tokenizer.encode(marker, add_special_tokens=False)
+    if marker not in tokenizer.decode(ids, skip_special_tokens=True) and marker in tokenizer.decode(ids):
+        raise InputError(
+            f"the marker {marker!r} is a special token of this tokenizer, which no reward function sees; choose "
+            f"another answer_start, or add it as a token that is not special."
+        )
 
 
 # What changes the distribution that a rollout samples from, beside the temperature, and the values that do not.

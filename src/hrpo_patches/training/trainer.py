@@ -7,13 +7,14 @@ them), the optimizer (its groups), the order of the data and the save (two more 
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
-from peft import PeftConfig
 from torch import Tensor, nn, optim
 from transformers import Trainer
 from trl.models import unwrap_model_for_generation
@@ -36,8 +37,9 @@ from hrpo_patches.training.prepare import (
     check_model,
     float32_copies,
     freeze_unused,
+    only_for_the_policy,
+    policy,
     restore_float32,
-    thinking_model,
     unsaid,
     with_thinking_modules,
 )
@@ -47,6 +49,7 @@ from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 
 GRPOTrainer: Any = released("trl.trainer.grpo_trainer", "GRPOTrainer")
+POSITIONAL = [*signature(GRPOTrainer.__init__).parameters][4:]  # after self, model, reward_funcs and args
 
 
 class HRPOTrainer(GRPOTrainer):
@@ -65,42 +68,30 @@ class HRPOTrainer(GRPOTrainer):
     _name = "HRPO"
 
     def __init__(
-        self,
-        model: Any,
-        reward_funcs: Any = None,
-        args: HRPOConfig | None = None,
-        train_dataset: Any = None,
-        *,
-        processing_class: Any = None,
-        peft_config: PeftConfig | None = None,
-        **kwargs: Any,
+        self, model: Any, reward_funcs: Any = None, args: HRPOConfig | None = None, *positional: Any, **kwargs: Any
     ) -> None:
         args = args if args is not None else HRPOConfig(output_dir="HRPO")
         if not isinstance(args, HRPOConfig):
             raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
+        kwargs |= dict(zip(POSITIONAL, positional, strict=False))
         self._rollout: Rollout | None = None
         self._epoch_order = EpochOrder()
         turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
-        named = args.residual is not None and isinstance(model, str)
+        if args.residual is not None and turns:
+            raise InputError(f"{turns[0]} generates outside of one thinking turn; leave it out, or set residual=None.")
         if args.residual is not None:
-            if turns:
-                raise InputError(
-                    f"{turns[0]} generates outside of one thinking turn; leave it out, or set residual=None."
-                )
-            peft_config = with_thinking_modules(model, peft_config, args)
-            model = thinking_model(model, args, kwargs.get("quantization_config"))
+            kwargs["peft_config"] = with_thinking_modules(model, kwargs.get("peft_config"), args)
+        named = isinstance(model, str)
+        model = policy(model, args, kwargs.get("quantization_config"))
         before = float32_copies(model) if args.residual is not None else {}
         from_start = args.reference == "start" and args.beta != 0.0
-        with without_reference(args) if from_start else nullcontext(), unsaid(ALREADY) if named else nullcontext():
-            super().__init__(
-                model,
-                reward_funcs,
-                args,
-                train_dataset,
-                processing_class=processing_class,
-                peft_config=peft_config,
-                **kwargs,
-            )
+        with ExitStack() as stack:
+            stack.enter_context(only_for_the_policy(args))
+            if from_start:
+                stack.enter_context(without_reference(args))
+            if named and not isinstance(model, str):
+                stack.enter_context(unsaid(ALREADY))
+            super().__init__(model, reward_funcs, args, **kwargs)
         self.add_callback(self._epoch_order)
         freeze_unused(self.model, args)
         if args.residual is not None:
@@ -220,9 +211,15 @@ class HRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.args.residual is None:
             return super()._compute_loss(model, inputs)
-        self._rollout = Rollout(inputs["thinking_states"], inputs["thinking_mask"], self.args.residual)
-        try:
+        with self._replaying(Rollout(inputs["thinking_states"], inputs["thinking_mask"], self.args.residual)):
             return super()._compute_loss(model, inputs)
+
+    @contextmanager
+    def _replaying(self, rollout: Rollout) -> Iterator[None]:
+        """Within, every log-probability that TRL asks for is that of a model that thinks as in this rollout."""
+        self._rollout = rollout
+        try:
+            yield
         finally:
             self._rollout = None
 
@@ -271,7 +268,8 @@ class HRPOTrainer(GRPOTrainer):
             rollout = None if self._is_reference(model) else rollout.aligned(len(self._fillers) + logits_to_keep)
         size = batch_size or len(input_ids)
         again = passes_inputs(self._base_model(), passes, self.args.residual, self.temperature) if rollout else {}
-        logps, entropies = [], []
+        logps: list[Tensor] = []
+        entropies: list[Any] = []
         for rows in (slice(start, start + size) for start in range(0, len(input_ids), size)):
             thinking = rollout.model_inputs(rows) | again if rollout is not None else {}
             score = self._score_fused if self._has_fused_head(model) else self._score_plain
