@@ -1,6 +1,6 @@
 """The model families that can think: their module's name in transformers, and what their classes' names begin with.
 
-A line here, `python -m hrpo_patches refresh` and the tests' parameters are all that a new family of this kind needs;
+A line here, `hrpo refresh` and the tests' parameters are all that a new family of this kind needs;
 see docs/add-a-model.md.
 """
 

@@ -113,7 +113,7 @@ class ThinkingMonitor(TrainerCallback):
         self.backbone._monitor_hook = self.backbone.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def _find_start(self, step: int) -> None:
-        """Keep the weights that drift is measured from, or find those of the run that goes on."""
+        """Keep the weights that drift is measured from, or find those of the run that is resumed."""
         file = self.log.path.with_name(START_FILE)
         if step == 0 and self.start:
             save_file({name: weight.cpu().contiguous() for name, weight in self.start.items()}, file)

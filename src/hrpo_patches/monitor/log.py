@@ -44,12 +44,12 @@ class RunLog:
         self.path = folder / LOG_FILE
 
     def begin(self, step: int, header: Row, history: Sequence[Row] = ()) -> None:
-        """Start the log, or go on with it after `step`: later rows belong to steps that are taken again.
+        """Start the log, or resume it after `step`: later rows belong to steps that are taken again.
 
         Args:
             step: the last one that was taken; 0 starts a log.
             header: what the run is.
-            history: rows of the checkpoint that the run goes on from; those of the log have to be the same.
+            history: rows of the checkpoint that the run is resumed from; those of the log have to be the same.
 
         Raises:
             InputError: the log that is there is another run's.

@@ -70,7 +70,7 @@ def write_json(record: dict[str, Any], folder: Path) -> Path:
 
 
 def read_run(folder: Path, name: str | None = None) -> Run:
-    """The run in `folder`, also one that goes on or was killed.
+    """The run in `folder`, also one that is still running or was killed.
 
     Raises:
         InputError: the folder holds no log, or a damaged one.

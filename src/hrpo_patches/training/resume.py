@@ -1,4 +1,4 @@
-"""Finds the checkpoint that a run goes on from; knows the files of a checkpoint, nothing of models."""
+"""Finds the checkpoint that a run is resumed from; knows the files of a checkpoint, nothing of models."""
 
 from __future__ import annotations
 
