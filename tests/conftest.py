@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+os.environ["HF_HUB_OFFLINE"] = "1"  # no test asks the network, and none waits for it
+
 import hrpo_patches  # isort: skip - before transformers
 import pytest
 import torch

@@ -1,11 +1,11 @@
-"""Finds the folder of an adapter, here or on the hub; knows names and files, nothing of what is in them."""
+"""Finds the files of an adapter, in a folder or on the hub; knows names, nothing of what is in the files."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from hrpo_thinking.errors import InputError
 
@@ -13,16 +13,23 @@ CONFIG = "adapter_config.json"  # PEFT's, which an adapter has
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # weights, configs and tokenizers; nothing pickled
 
 
+def find_file(name: str | Path, file: str) -> Path | None:
+    """A file in a folder, or of the hub id `owner/repository`; None if it is not there, or the hub cannot be asked."""
+    folder = Path(name)
+    if folder.exists() or str(name).count("/") != 1:
+        return folder / file if (folder / file).is_file() else None
+    try:
+        return Path(hf_hub_download(str(name), file))
+    except (HfHubHTTPError, HFValidationError, OSError):
+        return None
+
+
 def find_adapter(name: str | Path) -> Path | None:
     """The folder of the adapter of that name: a folder, or a hub id, which is fetched; None if it is no adapter."""
-    folder = Path(name)
-    if folder.exists():
-        return folder if (folder / CONFIG).is_file() else None
-    try:
-        hf_hub_download(str(name), CONFIG)
-        return Path(snapshot_download(str(name), allow_patterns=_FILES))
-    except (EntryNotFoundError, LocalEntryNotFoundError, HFValidationError, HfHubHTTPError, OSError):
-        return None
+    config = find_file(name, CONFIG)
+    if config is None or Path(name).exists():
+        return config and config.parent
+    return Path(snapshot_download(str(name), allow_patterns=_FILES))
 
 
 def adapter_folder(name: str | Path) -> Path:

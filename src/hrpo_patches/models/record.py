@@ -7,10 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers import GenerationConfig, PreTrainedModel
 
+from hrpo_patches.models.hub import find_file
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_thinking.config import OPTIONS, ThinkingConfig, about_parts, record_of
 from hrpo_thinking.errors import InputError
@@ -68,15 +67,8 @@ def read_thinking(folder: Path) -> dict[str, Any]:
 
 def _record_at(source: Any) -> dict[str, Any] | None:
     """How the adapter at `source`, a folder or a hub id, says that it thinks; None where it does not."""
-    if not isinstance(source, (str, Path)):
-        return None
-    folder = Path(source)
-    if not folder.exists():
-        try:
-            folder = Path(hf_hub_download(str(source), THINKING_FILE)).parent
-        except (HfHubHTTPError, HFValidationError, OSError):  # no such file, or no hub to ask
-            return None
-    return read_thinking(folder) if (folder / THINKING_FILE).is_file() else None
+    file = find_file(source, THINKING_FILE) if isinstance(source, (str, Path)) else None
+    return read_thinking(file.parent) if file is not None else None
 
 
 def check_thinking_adapter(model: Any, source: Any) -> None:
