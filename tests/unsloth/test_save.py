@@ -135,7 +135,7 @@ def test_an_adapter_of_another_name_is_merged_with_its_own_weights(trained, toke
     from unsloth.save import patch_saving_functions
 
     trained.save_pretrained(tmp_path / "adapter")
-    base = load(f"plain-{family}", torch.float32, thinking={})
+    base = load(f"plain-{family}", torch.float32, thinking={"answer_start": "##"})
     mine = PeftModel.from_pretrained(base, tmp_path / "adapter", adapter_name="mine")
     patch_saving_functions(mine)
     mine.save_pretrained_merged(tmp_path / "merged", tokenizer)

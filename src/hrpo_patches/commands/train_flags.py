@@ -147,7 +147,7 @@ class Run:
         """What the run was asked for, by flag: all but those of TRL's arguments that are as TRL has them."""
         flags, ours = self.config.to_dict(), set(own_flags())
         fields = HRPOConfig.__dataclass_fields__
-        own = {name: value for name, value in flags.items() if name in ours or value != fields[name].default}
+        own = {n: value for n, value in flags.items() if n in ours or (n in fields and value != fields[n].default)}
         own |= {"residual": spelled(self.config.residual), "backend": self.backend}
         return asdict(self.about) | self.rest | own
 

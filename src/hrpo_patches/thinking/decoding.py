@@ -82,12 +82,13 @@ def check_request(
         thinking = ThinkingConfig.of(model.config) or ThinkingConfig()
         generation_config.filler_token_id = filler_id(tokenizer, thinking)
     if forced:
-        _check_filler(model, generation_config)
+        check_filler(model, generation_config)
     if backbone is not None:
-        _check_thinking(backbone, tokenizer)
+        check_thinking(backbone, tokenizer)
 
 
-def _check_filler(model: Any, generation_config: Any) -> None:
+def check_filler(model: Any, generation_config: Any) -> None:
+    """Raise `InputError` unless the filler of forced thoughts is a token of the model that ends no completion."""
     filler, ends = generation_config.filler_token_id, generation_config.eos_token_id
     if not isinstance(filler, int) or not 0 <= filler < model.get_input_embeddings().weight.shape[0]:
         raise InputError(f"filler_token_id has to be the id of one of the model's tokens, not {filler!r}.")
@@ -95,7 +96,8 @@ def _check_filler(model: Any, generation_config: Any) -> None:
         raise InputError(f"the filler of forced thoughts, token {filler}, ends a completion; name another one.")
 
 
-def _check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase | None) -> None:
+def check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    """Raise `InputError` unless a backbone can think with the weights it has, up to a marker that can be spelled."""
     if tokenizer is None:
         raise InputError("generate(thinking=True) needs tokenizer=..., to know which tokens spell the answer marker.")
     thinking = ThinkingConfig.of(backbone.config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -124,6 +125,50 @@ class ThinkingMixin(Blend, _Base):
             return super().save_pretrained(*args, **kwargs)
         finally:
             self.config.thinking = thinking
+
+    def init_continuous_batching(
+        self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """As stock's; the manager's requests think where `generation_config` asks for it (`generate_batch`)."""
+        parent: Any = super()
+        asked = generation_config if generation_config is not None else getattr(self, "generation_config", None)
+        if not getattr(asked, "thinking", None):
+            return parent.init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
+        from hrpo_patches.thinking import continuous
+
+        plain: Any = copy.deepcopy(asked)
+        plain.thinking = plain.thoughts = None
+        config = continuous.batching_config(continuous_batching_config)
+        if getattr(self, "_cached_continuous_batching_manager", None) is not None:
+            raise InputError("a manager that was kept cannot think; destroy_cached_continuous_batching_manager first.")
+        manager = parent.init_continuous_batching(plain, config, *args, **kwargs)
+        continuous.begin(manager, self, getattr(self, "_batch_tokenizer", None), copy.deepcopy(asked))
+        return manager
+
+    def generate_batch(
+        self,
+        inputs: list[list[int]],
+        generation_config: Any = None,
+        *args: Any,
+        thinking: bool | None = None,
+        thoughts: int | None = None,
+        tokenizer: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As stock's; with `thinking=True` and a `tokenizer`, each output has thinking_states and the like.
+
+        Raises:
+            InputError: as `generate`, or this engine cannot think as the model does.
+        """
+        parent: Any = super()
+        given = {name: value for name, value in (("thinking", thinking), ("thoughts", thoughts)) if value is not None}
+        if given:
+            generation_config = copy.deepcopy(generation_config or self.generation_config)
+            generation_config.update(**given)
+        from hrpo_patches.thinking.continuous import thinking_batches
+
+        with thinking_batches(self, tokenizer):
+            return parent.generate_batch(inputs, generation_config, *args, **kwargs)
 
     def think(
         self,

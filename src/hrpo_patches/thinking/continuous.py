@@ -1,0 +1,283 @@
+"""Thinking in transformers' continuous batching, which packs requests of all lengths into one forward; has no maths.
+
+Hooks on the model's forward stand where the engine calls it: before, every packed position that thinks is given its
+state; after, the state that each new token is sampled from is kept. They see the engine's own forwards only, and
+go with its manager. Requests share the engine's blocks of prompts alone, for thoughts are not in the tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
+from hrpo_patches.thinking.backbone import thinking_backbone
+from hrpo_patches.thinking.decoding import check_filler, check_thinking, filler_id
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
+from hrpo_thinking.parts import RESIDUALS
+from hrpo_thinking.request import ThinkingRequest
+
+if TYPE_CHECKING:
+    from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
+
+_SHARING = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")  # from transformers 5.2x on, and before
+
+
+def batching_config(given: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
+    """A copy of the engine's config with what cannot think switched off: a step has to wait for the one before.
+
+    Raises:
+        InputError: it was asked for.
+    """
+    from transformers import ContinuousBatchingConfig
+
+    config = copy.copy(given) if given is not None else ContinuousBatchingConfig()
+    for name in ("use_async_batching", "use_cuda_graph"):
+        if getattr(config, name):
+            raise InputError(f"continuous batching with {name}={getattr(config, name)!r} cannot think; leave it out.")
+        setattr(config, name, False)
+    for name in ("varlen_compile_config", "decode_compile_config"):
+        if getattr(config, name, None) is not None:
+            raise InputError(f"continuous batching that is compiled ({name}) cannot think; leave it out.")
+    return config
+
+
+class BatchThinking:
+    """What a manager's requests think; each has a record, until it is taken or cancelled.
+
+    Args:
+        manager: of the engine, not yet started.
+        model: the causal language model that it runs.
+        tokenizer: spells the answer marker.
+        forced: how many forced thoughts every completion begins with.
+        filler: the id of the token that they are.
+
+    Raises:
+        InputError: the residual needs the distribution, which this engine does not hand over.
+    """
+
+    def __init__(
+        self, manager: Any, model: Any, tokenizer: PreTrainedTokenizerBase, forced: int = 0, filler: int | None = None
+    ) -> None:
+        self.manager, self.model = manager, model
+        self.backbone = thinking_backbone(model)
+        thinking = ThinkingConfig.of(self.backbone.config)
+        assert thinking is not None  # thinking_backbone has checked it
+        self.residual = thinking.residual
+        check_residual(self.residual)
+        table = marker_table(tokenizer, thinking.answer_start, self.backbone.config.vocab_size)
+        self.table: list[list[int]] = table.tolist()
+        self.forced, self.filler = forced, filler
+        self.records: dict[str, ThinkingRequest] = {}
+        self.plain: set[str] = set()  # requests that do not think
+        self._news: list[tuple[int, ThinkingRequest | None, int]] = []  # (row of the last token, record, next index)
+        self._handles = [
+            model.register_forward_pre_hook(self._before, with_kwargs=True),
+            model.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        self._guard_manager()
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        for handle in self._handles:
+            handle.remove()
+        self.records.clear()
+
+    def take(self, output: Any) -> Any:
+        """The engine's output of a finished request, with what it thought, of which nothing is kept here.
+
+        Returns:
+            `output` with thinking_states (C, d), thinking_mask (C) bool, thinking_ratio (C) float32 and
+            thinking_residual, as `generate` has them, for its generated tokens; unchanged if it did not think.
+        """
+        record = self.records.pop(output.request_id, None)
+        self.plain.discard(output.request_id)
+        tokens = output.generated_tokens
+        if record is None or not tokens:
+            return output
+        mask = torch.tensor([record.read(i, token) for i, token in enumerate(tokens)])
+        states = torch.stack(record.states[: len(tokens)])
+        with torch.no_grad():
+            table = self.model.get_input_embeddings().weight
+            ratio = self.backbone.thinking_decay(embedding(torch.tensor(tokens, device=table.device), table)).mean(-1)
+        output.thinking_states, output.thinking_mask = states, mask.to(states.device)
+        output.thinking_ratio = torch.where(output.thinking_mask, ratio.float().to(states.device), 1.0)
+        output.thinking_residual = self.residual
+        return output
+
+    # --- the engine's forward --------------------------------------------------------------------------------------
+
+    def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        processor = self.manager.batch_processor
+        if processor is None or kwargs.get("cache") is not processor.cache:
+            return None  # another's forward
+        rows, states, at, self._news = [], [], 0, []
+        for future in processor.inputs_and_outputs.requests_in_batch:
+            state, width = future.state, future.query_length
+            record, prompt = self._record(state), prompt_length(state)
+            start = state.position_offset - width
+            for i in range(max(0, prompt - start), width) if record is not None else ():
+                index = start + i - prompt
+                if record is not None and record.read(index, token_at(state, start + i)):
+                    rows.append(at + i)
+                    states.append(record.states[index])
+            at += width
+            if future.has_new_token:
+                self._news.append((at - 1, record, state.position_offset - prompt))
+        kwargs["output_last_hidden_state"] = True
+        if rows:
+            kwargs |= self._thinking(rows, states, kwargs["input_ids"].shape[1])
+        return args, kwargs
+
+    def _thinking(self, rows: list[int], states: list[Tensor], length: int) -> dict[str, Any]:
+        kept = torch.stack(states)
+        mask = torch.zeros(1, length, dtype=torch.bool, device=kept.device)
+        mask[0, rows] = True
+        whole = kept.new_zeros(1, length, kept.shape[1])
+        whole[0, rows] = kept
+        return {"thinking_states": whole, "thinking_mask": mask, "thinking_residual": self.residual}
+
+    def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+        processor = self.manager.batch_processor
+        if processor is None or kwargs.get("cache") is not processor.cache:
+            return
+        hidden = output.last_hidden_state[0, [row for row, _, _ in self._news]]
+        in_rows = output.logits.shape[1] == output.last_hidden_state.shape[1]  # a logit for each packed position
+        for i, (row, record, index) in enumerate(self._news):
+            if record is not None:
+                record.keep(index, hidden[i])
+            if record is not None and record.forces(index):
+                logits = output.logits[0, row if in_rows and "logits_to_keep" not in kwargs else i]
+                logits.fill_(-torch.inf)
+                logits[self.filler] = 0.0
+
+    def _record(self, state: Any) -> ThinkingRequest | None:
+        if state.request_id in self.plain:
+            return None
+        if state.request_id not in self.records:
+            parent = self.records.get(state.request_id.rpartition("__child#")[0])
+            if parent is not None:  # a fork: it has the prompt and the first token of its parent
+                own = parent.copy(state.position_offset - prompt_length(state) + 1)
+            else:
+                own = ThinkingRequest(self.table, self.forced)
+            self.records[state.request_id] = own
+        return self.records[state.request_id]
+
+    # --- the engine's requests and blocks --------------------------------------------------------------------------
+
+    def _guard_manager(self) -> None:
+        """Let the manager take plain requests, hand out thoughts with results, and share no block that holds one."""
+        manager, create, add, get, cancel = (
+            self.manager,
+            self.manager._create_batch_processor,
+            self.manager.add_request,
+            self.manager.get_result,
+            self.manager.cancel_request,
+        )
+
+        def create_batch_processor() -> Any:
+            processor = create()
+            self._guard_blocks(processor.cache)
+            return processor
+
+        def add_request(input_ids: list[int], request_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
+            if not kwargs.pop("thinking", True):
+                if request_id is None:
+                    raise InputError("a plain request beside thinking ones needs a request_id of its own.")
+                self.plain.add(request_id)
+            return add(input_ids, request_id, *args, **kwargs)
+
+        def get_result(*args: Any, **kwargs: Any) -> Any:
+            output = get(*args, **kwargs)
+            return self.take(output) if output is not None and output.is_finished() else output
+
+        def cancel_request(request_id: str) -> None:
+            cancel(request_id)
+            self.records.pop(request_id, None)
+
+        manager._create_batch_processor, manager.add_request = create_batch_processor, add_request
+        manager.get_result, manager.cancel_request = get_result, cancel_request
+
+    def _guard_blocks(self, cache: Any) -> None:
+        if hasattr(cache, "_thinks"):
+            return
+        name = next(name for name in _SHARING if hasattr(cache, name))
+        mark, search = getattr(cache, name), cache.search_prefix_match
+
+        def mark_complete(state: Any, count: Any) -> None:
+            if state.request_id in self.plain or state.position_offset <= prompt_length(state):
+                mark(state, count)
+
+        def search_prefix_match(request_id: str, tokens: list[int]) -> int:
+            record = self.records.get(request_id)
+            thought = len(record.states) if record is not None else 0
+            return int(search(request_id, tokens[: len(tokens) - thought] if thought else tokens))
+
+        setattr(cache, name, mark_complete)
+        cache.search_prefix_match, cache._thinks = search_prefix_match, True
+
+
+def check_residual(residual: str) -> None:
+    """Raise `InputError` for a residual that continuous batching cannot make."""
+    if not RESIDUALS[residual].needs_state:
+        raise InputError(
+            f"continuous batching hands over no distribution, which the {residual} residual is made from; use "
+            f"generate, or another residual."
+        )
+
+
+def prompt_length(state: Any) -> int:
+    """The number of prompt tokens of an engine's request, also of one that it computes anew."""
+    return int(state._true_initial_tokens or len(state.initial_tokens))
+
+
+def token_at(state: Any, position: int) -> int:
+    """The token at a position of an engine's request."""
+    first = len(state.initial_tokens)
+    token = state.initial_tokens[position] if position < first else state.generated_tokens[position - first]
+    return int(token)
+
+
+def begin(manager: Any, model: Any, tokenizer: Any, generation_config: Any) -> None:
+    """Let a manager that has not started think as `generation_config` asks; its end is that of the thinking.
+
+    Raises:
+        InputError: the model, the tokenizer or the filler cannot do it.
+    """
+    check_thinking(thinking_backbone(model), tokenizer)
+    forced = generation_config.thoughts or 0
+    if forced and generation_config.filler_token_id is None:
+        thinking = ThinkingConfig.of(model.config) or ThinkingConfig()
+        generation_config.filler_token_id = filler_id(tokenizer, thinking)
+    if forced:
+        check_filler(model, generation_config)
+    manager.thinking = BatchThinking(manager, model, tokenizer, forced, generation_config.filler_token_id)
+    for name in ("stop", "destroy"):
+        setattr(manager, name, _then(getattr(manager, name), manager.thinking.close))
+
+
+def _then(first: Any, second: Any) -> Any:
+    def both(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return first(*args, **kwargs)
+        finally:
+            second()
+
+    return both
+
+
+@contextmanager
+def thinking_batches(model: Any, tokenizer: Any) -> Iterator[None]:
+    """Within, managers that `model` makes for a generation that thinks read the marker by this tokenizer."""
+    before, model._batch_tokenizer = getattr(model, "_batch_tokenizer", None), tokenizer
+    try:
+        yield
+    finally:
+        model._batch_tokenizer = before

@@ -1,0 +1,53 @@
+"""What one request of an engine has thought so far: states, marker, forced thoughts; knows no engine."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+class ThinkingRequest:
+    """A completion that thinks, token by token. Completion token c has the index c, forced thoughts included.
+
+    A record outlives what an engine forgets: a request that is preempted and computed anew finds its states here.
+
+    Args:
+        table: the marker's automaton (`marker.marker_table`), as nested lists.
+        forced: how many forced thoughts the completion begins with.
+
+    Attributes:
+        states: for each token, the state (d) that it was sampled from; one more than there are tokens read.
+        mask: for each token that was read, whether it thinks.
+        replayed: how many thoughts were computed anew after a preemption.
+    """
+
+    def __init__(self, table: list[list[int]], forced: int = 0) -> None:
+        self.table, self.forced = table, forced
+        self.states: list[Tensor] = []
+        self.mask: list[bool] = []
+        self.replayed = 0
+        self._progress = 0
+
+    def read(self, index: int, token: int) -> bool:
+        """Whether token `index` thinks, which is asked in order; one that was read before is being replayed."""
+        if index < len(self.mask):
+            self.replayed += self.mask[index]
+            return self.mask[index]
+        if index >= self.forced:  # a filler is no text
+            self._progress = self.table[token][self._progress]
+        self.mask.append(self._progress != len(self.table[0]) - 1)
+        return self.mask[index]
+
+    def keep(self, index: int, state: Tensor) -> None:
+        """Keep the state (d) that token `index` is sampled from, unless it is kept already."""
+        if index == len(self.states):
+            self.states.append(state)
+
+    def forces(self, index: int) -> bool:
+        """Whether token `index` is a forced thought."""
+        return index < self.forced
+
+    def copy(self, tokens: int) -> ThinkingRequest:
+        """A record of its own for a request that shares the first `tokens` tokens with this one."""
+        other = ThinkingRequest(self.table, self.forced)
+        other.states = self.states[:tokens]
+        return other
