@@ -42,7 +42,7 @@ test-unsloth: $(UNSLOTH_VENV)/.installed
 	OMP_NUM_THREADS=1 $(UNSLOTH_VENV)/bin/python -m pytest -n 2 --dist loadfile \
 		--confcutdir tests/unsloth tests/unsloth
 
-# Needs a GPU, and the environment that the README names; writes what it saw under benchmarks/results/.
+# Needs a GPU, and the environment that docs/unsloth.md names; writes what it saw under benchmarks/results/.
 test-gpu:
 	bash tests/gpu/run.sh
 

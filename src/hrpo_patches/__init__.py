@@ -27,29 +27,20 @@ _HOMES = {
     "thinking_roll": "hrpo_patches.thinking.replay",
 }
 
-__all__ = [
-    "HRPOConfig",
-    "HRPOTrainer",
-    "InputError",
-    "NonFiniteError",
-    "PatchError",
-    "ThinkingConfig",
-    "load_adapter",
-    "monitor_thinking",
-    "patch_trainer_optimizer",
-    "replay_forward",
-    "thinking_roll",
-]
+__all__ = sorted(_HOMES)
 
 if TYPE_CHECKING:
-    from hrpo_patches.models.adapter import load_adapter
-    from hrpo_patches.monitor.callback import monitor_thinking
-    from hrpo_patches.thinking.replay import replay_forward, thinking_roll
-    from hrpo_patches.training.config import HRPOConfig
-    from hrpo_patches.training.optim import patch_trainer_optimizer
-    from hrpo_patches.training.trainer import HRPOTrainer
-    from hrpo_thinking.config import ThinkingConfig
-    from hrpo_thinking.errors import InputError, NonFiniteError, PatchError
+    from hrpo_patches.models.adapter import load_adapter as load_adapter
+    from hrpo_patches.monitor.callback import monitor_thinking as monitor_thinking
+    from hrpo_patches.thinking.replay import replay_forward as replay_forward
+    from hrpo_patches.thinking.replay import thinking_roll as thinking_roll
+    from hrpo_patches.training.config import HRPOConfig as HRPOConfig
+    from hrpo_patches.training.optim import patch_trainer_optimizer as patch_trainer_optimizer
+    from hrpo_patches.training.trainer import HRPOTrainer as HRPOTrainer
+    from hrpo_thinking.config import ThinkingConfig as ThinkingConfig
+    from hrpo_thinking.errors import InputError as InputError
+    from hrpo_thinking.errors import NonFiniteError as NonFiniteError
+    from hrpo_thinking.errors import PatchError as PatchError
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""The three errors that this package raises on purpose; knows nothing else."""
+"""The three errors that reach a user on purpose; knows nothing else."""
 
 
 class InputError(ValueError):

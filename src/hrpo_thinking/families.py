@@ -10,4 +10,4 @@ FAMILIES = {
     "qwen3": "Qwen3",
 }
 
-NAMES = " and ".join(", ".join(FAMILIES.values()).rsplit(", ", 1))
+NAMES = " or ".join(", ".join(FAMILIES.values()).rsplit(", ", 1))

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
-from hrpo_patches.evaluation.generate import Decoding, batches_of, complete, greedy_completions
+from hrpo_patches.evaluation.generate import Decoding, batches_of, complete, completions
 from hrpo_patches.tasks.prompts import uses_chat
 from hrpo_thinking.errors import InputError
 
@@ -13,9 +13,9 @@ def test_batches_sorted_by_length_change_no_answer():
     model, tokenizer = tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9}), byte_tokenizer()
     prompts = ["What is 3 + 4?", "Hi", "abc", "Say #### once", "x"]
     model.train()
-    alone = [greedy_completions(model, tokenizer, [p], 8, thinking=True)[0] for p in prompts]
-    assert greedy_completions(model, tokenizer, prompts, 8, thinking=True, batch_size=2) == alone
-    assert greedy_completions(model, tokenizer, prompts, 8, thinking=False) != alone
+    alone = [completions(model, tokenizer, [p], Decoding(8, True))[0] for p in prompts]
+    assert completions(model, tokenizer, prompts, Decoding(8, True, batch_size=2)) == alone
+    assert completions(model, tokenizer, prompts, Decoding(8, False)) != alone
     assert model.training and torch.is_grad_enabled()
 
 

@@ -189,7 +189,7 @@ def test_a_forward_with_hidden_state_gives_no_warning(family, tokenizer):
         ({"thinking": "yes"}, "True or False"),
         ({"custom_generate": lambda *args, **kwargs: None}, "custom_generate cannot think"),
         ({"prompt_lookup_num_tokens": 3}, "assisted_generation cannot think"),
-        ({"cache_implementation": "paged"}, "continuous batching cannot think"),
+        ({"cache_implementation": "paged"}, "hands no thoughts over; call generate_batch"),
     ],
 )
 def test_what_cannot_think_is_refused_in_one_sentence(tokenizer, options, message):
@@ -204,7 +204,7 @@ def test_a_model_without_thinking_modules_refuses_to_think(tokenizer):
     with pytest.raises(InputError, match="without thinking modules"):
         think(tiny_model("llama", thinking=False), tokenizer, inputs)
     other = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2))
-    with pytest.raises(InputError, match="GPT2LMHeadModel cannot think: .* Llama, Qwen2 and Qwen3"):
+    with pytest.raises(InputError, match="GPT2LMHeadModel cannot think: .* Llama, Qwen2 or Qwen3"):
         think(other, tokenizer, inputs)
 
 

@@ -7,7 +7,7 @@ from runs import config, lora
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches import HRPOTrainer
-from hrpo_patches.evaluation.generate import greedy_completions
+from hrpo_patches.evaluation.generate import Decoding, completions
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.rewards import answer_of, answer_reward
 from hrpo_thinking.errors import InputError
@@ -100,7 +100,7 @@ def test_a_run_rewards_the_answer_after_the_models_own_marker(model, chat, tmp_p
 def test_the_answer_is_read_after_the_models_own_marker(model, chat):
     model.generation_config.sequence_bias = spoken(chat)
     prompts = [[{"role": "user", "content": text}] for text in ("3 + 4?", "2 + 5?", "1 + 6?", "0 + 7?")]
-    texts = greedy_completions(model, chat, prompts, 12, thinking=True)
+    texts = completions(model, chat, prompts, Decoding(12, True))
     assert any(MARKER in text for text in texts)
     assert {answer_of(text, MARKER) for text in texts if MARKER in text} == {"7"}
 

@@ -10,7 +10,14 @@ from hrpo_thinking.errors import InputError
     ("options", "message"),
     [
         ({"use_vllm": True}, "use_vllm=True cannot think"),
-        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching=True cannot think"),
+        (
+            {"use_transformers_continuous_batching": True, "residual": "embedding"},
+            "hands over no distribution, which the embedding residual is made from",
+        ),
+        (
+            {"use_transformers_continuous_batching": True, "residual": None, "thoughts": 2},
+            "forced thoughts of a run that does not think need generate",
+        ),
         ({"cache_implementation": "paged"}, "cache_implementation='paged' cannot think"),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2 cannot think"),
         ({"residual": "both"}, "residual has to be"),

@@ -49,7 +49,7 @@ class EvalArguments:
     greedy: bool = option(True, "Greedy decoding; --no-greedy samples.")
     temperature: float = option(0.5, "Sampling temperature, for --no-greedy.")
     samples: int = option(1, "Completions of each problem, for --no-greedy.")
-    thinking: bool = option(True, "Let the model think; --no-thinking reads it out hard.")
+    thinking: bool = option(True, "Let the model think; --no-thinking answers with thinking off.")
     thoughts: int | None = option(None, "Forced thoughts before each completion; by default the model's own.")
     filler: str | None = option(None, "Name of the token that a forced thought is; by default the model's own.")
     control: str = option(

@@ -34,19 +34,11 @@ def train(argv: Written | None = None, task: str = "gsm8k", prog: str = "hrpo tr
     return report
 
 
-def evaluate(argv: Written | None = None) -> dict[str, Any]:
-    """Evaluate from a command line, by default this process's; returns the results.
-
-    Raises:
-        InputError: before the first completion, if the evaluation cannot work.
-    """
-    results: dict[str, Any] = import_module("hrpo_patches.commands.eval").main(sys.argv[1:] if argv is None else argv)
-    return results
-
-
 def _in(module: str, name: str) -> Callable[[Written], Any]:
     return lambda argv: getattr(import_module(f"hrpo_patches.commands.{module}"), name)(argv)
 
+
+evaluate = _in("eval", "main")
 
 COMMANDS: dict[str, tuple[Callable[[Written], Any], str]] = {
     "train": (train, "train a model to think, by GRPO"),

@@ -84,7 +84,7 @@ def option_table() -> str:
 
     own, text = set(own_flags()), OPTIONS_INTRODUCTION
     for group in make_parser("hrpo train")._action_groups:
-        actions = [one for one in group._group_actions if one.dest in own and one.const is not False]
+        actions = [one for one in group._group_actions if one.dest in own and one.const is not False and one.help]
         if not actions:
             continue
         title = str(group.title)
@@ -101,6 +101,6 @@ def option_table() -> str:
 OPTIONS_INTRODUCTION = """# Options of a training run
 
 Made by `hrpo refresh` from the options themselves. Beside these, every option of TRL's `GRPOConfig` is a flag
-(`hrpo train --help`). A second name is that of the published HRPO scripts. Any of them can stand in the YAML file of
-`--config`, by either name; flags win over it.
+(`hrpo train --help_all`). A second name is that of the published HRPO scripts. Any of them can stand in the YAML file
+of `--config`, by either name; flags win over it.
 """

@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from hrpo_patches.commands.flags import Written
 from hrpo_patches.commands.train_flags import Run, parse
-from hrpo_patches.evaluation.generate import greedy_completions
+from hrpo_patches.evaluation.generate import Decoding, completions
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.models.adapter import load_adapter
 from hrpo_patches.models.backends import backend_named
@@ -100,16 +100,11 @@ def _with_adapter(model: Any, run: Run) -> tuple[Any, PeftConfig | None]:
 def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: int, title: str) -> dict[str, Any]:
     """Greedy accuracy of the trainer's model, thinking as it is trained to: right, total, mean, standard_error."""
     args = trainer.args
-    texts = greedy_completions(
-        trainer.accelerator.unwrap_model(trainer.model),
-        trainer._tokenizer,
-        [row["prompt"] for row in held_out],
-        args.max_completion_length,
-        thinking=args.residual is not None,
-        batch_size=batch_size,
-        title=title,
-        thoughts=args.thoughts,
+    decoding = Decoding(
+        args.max_completion_length, args.residual is not None, batch_size=batch_size, thoughts=args.thoughts
     )
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    texts = completions(model, trainer._tokenizer, [row["prompt"] for row in held_out], decoding, title)
     verdicts = [grade(task, row, text, args.answer_start) for row, text in zip(held_out, texts, strict=True)]
     counts = {"right": int(sum(verdicts)), "total": len(verdicts)}
     return counts | {"mean": sum(verdicts) / len(verdicts), "standard_error": standard_error(verdicts)}

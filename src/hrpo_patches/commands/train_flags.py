@@ -78,7 +78,7 @@ class TrainingFlags(HRPOConfig):
 
     _argument_group_name = "training: TRL's arguments, and how thinking is trained"
 
-    thinking: None = option(None, "")
+    thinking: None = option(None, SUPPRESS)  # each option is a flag of its own
     output_dir: str | None = published(HRPOConfig, "output_dir", "runs/hrpo")
     learning_rate: float = published(HRPOConfig, "learning_rate", 5e-6, "--lr")
     beta: float = published(HRPOConfig, "beta", 0.005)
@@ -225,8 +225,9 @@ def make_parser(prog: str, whole: bool = False) -> TrlParser:
 
 def own_flags() -> list[str]:
     """The names of all flags but those of TRL's that are as TRL has them."""
-    thinking = {*HRPOConfig.__annotations__, *RunArguments.__annotations__, *REST, "backend", "config"}
-    return [name for name in [*thinking, *TrainingFlags.__annotations__] if not name.startswith("_")]
+    kinds = (HRPOConfig, RunArguments, TrainingFlags)
+    names = {name for kind in kinds for name in kind.__annotations__ if not name.startswith("_")}
+    return sorted(names | {*REST, "backend", "config"} - {"thinking"})
 
 
 def parse(words: Written, task: str = "gsm8k", backend: str = BACKENDS[0], prog: str = "hrpo train") -> Run:

@@ -109,28 +109,17 @@ def _up_to_end(row: list[int], ends: set[int | None]) -> list[int]:
     return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
 
 
-def greedy_completions(
+def completions(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
-    max_new_tokens: int,
-    thinking: bool,
-    batch_size: int = 50,
+    decoding: Decoding,
     title: str = "Answering",
-    thoughts: int = 0,
 ) -> list[str]:
-    """The model's greedy completion of each prompt, without special tokens, in the prompts' order.
-
-    Args:
-        model, tokenizer, max_new_tokens, thinking, batch_size: as for `complete`.
-        prompts: texts or conversations.
-        title: of the progress bar.
-        thoughts: how many forced thoughts each completion begins with.
-    """
+    """The model's completion of each prompt, without special tokens, in the prompts' order; `title` is the bar's."""
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     texts = [""] * len(ids)
-    decoding = Decoding(max_new_tokens, thinking, batch_size=batch_size, thoughts=thoughts)
-    steps = -(-len(ids) // batch_size)
+    steps = -(-len(ids) // decoding.batch_size)
     for batch, rows in track(complete(model, tokenizer, ids, decoding), description=title, total=steps):
         for i, text in zip(batch, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True):
             texts[i] = text

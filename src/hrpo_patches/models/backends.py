@@ -1,4 +1,4 @@
-"""The libraries that load and run a model, behind one protocol, and which of them a run takes; nobody else asks.
+"""The libraries that load and run a model, behind one class, and which of them a run takes; nobody else asks.
 
 unsloth has to be imported before transformers, so a command asks here first, and this imports neither.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from importlib import import_module
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from hrpo_patches.patching.overlay import check, installed_version
 from hrpo_thinking.errors import InputError, PatchError
@@ -20,40 +20,51 @@ BACKENDS = ("auto", "transformers", "unsloth")
 ONE_PASS = "unsloth's forward replays in one pass only; leave replay_passes at 1, or use transformers."
 
 
-class Backend(Protocol):
-    """How one library loads a model, gives it an adapter, and runs it.
+class Backend:
+    """How a library loads a model, gives it an adapter, and runs it: transformers; others say what differs.
 
     Attributes:
         fused_head: whether TRL's fused LM head can call the backbone of its models.
         several_passes: whether its forward can replay in several passes.
         own_checkpointing: whether its models do gradient checkpointing themselves.
         own_adapters: whether an adapter has to be made by `add_adapter`, and not by a trainer from a PEFT config.
+        packs: whether its models can generate in continuous batching.
     """
 
-    fused_head: bool
-    several_passes: bool
-    own_checkpointing: bool
-    own_adapters: bool
+    fused_head = True
+    several_passes = True
+    own_checkpointing = False
+    own_adapters = False
+    packs = True
 
     def load(self, source: Any, dtype: torch.dtype, max_seq_length: int, **options: Any) -> Any:
         """The base model, loaded with these `options` (`thinking`); `max_seq_length` is prompt and completion."""
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
 
     def add_adapter(
         self, model: Any, lora: dict[str, Any], modules_to_save: list[str], seed: int
     ) -> tuple[Any, PeftConfig | None]:
         """A model with a fresh adapter (`lora` as peft.LoraConfig's), or the config that a trainer makes it from."""
+        from peft import LoraConfig
+
+        return model, LoraConfig(**lora, task_type="CAUSAL_LM")
 
     def finish_adapter(self, model: Any, is_trainable: bool) -> Any:
         """Make a model whose adapter PEFT has built ready, to be trained or to be used."""
+        return model if is_trainable else model.eval()
 
     def set_training(self, model: Any, training: bool) -> None:
         """Put a model into training or evaluation mode, with all that this means in the library."""
+        model.train(training)
 
 
 def backend_named(name: str) -> Backend:
     """The backend of that name; the library has to be importable."""
-    module = import_module(f"hrpo_patches.models.{name}_backend")
-    backend: Backend = module.BACKEND
+    if name == "transformers":
+        return Backend()
+    backend: Backend = import_module(f"hrpo_patches.models.{name}_backend").BACKEND
     return backend
 
 

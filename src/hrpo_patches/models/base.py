@@ -31,9 +31,7 @@ def read_config(source: Any) -> Any:
     """The config of a model that can think; an `InputError` if there is none, or its family has no patches."""
     config = _config(source)
     if not hasattr(config, "thinking"):
-        raise InputError(
-            f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for the {NAMES} families only."
-        )
+        raise InputError(f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for {NAMES} only.")
     return config
 
 

@@ -10,6 +10,7 @@ from peft import PeftConfig
 from torch import nn
 from transformers import AutoConfig
 
+from hrpo_patches.models.backends import Backend
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import FAMILIES
@@ -47,13 +48,14 @@ def refuse_stranger(model: Any) -> None:
         )
 
 
-class UnslothBackend:
+class UnslothBackend(Backend):
     """See `backends.Backend`."""
 
     fused_head = False  # it calls the backbone itself, past the causal mask that unsloth's causal-LM forward makes
     several_passes = False
     own_checkpointing = True
     own_adapters = True
+    packs = False
 
     def load(self, source: Any, dtype: torch.dtype, max_seq_length: int, **options: Any) -> Any:
         """unsloth builds a model for the longest sequence.

@@ -30,9 +30,7 @@ def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> tuple[A
     if thinking[0] is None and thinking[1] is None:
         return None
     if not hasattr(backbone, "blend_thinking"):
-        raise InputError(
-            f"{type(backbone).__name__} cannot think: hrpo_patches has patches for the {NAMES} families only."
-        )
+        raise InputError(f"{type(backbone).__name__} cannot think: hrpo_patches has patches for {NAMES} only.")
     longest = getattr(backbone, "max_seq_length", length)
     if length > longest:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The tasks that models are trained and evaluated on, by name; each file here knows one family."""
+"""The tasks that models are trained and evaluated on, by name."""
 
 from __future__ import annotations
 

@@ -30,9 +30,7 @@ def patched_backbone(model: Any) -> ThinkingMixin:
     base = causal_lm(model)
     backbone = getattr(base, getattr(base, "base_model_prefix", ""), base)
     if not hasattr(backbone, "blend_thinking"):
-        raise InputError(
-            f"{type(base).__name__} cannot think: hrpo_patches has patches for the {NAMES} families only."
-        )
+        raise InputError(f"{type(base).__name__} cannot think: hrpo_patches has patches for {NAMES} only.")
     return backbone
 
 

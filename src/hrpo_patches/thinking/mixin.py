@@ -136,6 +136,8 @@ class ThinkingMixin(Blend, _Base):
             return parent.init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
         from hrpo_patches.thinking import continuous
 
+        if getattr(asked, "cache_implementation", None) == "paged":
+            raise InputError("generate(cache_implementation='paged') hands no thoughts over; call generate_batch.")
         plain: Any = copy.deepcopy(asked)
         plain.thinking = plain.thoughts = None
         config = continuous.batching_config(continuous_batching_config)

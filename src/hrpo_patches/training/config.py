@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from hrpo_patches.thinking.continuous import check_residual
 from hrpo_patches.thinking.passes import Passes, check_passes
 from hrpo_patches.training.released import released
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
@@ -29,9 +30,9 @@ class _Spellings:
         return iter((*RESIDUALS, NONE))
 
 
-def _thinking(name: str, default: Any, **metadata: Any) -> Any:
+def _thinking(name: str, default: Any) -> Any:
     """A field for an option of ThinkingConfig, with its help."""
-    return field(default=default, metadata={"help": OPTIONS[name].help} | metadata)
+    return field(default=default, metadata={"help": OPTIONS[name].help})
 
 
 def _rate(group: str, what: str) -> Any:
@@ -53,7 +54,10 @@ class HRPOConfig(GRPOConfig):
     thinking: ThinkingConfig | str | dict[str, Any] | None = field(
         default=None, metadata={"help": "Options of ThinkingConfig; a dict, on a command line as JSON."}
     )
-    residual: str | None = _thinking("residual", ThinkingConfig.residual, choices=_Spellings())
+    residual: str | None = field(
+        default=ThinkingConfig.residual,
+        metadata={"help": OPTIONS["residual"].help[:-1] + ", or none for plain GRPO.", "choices": _Spellings()},
+    )
     answer_start: str = _thinking("answer_start", ThinkingConfig.answer_start)
     thoughts: int | None = _thinking("thoughts", None)
     filler: str | None = _thinking("filler", None)
@@ -123,10 +127,13 @@ class HRPOConfig(GRPOConfig):
         return (self.thinking or {}) | own  # type: ignore[operator]
 
     def _refuse_what_cannot_think(self) -> None:
+        if self.use_transformers_continuous_batching:
+            if self.residual is None:
+                raise InputError("forced thoughts of a run that does not think need generate; leave thoughts out.")
+            check_residual(self.residual)
         kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
         refused = {
             "use_vllm=True": self.use_vllm,
-            "use_transformers_continuous_batching=True": self.use_transformers_continuous_batching,
             "use_transformers_paged=True": self.use_transformers_paged,
             "cache_implementation='paged'": "paged" in (self.cache_implementation, kwargs.get("cache_implementation")),
             f"num_beams={kwargs.get('num_beams')}": (kwargs.get("num_beams") or 1) > 1,

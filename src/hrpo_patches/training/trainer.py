@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn, optim
-from transformers import Trainer
 from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
@@ -45,6 +44,7 @@ from hrpo_patches.training.prepare import (
 )
 from hrpo_patches.training.reference import StartReference, without_reference
 from hrpo_patches.training.released import released
+from hrpo_patches.training.rollouts import Made, by_batches, by_generate
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 
@@ -154,12 +154,6 @@ class HRPOTrainer(GRPOTrainer):
 
     def _think(self, prompt_ids: list) -> list:
         """Sample one thinking completion for each prompt; keeps the rollout, returns the completions' token ids."""
-        prompts = [torch.tensor(ids) for ids in prompt_ids]
-        batch = {
-            "input_ids": pad(prompts, padding_value=self._tokenizer.pad_token_id, padding_side="left"),
-            "attention_mask": pad([torch.ones_like(ids) for ids in prompts], padding_value=0, padding_side="left"),
-        }
-        batch = Trainer._prepare_inputs(self, batch)
         with (
             unwrap_model_for_generation(
                 self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
@@ -167,27 +161,29 @@ class HRPOTrainer(GRPOTrainer):
             torch.no_grad(),
             self._dist.summon_full_params(self.model_wrapped, recurse=False),
         ):
-            out = self._generated(model, batch)
-        if out.thinking_residual != self.args.residual:
+            made = self._made(model, prompt_ids)
+        if made.rollout.residual != self.args.residual:
             raise InputError(
-                f"the rollout used the {out.thinking_residual} residual instead of {self.args.residual}: the model's "
+                f"the rollout used the {made.rollout.residual} residual instead of {self.args.residual}: the model's "
                 f"forward returns no last_hidden_state."
             )
-        self._rollout = Rollout(out.thinking_states, out.thinking_mask, out.thinking_residual)
-        self._record_ratios(out.thinking_ratio, out.thinking_mask)
-        completions = out.sequences[:, batch["input_ids"].shape[1] + len(self._fillers) :]
-        is_eos = torch.isin(completions, torch.tensor(self.eos_token_ids, device=completions.device))
-        kept = is_eos.cumsum(dim=1) - is_eos.long() == 0  # up to and including the first end token
-        return [row[keep].tolist() for row, keep in zip(completions.cpu(), kept.cpu(), strict=True)]
+        self._rollout = made.rollout
+        self._record_ratios(made.ratio, made.rollout.mask)
+        return made.completions
 
-    def _generated(self, model: Any, batch: dict[str, Tensor]) -> Any:
+    def _made(self, model: Any, prompt_ids: list) -> Made:
+        given = (model, self._tokenizer, prompt_ids, self.generation_config)
+        forced = len(self._fillers)
         try:
-            return model.generate(**batch, generation_config=self.generation_config, tokenizer=self._tokenizer)
+            if self.args.use_transformers_continuous_batching:
+                return by_batches(*given, self.continuous_batching_config, forced)
+            return by_generate(*given, self.eos_token_ids, forced)
         except RuntimeError as error:
             if "probability tensor" not in str(error):  # torch's words for logits that are not finite
                 raise
         folder, step = Path(self.args.output_dir), self.state.global_step + 1
-        kept = keep(self.model, batch, folder, step, self.args.process_index)
+        prompts = {"input_ids": pad([torch.tensor(ids) for ids in prompt_ids], self._tokenizer.pad_token_id, "left")}
+        kept = keep(self.model, prompts, folder, step, self.args.process_index)
         raise NonFiniteError(
             f"the logits of step {step}'s rollout are not finite, so nothing could be sampled; its prompts are in "
             f"{kept}. Lower the learning rates, and resume from the last checkpoint."

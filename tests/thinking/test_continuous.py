@@ -1,0 +1,221 @@
+"""Continuous batching thinks as `generate` does: tokens, states and masks, through preemption and shared prompts."""
+
+import gc
+from dataclasses import fields
+
+import pytest
+import torch
+from tiny import tiny_model
+from transformers import ContinuousBatchingConfig, GenerationConfig
+
+from hrpo_patches.thinking import continuous
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.request import ThinkingRequest
+
+THINKING = {"r_min": 0.3, "r_max": 0.6}
+TEXTS = ["Hi", "What is 3 + 4?", "Say #### once, please", "abc" * 12, "abc" * 12]
+NEW = 20
+NEWER = "page_size" in {field.name for field in fields(ContinuousBatchingConfig)}  # than transformers 5.17
+
+
+def pages(size, **more):
+    """An engine's config with pages of so many tokens, under the name that its version has for it."""
+    return ContinuousBatchingConfig(**{"page_size" if NEWER else "block_size": size}, **more)
+
+
+def options(tokenizer, **more):
+    return {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": tokenizer.pad_token_id} | more
+
+
+def generated(model, tokenizer, prompt, **more):
+    """(tokens, states, mask, ratio) of one prompt by `generate`, greedy, to its full length."""
+    inputs = torch.tensor([prompt])
+    out = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        tokenizer=tokenizer,
+        return_dict_in_generate=True,
+        eos_token_id=None,
+        **options(tokenizer, **{"thinking": True} | more),
+    )
+    tokens = out.sequences[0, len(prompt) :].tolist()
+    if out.get("thinking_states") is None:
+        return (tokens,)
+    return tokens, out.thinking_states[0], out.thinking_mask[0], out.thinking_ratio[0]
+
+
+def batched(model, tokenizer, prompts, config=None, **more):
+    generation = GenerationConfig(**options(tokenizer, eos_token_id=-1))
+    config = config or ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+    outputs = model.generate_batch(prompts, generation, config, tokenizer=tokenizer, **{"thinking": True} | more)
+    assert not [output.error for output in outputs.values() if output.error]
+    return list(outputs.values())
+
+
+def assert_same(output, expected):
+    tokens, states, mask, ratio = expected
+    assert output.generated_tokens == tokens
+    difference = (output.thinking_states - states).norm(dim=-1) / states.norm(dim=-1)
+    assert difference.max() < 1e-4
+    assert torch.equal(output.thinking_mask, mask) and torch.allclose(output.thinking_ratio, ratio, atol=1e-4)
+
+
+@pytest.fixture
+def model(family):
+    return tiny_model(family, thinking=THINKING).eval()
+
+
+def said(model, tokenizer, prompts, late):
+    """A letter that one of the model's own completions says for the first time early, or late."""
+    found = []
+    for prompt in prompts:
+        tokens = generated(model, tokenizer, prompt)[0]
+        texts = [tokenizer.decode([token]) for token in tokens]
+        found += [(i, text) for i, text in enumerate(texts) if text.isascii() and text not in texts[:i]]
+    return (max if late else min)(found)[1]
+
+
+@pytest.mark.parametrize("when", ["never", "early", "late"])
+def test_tokens_states_and_masks_are_those_of_generate(model, tokenizer, when):
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    model.config.thinking["answer_start"] = (
+        "zzzz" if when == "never" else said(model, tokenizer, prompts, when == "late")
+    )
+    expected = [generated(model, tokenizer, prompt) for prompt in prompts]
+    assert all(one[2].all() for one in expected) == (when == "never")
+    for output, one in zip(batched(model, tokenizer, prompts), expected, strict=True):
+        assert_same(output, one)
+        assert output.thinking_residual == "projection"
+
+
+def test_forced_thoughts_come_first_and_think(model, tokenizer):
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    outputs = batched(model, tokenizer, prompts, thoughts=3)
+    (filler,) = tokenizer(".")["input_ids"]
+    for prompt, output in zip(prompts, outputs, strict=True):
+        assert_same(output, generated(model, tokenizer, prompt, thoughts=3))
+        assert output.generated_tokens[:3] == [filler] * 3 and output.thinking_mask[:3].all()
+
+
+def test_a_request_that_is_preempted_finds_its_thoughts_and_without_them_is_another(model, tokenizer, monkeypatch):
+    prompts = [tokenizer(f"{text} {i}")["input_ids"] for i in range(3) for text in TEXTS]
+    expected = [generated(model, tokenizer, prompt) for prompt in prompts]
+    records = []
+    make = ThinkingRequest.__init__
+    monkeypatch.setattr(ThinkingRequest, "__init__", lambda self, *args: make(self, *args) or records.append(self))
+    small = pages(32, num_blocks=16, max_batch_tokens=40, cpu_offload_space=0)
+    for output, one in zip(batched(model, tokenizer, prompts, small), expected, strict=True):
+        assert_same(output, one)
+    assert sum(record.replayed for record in records) > 0, "no request was preempted"
+
+    read = ThinkingRequest.read
+
+    def forgetful(self, index, token):
+        before = len(self.mask)
+        return read(self, index, token) and len(self.mask) > before  # a replayed position does not think
+
+    monkeypatch.setattr(ThinkingRequest, "read", forgetful)
+    others = batched(model, tokenizer, prompts, small)
+    assert any(output.generated_tokens != one[0] for output, one in zip(others, expected, strict=True))
+
+
+def test_blocks_with_thoughts_are_never_shared(model, tokenizer):
+    """A plain request whose prompt is another's prompt and thoughts does not find its keys, nor the other way."""
+    prompt = tokenizer("abc" * 12)["input_ids"]
+    thought = generated(model, tokenizer, prompt, max_new_tokens=40)[0]
+    longer = prompt + thought  # a whole page of it was blended
+    plain = generated(model, tokenizer, longer, thinking=False)[0]
+    expected = {"u": generated(model, tokenizer, longer), "v": generated(model, tokenizer, prompt)}
+    config = pages(8, num_blocks=64, max_batch_tokens=64)
+    generation = GenerationConfig(**options(tokenizer, eos_token_id=-1, thinking=True, max_new_tokens=40))
+    with (
+        continuous.thinking_batches(model, tokenizer),
+        model.continuous_batching_context_manager(generation, continuous_batching_config=config) as manager,
+    ):
+        for request, ids in (("t", prompt), ("p", longer), ("u", longer), ("v", prompt)):
+            manager.add_request(ids, request, thinking=request != "p", max_new_tokens=40 if request == "t" else NEW)
+            output = manager.get_result(request, timeout=60)
+            while not output.is_finished():
+                output = manager.get_result(request, timeout=60)
+            if request == "t":
+                assert output.generated_tokens == thought
+            elif request == "p":
+                assert output.generated_tokens == plain and not hasattr(output, "thinking_states")
+            else:
+                assert_same(output, expected[request])
+        assert not manager.thinking.records
+
+
+def test_prompts_are_still_shared(model, tokenizer, monkeypatch):
+    prompt = tokenizer("abc" * 20)["input_ids"]
+    matched = []
+    from transformers.generation.continuous_batching.cache import PagedAttentionCache
+
+    search = PagedAttentionCache.search_prefix_match
+    monkeypatch.setattr(
+        PagedAttentionCache, "search_prefix_match", lambda *args: matched.append(search(*args)) or matched[-1]
+    )
+    config = pages(8, num_blocks=64, max_batch_tokens=64)
+    outputs = batched(model, tokenizer, [prompt] * 4, config)
+    assert max(matched) >= 32 and all(output.generated_tokens == outputs[0].generated_tokens for output in outputs)
+
+
+@pytest.mark.skipif(not NEWER, reason="transformers 5.17's generate_batch gives one sequence a prompt")
+def test_several_sequences_of_a_prompt_have_a_record_each(model, tokenizer):
+    prompt = tokenizer("abc" * 5)["input_ids"]
+    several = {"do_sample": True, "top_k": 1, "num_return_sequences": 3}  # which is greedy
+    generation = GenerationConfig(**options(tokenizer, eos_token_id=-1, **several))
+    config = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+    outputs = model.generate_batch([prompt], generation, config, tokenizer=tokenizer, thinking=True)
+    assert len(outputs) == 3
+    for output in outputs.values():
+        assert_same(output, generated(model, tokenizer, prompt))
+
+
+def test_plain_batches_are_stocks_and_nothing_is_left_behind(model, tokenizer):
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    before = batched(model, tokenizer, prompts, thinking=None)
+    batched(model, tokenizer, prompts)
+    after = batched(model, tokenizer, prompts, thinking=None)
+    assert [output.generated_tokens for output in before] == [output.generated_tokens for output in after]
+    assert not any(hasattr(output, "thinking_states") for output in [*before, *after])
+    assert not model._forward_hooks and not model._forward_pre_hooks
+    gc.collect()
+    assert not [o for o in gc.get_objects() if isinstance(o, ThinkingRequest)]
+
+
+def test_a_cancelled_request_leaves_nothing(model, tokenizer):
+    generation = GenerationConfig(**options(tokenizer, eos_token_id=-1, thinking=True, max_new_tokens=400))
+    config = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64)
+    with (
+        continuous.thinking_batches(model, tokenizer),
+        model.continuous_batching_context_manager(generation, continuous_batching_config=config) as manager,
+    ):
+        for i in range(6):
+            manager.add_request([5, 6, 7 + i], f"r{i}", max_new_tokens=400 if i % 2 else 4)
+        for i in (1, 3, 5):
+            manager.cancel_request(f"r{i}")
+        for i in (0, 2, 4):
+            assert manager.get_result(f"r{i}", timeout=60).thinking_states.shape[0] == 4
+        manager.add_request([5, 6], "last", max_new_tokens=2)
+        manager.get_result("last", timeout=60)
+        assert not manager.thinking.records
+
+
+@pytest.mark.parametrize(
+    ("thinking", "config", "message"),
+    [
+        ({"residual": "embedding"}, {}, "hands over no distribution, which the embedding residual is made from"),
+        ({}, {"use_cuda_graph": True}, "use_cuda_graph=True cannot think"),
+        ({}, {"use_async_batching": True}, "use_async_batching=True cannot think"),
+    ],
+)
+def test_what_the_engine_cannot_do_is_refused_before_work(tokenizer, thinking, config, message):
+    model = tiny_model("llama", thinking=thinking)
+    with pytest.raises(InputError, match=message):
+        batched(model, tokenizer, [[5, 6]], ContinuousBatchingConfig(**config))
+    assert not model._forward_hooks
+    with pytest.raises(InputError, match="needs tokenizer"):
+        tiny_model("llama").generate_batch([[5]], thinking=True)
+    with pytest.raises(InputError, match="plain one, without thinking modules"):
+        tiny_model("llama", thinking=None).generate_batch([[5]], thinking=True, tokenizer=tokenizer)
