@@ -1,13 +1,16 @@
 """Continuous batching thinks as `generate` does: tokens, states and masks, through preemption and shared prompts."""
 
 import gc
+from collections import Counter
 from dataclasses import fields
 
 import pytest
 import torch
+from scipy.stats import chi2_contingency
 from tiny import tiny_model
 from transformers import ContinuousBatchingConfig, GenerationConfig
 
+from hrpo_patches import replay_forward
 from hrpo_patches.thinking import continuous
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import ThinkingRequest
@@ -219,3 +222,41 @@ def test_what_the_engine_cannot_do_is_refused_before_work(tokenizer, thinking, c
         tiny_model("llama").generate_batch([[5]], thinking=True)
     with pytest.raises(InputError, match="plain one, without thinking modules"):
         tiny_model("llama", thinking=None).generate_batch([[5]], thinking=True, tokenizer=tokenizer)
+
+
+def test_the_engines_log_probabilities_are_the_replays(model, tokenizer):
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
+    generation = GenerationConfig(**options(tokenizer, do_sample=True, temperature=0.8, top_k=0, eos_token_id=-1))
+    config = ContinuousBatchingConfig(num_blocks=64, max_batch_tokens=64, return_logprobs=True)
+    torch.manual_seed(0)
+    outputs = model.generate_batch(prompts, generation, config, tokenizer=tokenizer, thinking=True)
+    for prompt, output in zip(prompts, outputs.values(), strict=True):
+        ids = torch.tensor([prompt + output.generated_tokens])
+        states, mask = output.thinking_states[None], output.thinking_mask[None]
+
+        def logps(states, ids=ids, mask=mask):
+            out = replay_forward(model, ids, thinking_states=states, thinking_mask=mask)
+            logp = (out.logits[0, -NEW - 1 : -1] / 0.8).log_softmax(-1)
+            return logp.gather(1, ids[0, -NEW:, None])[:, 0]
+
+        with torch.no_grad():
+            sampled = torch.tensor(output.logprobs)
+            assert (logps(states) - sampled).abs().max() < 1e-3
+            assert (logps(states.roll(1, 1)) - sampled).abs().max() > 1e-2
+
+
+def test_tokens_are_sampled_from_the_distribution_that_generate_samples_from(tokenizer):
+    model = tiny_model("llama", thinking=THINKING, vocab_size=len(tokenizer), initializer_range=0.2).eval()
+    prompt, count = tokenizer("Hi")["input_ids"], 600
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 4, "max_new_tokens": 3}
+    torch.manual_seed(0)
+    config = ContinuousBatchingConfig(num_blocks=256, max_batch_tokens=1200)
+    generation = GenerationConfig(**options(tokenizer, eos_token_id=-1, **sampling))
+    batch = model.generate_batch([prompt] * count, generation, config, tokenizer=tokenizer, thinking=True)
+    ids = torch.tensor([prompt] * count)
+    one_by_one = model.generate(ids, tokenizer=tokenizer, thinking=True, **options(tokenizer, **sampling))
+    rows = [Counter(output.generated_tokens[2] for output in batch.values())]
+    rows.append(Counter(one_by_one[:, len(prompt) + 2].tolist()))
+    common = [token for token in rows[0] | rows[1] if rows[0][token] + rows[1][token] >= 20]
+    table = [[row[token] for token in common] for row in rows]
+    assert len(common) > 3 and chi2_contingency(table).pvalue > 1e-3

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,18 +175,25 @@ class BatchThinking:
 
     def _guard_manager(self) -> None:
         """Let the manager take plain requests, hand out thoughts with results, and share no block that holds one."""
-        manager, create, add, get, cancel = (
-            self.manager,
-            self.manager._create_batch_processor,
-            self.manager.add_request,
-            self.manager.get_result,
-            self.manager.cancel_request,
-        )
+        manager, lock = self.manager, RLock()
+        create, add, add_many = manager._create_batch_processor, manager.add_request, manager.add_requests
+        get, cancel = manager.get_result, manager.cancel_request
 
         def create_batch_processor() -> Any:
             processor = create()
             self._guard_blocks(processor.cache)
+            prepare = processor.prepare_next_batch
+
+            def prepare_next_batch() -> Any:
+                with lock:
+                    return prepare()
+
+            processor.prepare_next_batch = prepare_next_batch
             return processor
+
+        def add_requests(*args: Any, **kwargs: Any) -> Any:
+            with lock:  # all of them or none are in the next step, so that a seed samples the same each time
+                return add_many(*args, **kwargs)
 
         def add_request(input_ids: list[int], request_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
             if not kwargs.pop("thinking", True):
@@ -203,6 +211,7 @@ class BatchThinking:
             self.records.pop(request_id, None)
 
         manager._create_batch_processor, manager.add_request = create_batch_processor, add_request
+        manager.add_requests = add_requests
         manager.get_result, manager.cancel_request = get_result, cancel_request
 
     def _guard_blocks(self, cache: Any) -> None:

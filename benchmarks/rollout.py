@@ -1,0 +1,146 @@
+"""Completions a second of a GRPO batch by engine, stock and thinking: several prompts, several completions of each.
+
+Prompts have about 200 tokens, completions from 16 to 256, most of them short. `generate` decodes one padded batch to
+the longest completion; continuous batching gives each request its own length. Each measurement has a process of its
+own; engines alternate from round to round, and ratios are taken within a round.
+"""
+
+import argparse
+import json
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import hrpo_patches  # noqa: F401 - before transformers
+
+KINDS = ("generate", "generate, thinking", "continuous", "continuous, thinking")
+
+
+def batch(prompts, completions, vocabulary, seed=0):
+    """(token ids of each completion's prompt, its length): lengths have a Pareto tail from 16, cut at 256."""
+    draw = random.Random(seed)
+    rows = [[draw.randrange(100, vocabulary - 100) for _ in range(draw.randrange(170, 231))] for _ in range(prompts)]
+    lengths = [int(min(256, 16 * (1 - draw.random()) ** -0.8)) for _ in range(prompts * completions)]
+    return [row for row in rows for _ in range(completions)], lengths
+
+
+def by_generate(model, tokenizer, rows, lengths, thinking):
+    import torch
+
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    model.generation_config.eos_token_id = None
+    extra = {"thinking": True, "tokenizer": tokenizer, "return_dict_in_generate": True} if thinking else {}
+    sampling = {"do_sample": True, "top_k": 0, "temperature": 1.0, "pad_token_id": 0}
+    out = model.generate(ids, attention_mask=seen, max_new_tokens=max(lengths), **sampling, **extra)
+    assert (out.sequences if thinking else out).shape[1] == width + max(lengths)
+    assert not thinking or out.thinking_mask.any()
+
+
+def by_continuous_batching(model, tokenizer, rows, lengths, thinking):
+    from transformers import ContinuousBatchingConfig, GenerationConfig
+
+    from hrpo_patches.thinking.continuous import thinking_batches
+
+    generation = GenerationConfig(
+        max_new_tokens=max(lengths), do_sample=True, top_k=0, eos_token_id=-1, pad_token_id=0
+    )
+    generation.thinking = thinking or None
+    page = next(one.name for one in fields(ContinuousBatchingConfig) if one.name in ("page_size", "block_size"))
+    config = ContinuousBatchingConfig(num_blocks=1024, max_batch_tokens=1024, **{page: 32})
+    with (
+        thinking_batches(model, tokenizer),
+        model.continuous_batching_context_manager(generation, continuous_batching_config=config) as manager,
+    ):
+        for row, length in zip(rows, lengths, strict=True):
+            manager.add_request(row, max_new_tokens=length)
+        done = []
+        while len(done) < len(rows):
+            output = manager.get_result(timeout=1)
+            if output is not None and output.is_finished():
+                assert output.error is None and hasattr(output, "thinking_mask") == thinking
+                done.append(len(output.generated_tokens))
+    assert sorted(done) == sorted(lengths)
+
+
+def measure(kind, arguments):
+    """Seconds of one engine's batch, and the process's peak memory in GiB."""
+    import torch
+
+    from hrpo_patches.models.base import load_model
+    from hrpo_thinking.config import ThinkingConfig
+
+    model, tokenizer = load_model(arguments.model_name, ThinkingConfig(), dtype=torch.float32)
+    model.eval()
+    rows, lengths = batch(arguments.prompts, arguments.completions, model.config.vocab_size)
+    engine = by_generate if kind.startswith("generate") else by_continuous_batching
+    with torch.no_grad():
+        engine(model, tokenizer, rows[:2], [3, 3], "thinking" in kind)  # a warm engine, and the marker's table
+        started = time.perf_counter()
+        engine(model, tokenizer, rows, lengths, "thinking" in kind)
+    seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser.add_argument("--model_name", default="smollm2-135m", help="hub id, folder, or smollm2-135m")
+    parser.add_argument("--prompts", type=int, default=8, help="different prompts")
+    parser.add_argument("--completions", type=int, default=8, help="completions of each")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, each with every kind")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is measured")
+    parser.add_argument("--one", choices=KINDS, help="measure this one here, and print a JSON object")
+    parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
+    arguments = parser.parse_args(argv)
+    if arguments.one:
+        print(json.dumps(measure(arguments.one, arguments)))
+        return
+    same = [f"--{name}={getattr(arguments, name)}" for name in ("model_name", "prompts", "completions")]
+    kinds, rounds = list(arguments.kinds), []
+    for n in track(range(arguments.rounds), "Measuring"):
+        row = {}
+        for kind in kinds[n % len(kinds) :] + kinds[: n % len(kinds)]:
+            command = [sys.executable, __file__, "--one", kind, *same]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[-2000:]
+            row[kind] = json.loads(done.stdout.splitlines()[-1])
+        rounds.append(row)
+    count = arguments.prompts * arguments.completions
+    table = Table(title=f"{arguments.model_name}, float32, {count} completions, {arguments.rounds} rounds")
+    for column in (
+        "engine",
+        "seconds (median)",
+        "completions/s",
+        f"times {kinds[0]}",
+        "of its stock self",
+        "peak GiB",
+    ):
+        table.add_column(column)
+    for kind in kinds:
+        seconds = statistics.median(row[kind]["seconds"] for row in rounds)
+        times = statistics.median(row[kinds[0]]["seconds"] / row[kind]["seconds"] for row in rounds)
+        stock = kind.removesuffix(", thinking")
+        own = [row[stock]["seconds"] / row[kind]["seconds"] for row in rounds if stock in row]
+        spread = f"{statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f})" if own and stock != kind else ""
+        peak = max(row[kind]["peak_gib"] for row in rounds)
+        table.add_row(kind, f"{seconds:.1f}", f"{count / seconds:.3f}", f"{times:.2f}", spread, f"{peak:.1f}")
+    Console(width=120).print(table)
+    if arguments.out:
+        record = {"title": table.title, "rounds": rounds, "environment": {"device": platform.processor() or "cpu"}}
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

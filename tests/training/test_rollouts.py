@@ -1,0 +1,48 @@
+"""Training on rollouts of continuous batching: a gradient for every part, and exact resuming."""
+
+import pytest
+import torch
+from runs import small_trainer
+
+from hrpo_thinking.parts import MODULES
+
+PACKED = {
+    "use_transformers_continuous_batching": True,
+    "transformers_continuous_batching_config": {"num_blocks": 64, "max_batch_tokens": 128},
+}
+
+
+def run(folder, steps=3, **options):
+    trainer = small_trainer(folder, max_steps=steps, **PACKED | options)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train(resume_from_checkpoint=options.pop("resume_from_checkpoint", None))
+    return trainer, before
+
+
+@pytest.mark.parametrize("options", [{}, {"replay_passes": "all"}, {"thoughts": 2}, {"reference": "start"}], ids=str)
+def test_every_thinking_weight_has_a_gradient_and_changes(tmp_path, family, options):
+    trainer, before = run(tmp_path, family=family, **options)
+    after = dict(trainer.model.named_parameters())
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    for part in (*MODULES, "lora_A", "lora_B"):
+        assert any(f".{part}." in name for name in moved), part
+    assert not any("lora_" not in name and ".modules_to_save." not in name for name in moved)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 3
+    for row in rows:
+        assert 0.5 < row["embeds_ratio"] < 1 and row["projection/grad_norm"] > 0
+    # On policy, the loss's log-probabilities are the rollout's: the ratio that GRPO clips is 1 in the first step.
+    assert rows[0]["clip_ratio/region_mean"] == 0
+
+
+def test_a_seed_samples_the_same_and_a_resumed_run_is_the_whole_one(tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2, "temperature": 1.0, "lr_scheduler_type": "constant"}
+    whole, _ = run(tmp_path / "whole", steps=4, **saved)
+    again, _ = run(tmp_path / "again", steps=2, **saved)
+    last = str(tmp_path / "again" / "checkpoint-2")
+    rest, _ = run(tmp_path / "again", steps=4, resume_from_checkpoint=last, **saved)
+    keys = ("loss", "reward", "grad_norm", "embeds_ratio")
+    logs = [[{k: row[k] for k in keys} for row in one.state.log_history if "loss" in row] for one in (whole, rest)]
+    assert logs[0] == logs[1] and again.state.global_step == 2
+    weights = dict(rest.model.named_parameters())
+    assert all(torch.equal(value, weights[name]) for name, value in whole.model.named_parameters())
