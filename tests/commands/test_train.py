@@ -171,6 +171,17 @@ def test_a_run_trains_saves_and_reports(base, data, tmp_path, residual, capsys):
             main([*arguments, *TINY, "--resume_from_checkpoint", "latest", "--answer_start", "##"])
 
 
+def test_a_run_trains_on_rollouts_of_continuous_batching(base, data, tmp_path, capsys):
+    arguments = ["--model_name", base, "--dataset", data, "--output_dir", str(tmp_path / "run"), *TINY]
+    record = main([*arguments, "--engine", "auto", "--eval_problems", "3", "--max_steps", "2"])
+    assert "engine: continuous (nothing else to install, and faster on a CPU)" in capsys.readouterr().out
+    assert record["log"][0]["projection/grad_norm"] > 0 and record["arguments"]["engine"] == "auto"
+    assert record["after"]["total"] == 3
+    refused = ["--engine", "continuous", "--residual", "embedding", "--output_dir", str(tmp_path / "other")]
+    with pytest.raises(InputError, match="--engine continuous cannot be used"):
+        main([*arguments, *refused])
+
+
 def test_a_run_goes_on_from_an_adapter_with_a_projection_of_its_own(base, data, tmp_path):
     options = ["--model_name", base, "--dataset", data, *TINY]
     main([*options, "--residual", "embedding", "--output_dir", str(tmp_path / "old")])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
-from hrpo_patches.evaluation.generate import Decoding, batches_of, complete, completions
+from hrpo_patches.evaluation.generate import ENGINES, Decoding, batches_of, choose_engine, complete, completions
 from hrpo_patches.tasks.prompts import uses_chat
 from hrpo_thinking.errors import InputError
 
@@ -44,3 +44,31 @@ def test_a_conversation_needs_a_template():
         uses_chat("chat", tokenizer)
     tokenizer.chat_template = "{{ messages[0].content }}"
     assert uses_chat("auto", tokenizer) and not uses_chat("plain", tokenizer)
+
+
+def test_continuous_batching_gives_generates_greedy_completions(tokenizer):
+    model = tiny_model("llama", thinking={"r_min": 0.3, "r_max": 0.6})
+    prompts = ["Hi", "What is 3 + 4?", "abc"]
+    for thinking, thoughts in ((True, 0), (True, 2), (False, 0)):
+        ways = [Decoding(12, thinking, batch_size=2, thoughts=thoughts, engine=engine) for engine in ENGINES[:2]]
+        one, other = (completions(model, tokenizer, prompts, way) for way in ways)
+        assert one == other
+    for control in ("zeroed", "off", "token"):
+        ways = [Decoding(12, True, control=control, engine=engine) for engine in ENGINES[:2]]
+        one, other = (completions(model, tokenizer, prompts, way) for way in ways)
+        assert one == other
+
+
+def test_auto_says_which_engine_it_takes_and_why():
+    model = tiny_model("llama")
+    assert choose_engine("auto", model, "projection") == ("continuous", "nothing else to install, and faster on a CPU")
+    for options, why in (
+        (("embedding",), "no distribution, which the embedding residual is made from"),
+        ((None, 3), "forced thoughts without thinking"),
+        (("projection", 0, "swapped"), "the control 'swapped' needs the rows"),
+    ):
+        engine, reason = choose_engine("auto", model, *options)
+        assert engine == "generate" and why in reason
+        with pytest.raises(InputError, match="--engine continuous cannot be used"):
+            choose_engine("continuous", model, *options)
+    assert choose_engine("generate", model, "projection")[0] == "generate"

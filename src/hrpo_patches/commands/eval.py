@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hrpo_patches.commands.flags import Written, add_first_flags, option, parser_of, read, with_config
 from hrpo_patches.evaluation.answers import Questions, answer_all
-from hrpo_patches.evaluation.generate import Decoding, batches_of
+from hrpo_patches.evaluation.generate import ENGINE_HELP, ENGINES, Decoding, batches_of, choose_engine
 from hrpo_patches.evaluation.progress import Progressed
 from hrpo_patches.evaluation.scores import summarise
 from hrpo_patches.files import create
@@ -58,6 +58,7 @@ class EvalArguments:
         choices=tuple(CONTROLS),
     )
     max_new_tokens: int = option(512, "Completions are cut at so many tokens.")
+    engine: str = option("generate", ENGINE_HELP, choices=ENGINES)
     batch_size: int = option(16, "Completions at once.")
     prompt: str = option("auto", "chat, plain, or auto: chat if the tokenizer has a chat template.", choices=PROMPTS)
     shots: int = option(0, "How many of the task's worked examples the prompt shows.")
@@ -108,6 +109,7 @@ class EvalArguments:
             self.seed,
             self.thoughts or 0,
             self.control,
+            self.engine,
         )
 
 
@@ -151,6 +153,11 @@ def opened(arguments: EvalArguments) -> tuple[Any, PreTrainedTokenizerBase, str]
         raise InputError("this model was never trained to think, so it would think at random; add --no-thinking.")
     if arguments.thinking and marker != own:
         raise InputError(f"this model was trained to stop thinking at {own!r}, not at {marker!r}.")
+    residual = thinking.residual if arguments.thinking and thinking is not None else None
+    asked, forced = arguments.engine, arguments.thoughts or 0
+    arguments.engine, why = choose_engine(asked, model, residual, forced, arguments.control)
+    if asked == "auto":
+        print(f"engine: {arguments.engine} ({why})")
     return model, tokenizer, marker
 
 

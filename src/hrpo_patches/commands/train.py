@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from hrpo_patches.commands.flags import Written
 from hrpo_patches.commands.train_flags import Run, parse
-from hrpo_patches.evaluation.generate import Decoding, completions
+from hrpo_patches.evaluation.generate import Decoding, choose_engine, completions
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.models.adapter import load_adapter
 from hrpo_patches.models.backends import backend_named
@@ -53,6 +53,7 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
         for part in (train, held_out)
     )
     _check_enough(len(rows), config)
+    config.use_transformers_continuous_batching |= engine_of(run, model) == "continuous"
     model, peft_config = _with_adapter(model, run)
     if about.format_reward:
         config.reward_weights = [1.0, about.format_reward]
@@ -66,6 +67,16 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
         peft_config=peft_config,
     )
     return trainer, task, held_out_rows
+
+
+def engine_of(run: Run, model: Any) -> str:
+    """The engine of a run's completions; the one that `auto` takes is said, with the reason."""
+    thinking = run.thinking()
+    forced = thinking.thoughts if thinking is not None else run.config.thoughts or 0
+    engine, why = choose_engine(run.about.engine, model, run.config.residual, forced)
+    if run.about.engine == "auto":
+        print(f"engine: {engine} ({why})")
+    return engine
 
 
 def asker(run: Run, task: Task, tokenizer: Any) -> Any:
@@ -103,6 +114,8 @@ def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: 
     decoding = Decoding(
         args.max_completion_length, args.residual is not None, batch_size=batch_size, thoughts=args.thoughts
     )
+    if args.use_transformers_continuous_batching and args.residual is not None:
+        decoding.engine = "continuous"
     model = trainer.accelerator.unwrap_model(trainer.model)
     texts = completions(model, trainer._tokenizer, [row["prompt"] for row in held_out], decoding, title)
     verdicts = [grade(task, row, text, args.answer_start) for row, text in zip(held_out, texts, strict=True)]

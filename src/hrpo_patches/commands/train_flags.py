@@ -20,6 +20,7 @@ from hrpo_patches.commands.flags import (
     published,
     read,
 )
+from hrpo_patches.evaluation.generate import ENGINE_HELP, ENGINES
 from hrpo_patches.extras import require
 from hrpo_patches.models.backends import BACKENDS
 from hrpo_patches.models.record import THINKING_FILE, check_same_pauses, check_same_thinking, read_thinking
@@ -64,6 +65,7 @@ class RunArguments:
     )
     max_prompt_length: int = option(1024, "Problems with a longer prompt (in tokens) are left out.")
     format_reward: float = option(0.0, "Weight of a reward for the marker alone, beside the answer's of 1.")
+    engine: str = option("generate", ENGINE_HELP, choices=ENGINES)
     lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
     adapter: str | None = option(None, "Train this adapter further instead of a fresh one.")
     init_projection: bool = option(False, "Start a projection for an --adapter that was trained without one.")

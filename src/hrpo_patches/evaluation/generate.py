@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -13,7 +14,9 @@ from transformers import PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
-from hrpo_patches.thinking.controls import check_control, controlled
+from hrpo_patches.thinking.controls import SEVERAL, check_control, controlled
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import RESIDUALS
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Decoding:
         seed: of the sampling; each batch has its own, so that a run can be resumed.
         thoughts: how many forced thoughts each completion begins with; they count for max_new_tokens.
         control: what takes the place of the thoughts; see `controls.CONTROLS`.
+        engine: "generate", or "continuous" for transformers' continuous batching.
     """
 
     max_new_tokens: int
@@ -37,6 +41,7 @@ class Decoding:
     seed: int = 42
     thoughts: int = 0
     control: str = "live"
+    engine: str = "generate"
 
 
 def batches_of(ids: list[list[int]], size: int) -> list[list[int]]:
@@ -73,35 +78,78 @@ def complete(
     golds = golds if golds is not None else [""] * len(ids)
     if decoding.control != "live":
         check_control(decoding.control, [[golds[i] for i in batch] for batch in batches])
-    extra: dict[str, Any] = {"tokenizer": tokenizer} if decoding.thinking or decoding.thoughts else {}
-    if decoding.temperature:
-        extra |= {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
-    else:
-        extra |= {"do_sample": False}
-    extra |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0}  # as in rollouts, whatever the model's file says
     was_training = model.training
     model.eval()
     try:
         for number, batch in list(enumerate(batches))[first:]:
-            inputs = tokenizer.pad({"input_ids": [ids[i] for i in batch]}, return_tensors="pt").to(model.device)
             if decoding.temperature:
                 set_seed(decoding.seed + number)
             replaced = decoding.control != "live"
             with controlled(model, decoding.control, [golds[i] for i in batch]) if replaced else nullcontext():
-                out = model.generate(
-                    **inputs,
-                    max_new_tokens=decoding.max_new_tokens,
-                    pad_token_id=tokenizer.pad_token_id,
-                    thinking=decoding.thinking,
-                    thoughts=decoding.thoughts,
-                    **extra,
-                )
-            ends = model.generation_config.eos_token_id
-            ends = set(ends if isinstance(ends, list) else [ends])
-            rows = out[:, inputs["input_ids"].shape[1] + decoding.thoughts :].tolist()
-            yield batch, [_up_to_end(row, ends) for row in rows]
+                yield batch, _answered(model, tokenizer, [ids[i] for i in batch], decoding)
     finally:
         backend_of(model).set_training(model, was_training)
+
+
+def _answered(
+    model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], decoding: Decoding
+) -> list[list[int]]:
+    """The completions of one batch."""
+    options: dict[str, Any] = {"do_sample": False}
+    if decoding.temperature:
+        options = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    # As in rollouts, whatever the model's file says.
+    options |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_new_tokens": decoding.max_new_tokens}
+    options |= {"pad_token_id": tokenizer.pad_token_id, "thinking": decoding.thinking, "thoughts": decoding.thoughts}
+    if decoding.engine == "continuous":
+        config = copy.deepcopy(model.generation_config)
+        config.update(**options)
+        outputs = model.generate_batch(ids, config, tokenizer=tokenizer).values()
+        if failed := [output.error for output in outputs if output.error]:
+            raise RuntimeError(f"continuous batching failed: {failed[0]}")
+        return [output.generated_tokens[decoding.thoughts :] for output in outputs]
+    inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
+    given = {"tokenizer": tokenizer} if decoding.thinking or decoding.thoughts else {}
+    out = model.generate(**inputs, **options, **given)
+    ends = model.generation_config.eos_token_id
+    ends = set(ends if isinstance(ends, list) else [ends])
+    rows = out[:, inputs["input_ids"].shape[1] + decoding.thoughts :].tolist()
+    return [_up_to_end(row, ends) for row in rows]
+
+
+ENGINES = ("generate", "continuous", "auto")
+ENGINE_HELP = (
+    "What makes the completions: generate; continuous, transformers' continuous batching; or auto, the one that was "
+    "measured to be faster here."
+)
+
+
+def choose_engine(
+    asked: str, model: Any, residual: str | None, thoughts: int = 0, control: str = "live"
+) -> tuple[str, str]:
+    """("generate" or "continuous", why), for what is asked of `model`.
+
+    Raises:
+        InputError: continuous batching was asked for, and cannot do it.
+    """
+    obstacle = None
+    if not backend_of(model).packs:
+        obstacle = "unsloth's models do not run in continuous batching"
+    elif residual is None and thoughts:
+        obstacle = "forced thoughts without thinking need generate"
+    elif residual is not None and not RESIDUALS[residual].needs_state:
+        obstacle = f"continuous batching hands over no distribution, which the {residual} residual is made from"
+    elif control in SEVERAL:
+        obstacle = f"the control {control!r} needs the rows of a padded batch"
+    if asked == "continuous" and obstacle is not None:
+        raise InputError(f"--engine continuous cannot be used: {obstacle}.")
+    if asked != "auto":
+        return asked, "asked for"
+    if obstacle is None and model.device.type != "cpu":
+        obstacle = "which of the two is faster on this device was not measured"
+    return (
+        ("continuous", "nothing else to install, and faster on a CPU") if obstacle is None else ("generate", obstacle)
+    )
 
 
 def _up_to_end(row: list[int], ends: set[int | None]) -> list[int]:

@@ -28,14 +28,19 @@ from hrpo_thinking.request import ThinkingRequest
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
 
+PAGE = 32  # tokens in a block of the cache
+MEMORY = 4 << 30  # bytes of keys and values
 _SHARING = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")  # from transformers 5.2x on, and before
 
 
-def batching_config(given: ContinuousBatchingConfig | None) -> ContinuousBatchingConfig:
+def batching_config(given: ContinuousBatchingConfig | None, model: Any, hints: Any = None) -> ContinuousBatchingConfig:
     """A copy of the engine's config with what cannot think switched off: a step has to wait for the one before.
 
+    On a CPU, where the engine would take half of the memory and fill masks of that size, a cache that nobody sized is
+    made for the requests that `hints` (the engine's WorkloadHints) announce, and at most for `MEMORY` bytes.
+
     Raises:
-        InputError: it was asked for.
+        InputError: what cannot think was asked for.
     """
     from transformers import ContinuousBatchingConfig
 
@@ -47,6 +52,16 @@ def batching_config(given: ContinuousBatchingConfig | None) -> ContinuousBatchin
     for name in ("varlen_compile_config", "decode_compile_config"):
         if getattr(config, name, None) is not None:
             raise InputError(f"continuous batching that is compiled ({name}) cannot think; leave it out.")
+    if hints is not None and config.num_blocks is None and model.device.type == "cpu":
+        longest = hints.max_prompt_length + (hints.max_generated_length or 0)
+        own = model.config.get_text_config()
+        heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+        width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+        page = 2 * own.num_hidden_layers * heads * width * PAGE * model.dtype.itemsize
+        one = -(-longest // PAGE) + 1
+        config.num_blocks = max(one, min(one * hints.num_requests, MEMORY // page))
+        config.max_batch_tokens = config.max_batch_tokens or max(1024, hints.num_requests)
+        setattr(config, "page_size" if hasattr(config, "page_size") else "block_size", PAGE)
     return config
 
 

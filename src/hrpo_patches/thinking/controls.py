@@ -24,7 +24,7 @@ CONTROLS = {
     "mean": "the mean residual of all rows that still think",
     "token": "the token's own embedding as residual: s = e",
 }
-_SEVERAL = ("swapped", "mean")  # which need other rows
+SEVERAL = ("swapped", "mean")  # which need other rows
 
 
 def check_control(name: str, batches: Sequence[Sequence[Hashable]]) -> None:
@@ -37,7 +37,7 @@ def check_control(name: str, batches: Sequence[Sequence[Hashable]]) -> None:
     if name not in CONTROLS:
         raise InputError(f"the control has to be one of {tuple(CONTROLS)}, not {name!r}.")
     for golds in batches:
-        if name in _SEVERAL and len(golds) < 2:
+        if name in SEVERAL and len(golds) < 2:
             raise InputError(f"the control {name!r} needs other rows, and a batch holds one; change the batch size.")
         if name == "swapped" and 2 * max(Counter(golds).values()) > len(golds):
             raise InputError(

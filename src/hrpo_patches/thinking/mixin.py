@@ -140,7 +140,7 @@ class ThinkingMixin(Blend, _Base):
             raise InputError("generate(cache_implementation='paged') hands no thoughts over; call generate_batch.")
         plain: Any = copy.deepcopy(asked)
         plain.thinking = plain.thoughts = None
-        config = continuous.batching_config(continuous_batching_config)
+        config = continuous.batching_config(continuous_batching_config, self, kwargs.get("workload_hints"))
         if getattr(self, "_cached_continuous_batching_manager", None) is not None:
             raise InputError("a manager that was kept cannot think; destroy_cached_continuous_batching_manager first.")
         manager = parent.init_continuous_batching(plain, config, *args, **kwargs)
