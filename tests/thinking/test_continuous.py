@@ -260,3 +260,14 @@ def test_tokens_are_sampled_from_the_distribution_that_generate_samples_from(tok
     common = [token for token in rows[0] | rows[1] if rows[0][token] + rows[1][token] >= 20]
     table = [[row[token] for token in common] for row in rows]
     assert len(common) > 3 and chi2_contingency(table).pvalue > 1e-3
+
+
+@pytest.mark.smollm2
+def test_a_real_model_thinks_as_in_generate(smollm2):
+    real, words = smollm2
+    prompts = [
+        words(text)["input_ids"] for text in ("The capital of France is", "What is 3 + 4?", "Once upon a time,")
+    ]
+    for output, prompt in zip(batched(real, words, prompts, pages(32, num_blocks=64)), prompts, strict=True):
+        assert_same(output, generated(real, words, prompt))
+    assert real.config._attn_implementation == "sdpa"

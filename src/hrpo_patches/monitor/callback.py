@@ -95,9 +95,7 @@ class ThinkingMonitor(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         thinking = ThinkingConfig.of(self.backbone.config) if self.thinks else None
         marker = getattr(args, "answer_start", (thinking or ThinkingConfig()).answer_start)
         self._warnings = EarlyWarnings(marker, getattr(args, "max_completion_length", None), state.global_step)
@@ -126,9 +124,7 @@ class ThinkingMonitor(TrainerCallback):
             if self._sampling and self._first is None:
                 self._first = inputs
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._inputs, self._first = {}, None
         step, every = state.global_step + 1, max(1, int(state.logging_steps or 1))
         if args.logging_strategy == "epoch":
@@ -136,16 +132,12 @@ class ThinkingMonitor(TrainerCallback):
         logged = args.logging_strategy != "no" and (step % every == 0 or (args.logging_first_step and step == 1))
         self._sampling = bool(logged and self.thinks and state.is_world_process_zero)
 
-    def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         started = time.perf_counter()
         self._refuse_nonfinite(args, state)
         self.seconds += time.perf_counter() - started
 
-    def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         started = time.perf_counter()
         self._refuse_nonfinite(args, state)
         if self._sampling:
@@ -156,9 +148,7 @@ class ThinkingMonitor(TrainerCallback):
             self._values = _numbers(values)
         self.seconds += time.perf_counter() - started
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         started = time.perf_counter()
         self._stopping(state, lambda: refuse_spoilt(self.model, self._inputs, *self._place(args, state.global_step)))
         self.seconds += time.perf_counter() - started
@@ -205,9 +195,7 @@ class ThinkingMonitor(TrainerCallback):
         self.log.write(row)
         self.seconds += time.perf_counter() - started
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self._unhook()
         if state.is_world_process_zero:
             whole = time.perf_counter() - self._began

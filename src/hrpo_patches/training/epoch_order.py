@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 
 class EpochOrder(TrainerCallback):
@@ -17,14 +17,10 @@ class EpochOrder(TrainerCallback):
     sampler: Any = None
     drawn = 0  # orders that this process has drawn
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.drawn = 0
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         epoch = int((state.epoch or 0.0) + 1e-6)  # a resumed run is in the middle of one
         if getattr(self.sampler, "generator", None) is not None:
             for _ in range(self.drawn, epoch):
