@@ -1,8 +1,12 @@
 """What HRPOConfig refuses."""
 
-import pytest
+import json
 
-from hrpo_patches import HRPOConfig
+import pytest
+from runs import small_trainer
+from tiny import tiny_model
+
+from hrpo_patches import HRPOConfig, ThinkingConfig
 from hrpo_thinking.errors import InputError
 
 
@@ -41,3 +45,40 @@ def test_the_defaults_are_the_published_rates(tmp_path):
     args = HRPOConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False)
     assert args.learning_rates == {"gate": 1e-4, "Lambda": 1e-3, "projection": 1e-4}
     assert (args.residual, args.answer_start) == ("projection", "####")
+
+
+PLAIN = {"use_cpu": True, "bf16": False, "report_to": "none"}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        ThinkingConfig(residual="projection", r_min=0.5, r_max=0.6, projection_layers=2, thoughts=2),
+        {"r_min": 0.5, "r_max": 0.6, "projection_layers": 2, "thoughts": 2},
+        '{"r_min": 0.5, "r_max": 0.6, "projection_layers": 2, "thoughts": 2}',
+    ],
+    ids=["config", "dict", "JSON"],
+)
+def test_how_a_model_thinks_is_said_at_once_and_reaches_it(tmp_path, given):
+    args = HRPOConfig(output_dir=str(tmp_path), thinking=given, **PLAIN)
+    assert (args.residual, args.thoughts, args.chosen["projection_layers"]) == ("projection", 2, 2)
+    json.dumps(args.to_dict())  # as loggers and checkpoints want it
+    trainer = small_trainer(tmp_path / "run", model=tiny_model("llama", thinking=None), thinking=given)
+    thinking = ThinkingConfig.of(trainer.model.config)
+    assert (thinking.r_min, thinking.projection_layers, thinking.thoughts) == (0.5, 2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"thinking": {"thoughts": 2}, "thoughts": 3}, "thoughts is 3, and thinking says 2"),
+        ({"thinking": {"residual": "embedding"}, "residual": None}, "does not go with residual='none'"),
+        ({"thinking": {"layers": 2}}, "unknown thinking option 'layers'"),
+        ({"thinking": "{"}, "thinking is no JSON"),
+        ({"thinking": 3}, "has to be a ThinkingConfig or a dict"),
+        ({"thinking": {"residual": "embedding", "projection_layers": 2}}, "does not go with residual='embedding'"),
+    ],
+)
+def test_what_is_said_in_two_ways_has_to_agree(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        HRPOConfig(output_dir=str(tmp_path), **PLAIN, **options)

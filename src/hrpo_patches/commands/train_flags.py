@@ -23,6 +23,7 @@ from hrpo_patches.commands.flags import (
 from hrpo_patches.evaluation.generate import ENGINE_HELP, ENGINES
 from hrpo_patches.extras import require
 from hrpo_patches.models.backends import BACKENDS
+from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.models.record import THINKING_FILE, check_same_pauses, check_same_thinking, read_thinking
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.prompts import PROMPTS, examples_of
@@ -33,10 +34,7 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
 from hrpo_thinking.parts import spelled
 
-OF_TRL = set(GRPOConfig.__dataclass_fields__) - {
-    "resume_from_checkpoint",
-    "report_to",
-}  # which are said otherwise here
+OF_TRL = set(GRPOConfig.__dataclass_fields__) - {"resume_from_checkpoint", "report_to"}  # which are said otherwise
 REST = [name for name in OPTIONS if name not in SHARED]  # options of thinking that HRPOConfig has no field for
 _ALL = "--help_all"
 _GPU = torch.cuda.is_available()
@@ -67,7 +65,7 @@ class RunArguments:
     format_reward: float = option(0.0, "Weight of a reward for the marker alone, beside the answer's of 1.")
     engine: str = option("generate", ENGINE_HELP, choices=ENGINES)
     lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
-    adapter: str | None = option(None, "Train this adapter further instead of a fresh one.")
+    adapter: str | None = option(None, "Train this adapter (a folder or a hub id) further instead of a fresh one.")
     init_projection: bool = option(False, "Start a projection for an --adapter that was trained without one.")
     eval_problems: int = option(0, "Held-out problems to answer greedily before and after training.")
     eval_batch_size: int = option(50, "Held-out problems answered at once.")
@@ -239,6 +237,8 @@ def parse(words: Written, task: str = "gsm8k", backend: str = BACKENDS[0], prog:
         InputError: a flag is not known, or something that it asks for cannot work.
     """
     about, config, more = read(make_parser(prog, whole=_ALL in words), words, task=task)
+    if about.adapter is not None:
+        about.adapter = str(adapter_folder(about.adapter))
     run = Run(about, config, {name: getattr(more, name) for name in REST}, backend)
     run.check()
     return run
