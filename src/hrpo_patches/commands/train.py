@@ -26,6 +26,7 @@ from hrpo_patches.tasks.base import Task
 from hrpo_patches.tasks.problems import find_task, load_problems, split_held_out
 from hrpo_patches.tasks.prompts import examples_of, prompt_of, uses_chat, with_prompts
 from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
+from hrpo_patches.thinking.continuous import cache_size
 from hrpo_patches.training.trainer import HRPOTrainer
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
@@ -53,7 +54,11 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
         for part in (train, held_out)
     )
     _check_enough(len(rows), config)
-    config.use_transformers_continuous_batching |= engine_of(run, model) == "continuous"
+    if engine_of(run, model) == "continuous":
+        config.use_transformers_continuous_batching = True
+        given: Any = config.transformers_continuous_batching_config or {}
+        size = cache_size(model, longest, config.generation_batch_size or 1)
+        config.transformers_continuous_batching_config = size | given
     model, peft_config = _with_adapter(model, run)
     if about.format_reward:
         config.reward_weights = [1.0, about.format_reward]

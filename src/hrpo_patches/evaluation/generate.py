@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
+from hrpo_patches.thinking.continuous import cache_size
 from hrpo_patches.thinking.controls import SEVERAL, check_control, controlled
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import RESIDUALS
@@ -104,13 +105,15 @@ def _answered(
     if decoding.engine == "continuous":
         config = copy.deepcopy(model.generation_config)
         config.update(**options)
-        outputs = model.generate_batch(ids, config, tokenizer=tokenizer).values()
+        size = cache_size(model, max(map(len, ids)) + decoding.max_new_tokens, len(ids))
+        given = {"tokenizer": tokenizer, "continuous_batching_config": ContinuousBatchingConfig(**size)}
+        outputs = model.generate_batch(ids, config, **given).values()
         if failed := [output.error for output in outputs if output.error]:
             raise RuntimeError(f"continuous batching failed: {failed[0]}")
         return [output.generated_tokens[decoding.thoughts :] for output in outputs]
     inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
-    given = {"tokenizer": tokenizer} if decoding.thinking or decoding.thoughts else {}
-    out = model.generate(**inputs, **options, **given)
+    marker = {"tokenizer": tokenizer} if decoding.thinking or decoding.thoughts else {}
+    out = model.generate(**inputs, **options, **marker)
     ends = model.generation_config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     rows = out[:, inputs["input_ids"].shape[1] + decoding.thoughts :].tolist()

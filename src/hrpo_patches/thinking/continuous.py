@@ -36,8 +36,7 @@ _SHARING = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")  # from
 def batching_config(given: ContinuousBatchingConfig | None, model: Any, hints: Any = None) -> ContinuousBatchingConfig:
     """A copy of the engine's config with what cannot think switched off: a step has to wait for the one before.
 
-    On a CPU, where the engine would take half of the memory and fill masks of that size, a cache that nobody sized is
-    made for the requests that `hints` (the engine's WorkloadHints) announce, and at most for `MEMORY` bytes.
+    A cache that nobody sized is made for the requests that `hints` (the engine's WorkloadHints) announce.
 
     Raises:
         InputError: what cannot think was asked for.
@@ -52,17 +51,30 @@ def batching_config(given: ContinuousBatchingConfig | None, model: Any, hints: A
     for name in ("varlen_compile_config", "decode_compile_config"):
         if getattr(config, name, None) is not None:
             raise InputError(f"continuous batching that is compiled ({name}) cannot think; leave it out.")
-    if hints is not None and config.num_blocks is None and model.device.type == "cpu":
+    if hints is not None and config.num_blocks is None:
         longest = hints.max_prompt_length + (hints.max_generated_length or 0)
-        own = model.config.get_text_config()
-        heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
-        width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-        page = 2 * own.num_hidden_layers * heads * width * PAGE * model.dtype.itemsize
-        one = -(-longest // PAGE) + 1
-        config.num_blocks = max(one, min(one * hints.num_requests, MEMORY // page))
-        config.max_batch_tokens = config.max_batch_tokens or max(1024, hints.num_requests)
-        setattr(config, "page_size" if hasattr(config, "page_size") else "block_size", PAGE)
+        for name, value in cache_size(model, longest, hints.num_requests).items():
+            setattr(config, name, value)
     return config
+
+
+def cache_size(model: Any, longest: int, requests: int) -> dict[str, Any]:
+    """Options of the engine's config that make its cache fit so many requests of so many tokens; none on a GPU.
+
+    By default the engine takes half of a CPU's memory, and fills masks of that size.
+    """
+    from transformers import ContinuousBatchingConfig
+
+    if model.device.type != "cpu":
+        return {}
+    own = model.config.get_text_config()
+    heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
+    width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
+    page = 2 * own.num_hidden_layers * heads * width * PAGE * model.dtype.itemsize
+    one = -(-longest // PAGE) + 1
+    name = "page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size"
+    blocks = max(one, min(one * requests, MEMORY // page))
+    return {name: PAGE, "num_blocks": blocks, "max_batch_tokens": max(1024, requests)}
 
 
 class BatchThinking:
