@@ -8,7 +8,7 @@ import pytest
 import torch
 from scipy.stats import chi2_contingency
 from tiny import tiny_model
-from transformers import ContinuousBatchingConfig, GenerationConfig
+from transformers import ContinuousBatchingConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from hrpo_patches import replay_forward
 from hrpo_patches.thinking import continuous
@@ -260,6 +260,14 @@ def test_tokens_are_sampled_from_the_distribution_that_generate_samples_from(tok
     common = [token for token in rows[0] | rows[1] if rows[0][token] + rows[1][token] >= 20]
     table = [[row[token] for token in common] for row in rows]
     assert len(common) > 3 and chi2_contingency(table).pvalue > 1e-3
+
+
+def test_another_family_refuses_to_think_in_batches():
+    other = GPT2LMHeadModel(GPT2Config(vocab_size=300, n_embd=16, n_layer=1, n_head=2))
+    with pytest.raises(InputError, match="continuous batching cannot think"):
+        other.generate_batch([[5]], thinking=True)
+    with pytest.raises(InputError, match="continuous batching cannot think"):
+        other.init_continuous_batching(GenerationConfig(thinking=True, eos_token_id=-1))
 
 
 @pytest.mark.smollm2

@@ -27,8 +27,9 @@ _RATIO_CHUNK = 128  # columns of the (B, C, d) gate that are computed at once
 
 
 def refuse_thinking(generation_config: Any, what: str) -> None:
-    """Raise `InputError` if `generation_config` asks for thinking in a kind of decoding that cannot think."""
-    if getattr(generation_config, "thinking", None) or getattr(generation_config, "thoughts", None):
+    """Raise `InputError` if a config, or keywords, ask for thinking in a kind of decoding that cannot think."""
+    asked = generation_config if isinstance(generation_config, dict) else {}
+    if any(asked.get(name, getattr(generation_config, name, None)) for name in ("thinking", "thoughts")):
         raise InputError(
             f"{what} cannot think; generate with thinking=False and thoughts=0, or decode greedily or by sampling."
         )
