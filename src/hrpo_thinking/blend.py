@@ -75,7 +75,11 @@ class Blend:
             if rate and self.training and torch.is_grad_enabled():
                 projected = dropout(projected, rate)
             residual = projection_residual(projected)
-        return residual * self.embedding_norm() if thinking.get("residual_scale") == "embedding" else residual
+        return residual if (norm := self.residual_norm()) == 1.0 else residual * norm
+
+    def residual_norm(self) -> float:
+        """The norm of the projected residual: 1, or the mean norm of the input embeddings."""
+        return self.embedding_norm() if self.config.thinking.get("residual_scale") == "embedding" else 1.0
 
     @torch.no_grad()
     def embedding_norm(self) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 
@@ -11,7 +13,7 @@ class ThinkingRequest:
     A record outlives what an engine forgets: a request that is preempted and computed anew finds its states here.
 
     Args:
-        table: the marker's automaton (`marker.marker_table`), as nested lists.
+        table: the marker's automaton (`marker.marker_table`), as an array (V, m + 1).
         forced: how many forced thoughts the completion begins with.
 
     Attributes:
@@ -20,7 +22,7 @@ class ThinkingRequest:
         replayed: how many thoughts were computed anew after a preemption.
     """
 
-    def __init__(self, table: list[list[int]], forced: int = 0) -> None:
+    def __init__(self, table: Any, forced: int = 0) -> None:
         self.table, self.forced = table, forced
         self.states: list[Tensor] = []
         self.mask: list[bool] = []
@@ -33,8 +35,8 @@ class ThinkingRequest:
             self.replayed += self.mask[index]
             return self.mask[index]
         if index >= self.forced:  # a filler is no text
-            self._progress = self.table[token][self._progress]
-        self.mask.append(self._progress != len(self.table[0]) - 1)
+            self._progress = int(self.table[token, self._progress])
+        self.mask.append(self._progress != self.table.shape[1] - 1)
         return self.mask[index]
 
     def keep(self, index: int, state: Tensor) -> None:

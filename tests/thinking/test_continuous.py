@@ -216,7 +216,11 @@ def test_what_the_engine_cannot_do_is_refused_before_work(tokenizer, thinking, c
     model = tiny_model("llama", thinking=thinking)
     with pytest.raises(InputError, match=message):
         batched(model, tokenizer, [[5, 6]], ContinuousBatchingConfig(**config))
-    assert not model._forward_hooks
+    assert not model._forward_hooks and model.config._attn_implementation == "sdpa"
+    with pytest.raises(InputError, match="no token 'nothing like it'"):
+        other = tiny_model("llama", thinking={"filler": "nothing like it"})
+        batched(other, tokenizer, [[5, 6]], thoughts=2)
+    assert other.config._attn_implementation == "sdpa"
     with pytest.raises(InputError, match="needs tokenizer"):
         tiny_model("llama").generate_batch([[5]], thinking=True)
     with pytest.raises(InputError, match="plain one, without thinking modules"):

@@ -87,8 +87,6 @@ class BatchThinking:
         forced: how many forced thoughts every completion begins with.
         filler: the id of the token that they are.
 
-    Raises:
-        InputError: the residual needs the distribution, which this engine does not hand over.
     """
 
     def __init__(
@@ -99,9 +97,7 @@ class BatchThinking:
         thinking = ThinkingConfig.of(self.backbone.config)
         assert thinking is not None  # thinking_backbone has checked it
         self.residual = thinking.residual
-        check_residual(self.residual)
-        table = marker_table(tokenizer, thinking.answer_start, self.backbone.config.vocab_size)
-        self.table: list[list[int]] = table.tolist()
+        self.table: Any = marker_table(tokenizer, thinking.answer_start, self.backbone.config.vocab_size).numpy()
         self.forced, self.filler = forced, filler
         self.records: dict[str, ThinkingRequest] = {}
         self.plain: set[str] = set()  # requests that do not think
@@ -281,19 +277,26 @@ def token_at(state: Any, position: int) -> int:
     return int(token)
 
 
-def begin(manager: Any, model: Any, tokenizer: Any, generation_config: Any) -> None:
-    """Let a manager that has not started think as `generation_config` asks; its end is that of the thinking.
+def check(model: Any, tokenizer: Any, generation_config: Any) -> None:
+    """Before there is a manager, which changes the model's attention: can it think as `generation_config` asks?
 
     Raises:
-        InputError: the model, the tokenizer or the filler cannot do it.
+        InputError: the model, the residual, the tokenizer or the filler cannot do it.
     """
-    check_thinking(thinking_backbone(model), tokenizer)
+    backbone = thinking_backbone(model)
+    check_thinking(backbone, tokenizer)
+    check_residual(backbone.config.thinking["residual"])
     forced = generation_config.thoughts or 0
     if forced and generation_config.filler_token_id is None:
         thinking = ThinkingConfig.of(model.config) or ThinkingConfig()
         generation_config.filler_token_id = filler_id(tokenizer, thinking)
     if forced:
         check_filler(model, generation_config)
+
+
+def begin(manager: Any, model: Any, tokenizer: Any, generation_config: Any) -> None:
+    """Let a manager that has not started think as `generation_config` asks; its end is that of the thinking."""
+    forced = generation_config.thoughts or 0
     manager.thinking = BatchThinking(manager, model, tokenizer, forced, generation_config.filler_token_id)
     for name in ("stop", "destroy"):
         setattr(manager, name, _then(getattr(manager, name), manager.thinking.close))

@@ -143,8 +143,10 @@ class ThinkingMixin(Blend, _Base):
         config = continuous.batching_config(continuous_batching_config, self, kwargs.get("workload_hints"))
         if getattr(self, "_cached_continuous_batching_manager", None) is not None:
             raise InputError("a manager that was kept cannot think; destroy_cached_continuous_batching_manager first.")
+        wanted, tokenizer = copy.deepcopy(asked), getattr(self, "_batch_tokenizer", None)
+        continuous.check(self, tokenizer, wanted)
         manager = parent.init_continuous_batching(plain, config, *args, **kwargs)
-        continuous.begin(manager, self, getattr(self, "_batch_tokenizer", None), copy.deepcopy(asked))
+        continuous.begin(manager, self, tokenizer, wanted)
         return manager
 
     def generate_batch(

@@ -172,8 +172,7 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout
     live = args.passes != 1 or (args.reference == "start" and args.beta != 0.0)
     if live and not kind.needs_state:
         check_distribution(rollout, base.generation_config)
-    if backbone.config.thinking["residual_scale"] == "embedding":
-        backbone.embedding_norm()
+    backbone.residual_norm()
 
 
 def _check_visible(tokenizer: Any, marker: str) -> None:
