@@ -62,7 +62,10 @@ for name, config in CONFIGS.items():
     seen[name]["adapted"] = [path for path, _ in adapted.named_parameters() if "lora_" in path]
 plain = AutoModelForCausalLM.from_config(CONFIGS["llama"])
 out = plain.generate(torch.tensor([[1, 2]]), max_new_tokens=2, return_dict_in_generate=True)
-torch.save([plain(torch.tensor([[1, 2]])), out.sequences], folder / "outputs.pt")
+torch.save(
+    [plain(torch.tensor([[1, 2]])).to_tuple()[0], plain(torch.tensor([[1, 2]]), use_cache=False), out],
+    folder / "outputs.pt",
+)
 seen["outputs"] = [[field.name for field in fields(kind)] for kind in (CausalLMOutputWithPast, type(out))]
 seen["generation"] = sorted(GenerationConfig().to_dict()) + sorted(plain.generation_config.to_dict())
 (folder / "seen.json").write_text(json.dumps(seen))

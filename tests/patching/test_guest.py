@@ -91,6 +91,15 @@ def test_options_of_thinking_reach_no_reward_model_and_no_reference(tmp_path, ca
     trainer.train()
 
 
+def test_outputs_and_generation_options_are_stocks_and_read_in_a_stock_process(both):
+    stock, patched = (json.loads((folder / "seen.json").read_text()) for folder in both.values())
+    for kind in ("outputs", "generation"):
+        assert stock[kind] == patched[kind]
+    read = "import sys, torch, transformers; torch.load(sys.argv[1], weights_only=False)"
+    for folder in both.values():
+        subprocess.run([sys.executable, "-c", read, folder / "outputs.pt"], check=True)
+
+
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory):
     """(its folder, its base's folder) of a thinking adapter for a plain base."""

@@ -14,7 +14,8 @@ from trl import __version__ as trl_version
 
 from hrpo_patches import HRPOConfig, HRPOTrainer
 
-STEPS = 5
+STEPS = 7
+TEXTS = ["Hi", "What is 3 + 4?", "abc", "Say #### once"]
 OLD = Version(trl_version) < Version("1.16")  # whose GRPOTrainer needs a GPU
 CALL = '<tool_call>\n{"name": "double", "arguments": {"number": 3}}\n</tool_call>'
 KEPT = (
@@ -66,7 +67,7 @@ def trained(kind, folder, model, tokenizer, prompts, options, **extra):
     options = DEFAULTS | {"output_dir": str(folder), "max_steps": STEPS, "beta": 0.0} | options
     own = {"residual": "none", "monitor": False} if kind is HRPOTrainer else {}
     arguments = (HRPOConfig if kind is HRPOTrainer else GRPOConfig)(**options, **own)
-    data = Dataset.from_dict({"prompt": prompts * 2})  # two steps an epoch, so that its third is another epoch's
+    data = Dataset.from_dict({"prompt": prompts})  # of four, two steps an epoch: the third is another epoch's
     trainer = kind(model, lengths_differ, arguments, data, processing_class=tokenizer, **extra)
     trainer.train()
     log = [{k: row[k] for k in KEPT if k in row} for row in trainer.state.log_history if "loss" in row]
@@ -85,7 +86,7 @@ def assert_same(tmp_path, model, prompts, options, tokenizer=byte_tokenizer, **e
 
 @pytest.mark.parametrize("model", [gpt2, lambda: tiny_model("llama", thinking=None)], ids=["gpt2", "llama"])
 def test_plain_grpo_is_trls_digit_for_digit(tmp_path, model):
-    assert_same(tmp_path, model, ["Hi", "What is 3 + 4?"], {})
+    assert_same(tmp_path, model, TEXTS, {})
 
 
 def test_what_trl_takes_by_position_is_taken(tmp_path):
@@ -98,7 +99,7 @@ def test_what_trl_takes_by_position_is_taken(tmp_path):
 
 @pytest.mark.skipif(OLD, reason="TRL 1.15 has no scores for a mixture of experts on a CPU")
 def test_a_mixture_of_experts_trains_its_router_as_in_trl(tmp_path):
-    log = assert_same(tmp_path, mixture, ["Hi", "What is 3 + 4?"], {})
+    log = assert_same(tmp_path, mixture, TEXTS, {})
     assert all(row["aux_loss"] > 0 for row in log)
 
 
@@ -116,7 +117,7 @@ def test_a_run_that_calls_a_tool_is_trls(tmp_path):
     call = len(byte_tokenizer())
     options = {"generation_kwargs": {"sequence_bias": [[[call], 6.0]]}, "max_tool_calling_iterations": 1}
     CALLS.clear()
-    prompts = [[{"role": "user", "content": text}] for text in ("Hi", "What is 3 + 4?")]
+    prompts = [[{"role": "user", "content": text}] for text in TEXTS]
 
     assert_same(tmp_path, model, prompts, options, tokenizer, tools=[double])
     assert CALLS and set(CALLS) == {3}
