@@ -67,5 +67,6 @@ torch.save(
     folder / "outputs.pt",
 )
 seen["outputs"] = [[field.name for field in fields(kind)] for kind in (CausalLMOutputWithPast, type(out))]
+seen["outputs"].append([type(plain(torch.tensor([[1, 2]]))).__name__, type(out).__name__])
 seen["generation"] = sorted(GenerationConfig().to_dict()) + sorted(plain.generation_config.to_dict())
 (folder / "seen.json").write_text(json.dumps(seen))
