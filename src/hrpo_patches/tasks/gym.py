@@ -6,7 +6,6 @@ texts that cannot call anything, where the gold answer is such a text too; other
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -99,6 +98,5 @@ def gym_task(name: str, size: int, seed: int) -> GymTask:
         data = reasoning_gym.create_dataset(generator, size=size, seed=seed, **options)
     except (ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
         raise InputError(f"reasoning-gym cannot make {generator!r}: {str(error).splitlines()[0]}.") from None
-    fields = {field.name: getattr(GSM8K, field.name) for field in dataclasses.fields(Task)}
     changed = {"name": f"{PREFIX}{generator}", "train": (), "test": (), "shapes": {("question", "answer"): _read}}
-    return GymTask(**fields | changed, data=data)
+    return GymTask(**vars(GSM8K) | changed, data=data)

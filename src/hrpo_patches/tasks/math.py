@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hrpo_patches.tasks.base import Problem, Row, Task, Unreadable, steps, text
 from hrpo_patches.tasks.graders.expressions import expression
+from hrpo_patches.tasks.graders.markup import closing
 
 BOXED = "\\boxed"
 
@@ -15,12 +16,10 @@ def boxed(solution: str) -> str:
         raise Unreadable(f"has no {BOXED} answer in its solution")
     if not rest.startswith("{"):
         return rest[0]
-    depth = 0
-    for i, character in enumerate(rest):
-        depth += (character == "{") - (character == "}")
-        if depth == 0:
-            return rest[1:i].strip()
-    raise Unreadable(f"has a {BOXED} without its closing brace")
+    end = closing(rest, 1)
+    if end is None:
+        raise Unreadable(f"has a {BOXED} without its closing brace")
+    return rest[1:end].strip()
 
 
 def read_solution(row: Row) -> Problem:
