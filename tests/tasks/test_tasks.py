@@ -280,7 +280,7 @@ def test_a_file_of_a_task_is_read_line_by_line(tmp_path):
 
 OUTSIDE = """
 from hrpo_patches.tasks import Task
-from hrpo_patches.tasks.svamp import TASK as SVAMP
+from hrpo_patches.tasks.gsm8k import SVAMP
 
 TASK = Task(
     name="echo",

@@ -7,12 +7,12 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
-from hrpo_patches.tasks import gsm8k, math, mawps, mmlu, qa, svamp
+from hrpo_patches.tasks import gsm8k, math, mmlu, qa
 from hrpo_patches.tasks.base import Problem, Task
 from hrpo_thinking.errors import InputError
 
 TASKS: dict[str, Task] = {
-    task.name: task for task in (gsm8k.TASK, math.TASK, mawps.TASK, mmlu.MMLU, mmlu.ARC, svamp.TASK, *qa.TASKS)
+    task.name: task for task in (gsm8k.TASK, gsm8k.SVAMP, gsm8k.MAWPS, math.TASK, mmlu.MMLU, mmlu.ARC, *qa.TASKS)
 }
 
 __all__ = ["TASKS", "Problem", "Task", "task_named"]
