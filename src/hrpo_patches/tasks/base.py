@@ -7,11 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypedDict
 
-from hrpo_patches.tasks.graders import Grader
 from hrpo_patches.tasks.graders.numbers import is_number
 from hrpo_thinking.errors import InputError
 
 Row = dict[str, Any]
+Grader = Callable[[str, str], bool]  # whether the second text, an answer, is right by the first, the gold one
 
 
 class Problem(TypedDict):
