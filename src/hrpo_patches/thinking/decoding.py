@@ -107,7 +107,8 @@ def check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase |
         raise InputError(
             "the adapter is switched off, and its thinking weights with it; generate with thinking=False."
         )
-    wrapped = {name: _is_wrapped(backbone, name) for name in parts_of(thinking.residual)}
+    # Whether PEFT's `modules_to_save` holds a copy of each thinking module.
+    wrapped = {name: hasattr(getattr(backbone, name), "original_module") for name in parts_of(thinking.residual)}
     lacking = [name for name, there in wrapped.items() if not there]
     if lacking and any(wrapped.values()):
         raise InputError(
@@ -116,11 +117,6 @@ def check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase |
             f"trained with, or pass init_projection=True to start a projection for it."
         )
     marker_table(tokenizer, thinking.answer_start, backbone.config.vocab_size)
-
-
-def _is_wrapped(backbone: ThinkingMixin, name: str) -> bool:
-    """Whether PEFT's `modules_to_save` holds a copy of this thinking module."""
-    return hasattr(getattr(backbone, name), "original_module")
 
 
 def start_thinking(
