@@ -13,7 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from hrpo_patches.models.adapter import load_adapter
 from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.models.record import THINKING_FILE
-from hrpo_patches.thinking.backbone import is_untrained
+from hrpo_patches.thinking.backbone import is_untrained, temporarily
 from hrpo_thinking.errors import InputError
 
 
@@ -58,9 +58,6 @@ class ThinkingLM(HFLM):
 
 def main(argv: list[str]) -> int:
     """The harness's own command line, with `hrpo` among its models."""
-    before, sys.argv = sys.argv, ["lm_eval", *argv]
-    try:
+    with temporarily(sys, argv=["lm_eval", *argv]):
         cli_evaluate()
-    finally:
-        sys.argv = before
     return 0

@@ -1,7 +1,9 @@
-"""Finds the part of a model that thinks, whatever PEFT or a data parallel wrapper put around it; knows no maths."""
+"""Finds the part of a model that thinks, whatever is around it, and changes a thing for a while; knows no maths."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from hrpo_thinking.config import ThinkingConfig
@@ -12,6 +14,19 @@ from hrpo_thinking.parts import parts_of
 
 if TYPE_CHECKING:  # transformers is importing this module
     from hrpo_patches.thinking.mixin import ThinkingMixin
+
+
+@contextmanager
+def temporarily(thing: Any, **attributes: Any) -> Iterator[None]:
+    """Within, `thing` has these attributes; afterwards, those that it had before."""
+    before = {name: getattr(thing, name) for name in attributes}
+    try:
+        for name, value in attributes.items():
+            setattr(thing, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(thing, name, value)
 
 
 def causal_lm(model: Any) -> Any:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hrpo_patches.thinking.backbone import thinking_backbone
+from hrpo_patches.thinking.backbone import temporarily, thinking_backbone
+from hrpo_thinking.blend import Control
 from hrpo_thinking.errors import InputError
 
 CONTROLS = {
@@ -62,32 +63,22 @@ def controlled(model: Any, name: str, golds: Sequence[Hashable] = ()) -> Iterato
     backbone = thinking_backbone(model)
     ranks = {gold: i for i, gold in enumerate(dict.fromkeys(golds))}
     groups = torch.tensor([ranks[gold] for gold in golds])
-    functions = {"zeroed": _zeroed, "off": _off, "mean": _mean, "token": _token}
-    functions |= {"swapped": lambda residual, embeds, mask: (_swapped(residual, mask, groups), mask)}
-    before, backbone.thinking_control = backbone.thinking_control, functions.get(name)
-    try:
+    functions: dict[str, Control] = {
+        "zeroed": lambda residual, embeds, mask: (torch.zeros_like(residual), mask),
+        "off": lambda residual, embeds, mask: (residual, torch.zeros_like(mask)),
+        "swapped": lambda residual, embeds, mask: (_swapped(residual, mask, groups), mask),
+        "mean": lambda residual, embeds, mask: (_mean(residual, mask), mask),
+        "token": lambda residual, embeds, mask: (embeds.to(residual.dtype), mask),
+    }
+    with temporarily(backbone, thinking_control=functions.get(name)):
         yield
-    finally:
-        backbone.thinking_control = before
 
 
-def _zeroed(residual: Tensor, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.zeros_like(residual), mask
-
-
-def _off(residual: Tensor, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return residual, torch.zeros_like(mask)
-
-
-def _token(residual: Tensor, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    return embeds.to(residual.dtype), mask
-
-
-def _mean(residual: Tensor, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+def _mean(residual: Tensor, mask: Tensor) -> Tensor:
     if len(mask) < 2:
         raise InputError("the control 'mean' needs other rows, and the batch holds one.")
     thinking = torch.where(mask.unsqueeze(-1), residual, 0.0)
-    return (thinking.sum(0, keepdim=True) / mask.sum(0).clamp(min=1).view(1, -1, 1)).expand_as(residual), mask
+    return (thinking.sum(0, keepdim=True) / mask.sum(0).clamp(min=1).view(1, -1, 1)).expand_as(residual)
 
 
 def _swapped(residual: Tensor, mask: Tensor, groups: Tensor) -> Tensor:

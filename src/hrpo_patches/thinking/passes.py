@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
+from hrpo_patches.thinking.backbone import temporarily
 from hrpo_thinking.errors import InputError
 
 if TYPE_CHECKING:  # transformers is importing this module
@@ -62,13 +63,11 @@ def refuse_dropout(backbone: ThinkingMixin, today: bool = True) -> None:
 def live_states(hidden: Tensor, width: int, head: Head | None) -> Tensor:
     """What the residuals of the last `width` positions are made from: the states (B, L, d) one position earlier."""
     before = hidden[:, -width - 1 : -1]
-    return before if head is None else _in_chunks(head, before)
-
-
-def _in_chunks(head: Head, states: Tensor) -> Tensor:
-    """`head` over (B, K, d), a few columns at once, and once more for the gradient: it holds (B, chunk, V) logits."""
-    size = max(1, _LOGITS // (states.shape[0] * getattr(head, "vocabulary", 2**15)))
-    return torch.cat([_again(head, chunk) for chunk in states.split(size, dim=1)], dim=1)
+    if head is None:
+        return before
+    # A few columns at once, and once more for the gradient: the head holds (B, columns, V) logits.
+    columns = max(1, _LOGITS // (len(before) * getattr(head, "vocabulary", 2**15)))
+    return torch.cat([_again(head, chunk) for chunk in before.split(columns, dim=1)], dim=1)
 
 
 def _again(function: Callable[..., Any], *args: Any) -> Any:
@@ -76,10 +75,6 @@ def _again(function: Callable[..., Any], *args: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)
-
-
-def _once(function: Callable[..., Any], *args: Any) -> Any:
-    return function(*args)
 
 
 def inputs_of_last_pass(
@@ -138,7 +133,7 @@ def one_by_one(
         position_ids = torch.arange(length, device=embeds.device).unsqueeze(0)
     ends = [*range(STRETCH, first, STRETCH), *range(first, last + 2), *range(last + 1 + STRETCH, length, STRETCH)]
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-    again = _again if last - first >= KEPT or checkpointed else _once
+    recomputed = last - first >= KEPT or checkpointed
     past: list[Stretch] = []
     hidden: list[Tensor] = []
     start = 0
@@ -154,7 +149,8 @@ def one_by_one(
         else:
             advance = partial(_advance, backbone)
         seen = attention_mask[:, :end] if attention_mask is not None else None
-        states, own = again(advance, inputs, seen, position_ids[:, start:end], list(past))
+        given = (inputs, seen, position_ids[:, start:end], list(past))
+        states, own = _again(advance, *given) if recomputed else advance(*given)
         hidden.append(states)
         past.append(own)
         start = end
@@ -174,11 +170,8 @@ def _think_and_advance(
     """
     mask, residual, head, control = thinks
     made_from = state if head is None else head(state)
-    today, backbone.thinking_control = backbone.thinking_control, control
-    try:
+    with temporarily(backbone, thinking_control=control):
         blended = backbone.blend_thinking(inputs, made_from, mask, residual)
-    finally:
-        backbone.thinking_control = today
     return _advance(backbone, blended, *rest)
 
 

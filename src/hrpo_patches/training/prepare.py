@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from types import SimpleNamespace
 from typing import Any
@@ -19,7 +19,7 @@ from trl.trainer.utils import create_model_from_path
 
 from hrpo_patches.models.backends import ONE_PASS, backend_of, refuse_stranger
 from hrpo_patches.models.base import thinking_options
-from hrpo_patches.thinking.backbone import patched_backbone, thinking_backbone
+from hrpo_patches.thinking.backbone import patched_backbone, temporarily, thinking_backbone
 from hrpo_patches.thinking.passes import refuse_dropout
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_thinking.config import ThinkingConfig, check_same_kind, record_of
@@ -63,16 +63,11 @@ def _asked(given: Any) -> dict[str, Any]:
     return asdict(said) if isinstance(given, ThinkingConfig) and said is not None else {}
 
 
-@contextmanager
-def only_for_the_policy(args: HRPOConfig) -> Iterator[None]:
+def only_for_the_policy(args: HRPOConfig) -> AbstractContextManager[None]:
     """Keeps `thinking` from the reward models and references that a constructor loads by `model_init_kwargs`."""
-    given = args.model_init_kwargs
-    if isinstance(given, dict):
-        args.model_init_kwargs = {name: value for name, value in given.items() if name != "thinking"} or None
-    try:
-        yield
-    finally:
-        args.model_init_kwargs = given
+    given: Any = args.model_init_kwargs or {}
+    others = {name: value for name, value in given.items() if name != "thinking"}
+    return temporarily(args, model_init_kwargs=others or None)
 
 
 def _loaded(name: str, init: dict[str, Any], args: HRPOConfig, quantization_config: Any) -> Any:

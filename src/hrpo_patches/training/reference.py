@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import TrainerCallback
 
+from hrpo_patches.thinking.backbone import temporarily
 from hrpo_thinking.errors import InputError
 
 START_FILE = "reference_start.safetensors"
@@ -69,11 +70,6 @@ class StartReference(TrainerCallback):
         self.weights = {name: weight.to(self.weights[name]) for name, weight in weights.items()}
 
 
-@contextmanager
-def without_reference(args: Any) -> Iterator[None]:
+def without_reference(args: Any) -> AbstractContextManager[None]:
     """Keeps a trainer's constructor from making a reference of its own: for a while, `args.beta` is 0."""
-    beta, args.beta = args.beta, 0.0
-    try:
-        yield
-    finally:
-        args.beta = beta
+    return temporarily(args, beta=0.0)
