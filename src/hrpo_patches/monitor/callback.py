@@ -150,21 +150,17 @@ class ThinkingMonitor(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         started = time.perf_counter()
-        self._stopping(state, lambda: refuse_spoilt(self.model, self._inputs, *self._place(args, state.global_step)))
+        self._check(refuse_spoilt, args, state, state.global_step)
         self.seconds += time.perf_counter() - started
 
     def _refuse_nonfinite(self, args: TrainingArguments, state: TrainerState) -> None:
         if not args.fp16:  # whose scaler tries steps that overflow, and passes them over
-            place = self._place(args, state.global_step + 1)
-            self._stopping(state, lambda: refuse_nonfinite(self.model, self._inputs, *place))
+            self._check(refuse_nonfinite, args, state, state.global_step + 1)
 
-    def _place(self, args: TrainingArguments, step: int) -> tuple[Path, int, int]:
-        return self.log.path.parent, step, args.process_index
-
-    def _stopping(self, state: TrainerState, check: Callable[[], None]) -> None:
+    def _check(self, refuse: Callable[..., None], args: TrainingArguments, state: TrainerState, step: int) -> None:
         """Do a check that may stop the run, and let the log say so."""
         try:
-            check()
+            refuse(self.model, self._inputs, self.log.path.parent, step, args.process_index)
         except NonFiniteError as error:
             if state.is_world_process_zero:
                 self.log.write({"step": state.global_step, "stopped": str(error)})
