@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hrpo_patches.files import whole_or_nothing
 from hrpo_thinking.errors import InputError
 
 SMOLLM2 = "smollm2-135m"
@@ -45,12 +44,11 @@ def smollm2_folder() -> Path:
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
     del model.config.quantization_config
     model.hf_quantizer = None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(dir=folder.parent))
-    model.save_pretrained(building)
-    tokenizer.save_pretrained(building)
     try:
-        building.rename(folder)
-    except OSError:  # another process was faster
-        shutil.rmtree(building)
+        with whole_or_nothing(folder) as building:
+            model.save_pretrained(building)
+            tokenizer.save_pretrained(building)
+    except (InputError, OSError):
+        if not folder.exists():  # if it does, another process was faster
+            raise
     return folder
