@@ -24,7 +24,7 @@ from hrpo_patches.evaluation.generate import ENGINE_HELP, ENGINES
 from hrpo_patches.extras import require
 from hrpo_patches.models.backends import BACKENDS
 from hrpo_patches.models.hub import adapter_folder
-from hrpo_patches.models.record import THINKING_FILE, check_same_pauses, check_same_thinking, read_thinking
+from hrpo_patches.models.record import check_same_pauses, check_same_thinking, read_thinking
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.prompts import PROMPTS, examples_of
 from hrpo_patches.training.config import SHARED, GRPOConfig, HRPOConfig
@@ -133,8 +133,8 @@ class Run:
     def thinking(self) -> ThinkingConfig | None:
         """How the model is to think; None for plain GRPO."""
         own = {name: value for name in SHARED if (value := getattr(self.config, name)) is not None}
-        if self.about.adapter is not None and (Path(self.about.adapter) / THINKING_FILE).is_file():
-            saved = read_thinking(Path(self.about.adapter))
+        if self.about.adapter is not None:
+            saved = read_thinking(Path(self.about.adapter)) or {}
             own = {name: saved[name] for name in ("thoughts", "filler") if name in saved} | own
         if self.config.residual is None:
             changed = [name for name, value in self.rest.items() if value != getattr(ThinkingConfig, name)]

@@ -24,13 +24,6 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import FALLBACK, MODULES, PROJECTION, RESIDUALS, is_thinking_parameter, parts_of
 
 
-def _read_record(folder: Path, held: set[str]) -> dict[str, Any]:
-    """The saved thinking config; for an adapter without one, what its weights say (published HRPO adapters)."""
-    if (folder / THINKING_FILE).is_file():
-        return read_thinking(folder)
-    return {"residual": next((name for name in RESIDUALS if set(parts_of(name)) <= held), FALLBACK)}
-
-
 def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """Every expected thinking weight has to be there, in its shape."""
     for key, parameter in expected.items():
@@ -117,7 +110,8 @@ def load_adapter(
     held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
     if not held:
         raise InputError(f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter.")
-    record = _read_record(folder, held)
+    published = {"residual": next((name for name in RESIDUALS if set(parts_of(name)) <= held), FALLBACK)}
+    record = read_thinking(folder) or published  # of which the weights alone say how they think
     residual = residual or record["residual"]
     if PROJECTION in set(parts_of(residual)) - held and not init_projection:
         raise InputError(
@@ -129,7 +123,12 @@ def load_adapter(
         model = AutoModelForCausalLM.from_pretrained(model)
     check_same_base(folder, model)
     backbone = patched_backbone(model)
-    _check_hidden_size(folder, record, model)
+    size = record.get("hidden_size", model.config.hidden_size)
+    if size != model.config.hidden_size:
+        raise InputError(
+            f"{folder} was trained on a base model of hidden size {size}, not {model.config.hidden_size}: it belongs "
+            f"to another base model."
+        )
     options = {key: record[key] for key in OPTIONS if key in record}
     if PROJECTION not in parts_of(residual) and _drop_variant(options):
         held.discard(PROJECTION)  # a projection of another kind, which this residual has no use for
@@ -167,12 +166,3 @@ def _drop_variant(options: dict[str, Any]) -> bool:
     """Take what is about the projection out of `options`; whether it gave it weights of other shapes."""
     kind = {name: options.pop(name, getattr(ThinkingConfig, name)) for name in about_parts()}
     return any(kind[name] != getattr(ThinkingConfig, name) for name in kind if OPTIONS[name].shapes)
-
-
-def _check_hidden_size(folder: Path, record: dict[str, Any], model: PreTrainedModel) -> None:
-    size = record.get("hidden_size", model.config.hidden_size)
-    if size != model.config.hidden_size:
-        raise InputError(
-            f"{folder} was trained on a base model of hidden size {size}, not {model.config.hidden_size}: it belongs "
-            f"to another base model."
-        )

@@ -67,9 +67,10 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
     thinking = ThinkingConfig(residual, answer_start)
     if not (source / "adapter_model.safetensors").is_file():
         raise InputError(f"{source} holds no adapter_model.safetensors; pickled weights are not read.")
-    if (source / "thinking_config.json").is_file():
-        kind = read_thinking(source)["residual"]
-        raise InputError(f"{source} already says how it thinks ({kind}); load it with hrpo_patches.load_adapter.")
+    if said := read_thinking(source):
+        raise InputError(
+            f"{source} already says how it thinks ({said['residual']}); load it with hrpo_patches.load_adapter."
+        )
     weights = load_file(source / "adapter_model.safetensors")
     gate = weights.get(f"{_PREFIX}thinking_residual_gate_r.weight")
     if gate is None:

@@ -46,15 +46,16 @@ def save_pauses(thoughts: int, filler: int, folder: str | Path) -> None:
 
 def check_same_pauses(folder: Path, wanted: int) -> None:
     """Raise `InputError` unless a run without thinking that wrote `folder` had so many forced thoughts."""
-    file = folder / GENERATION_FILE
-    saved: Any = GenerationConfig.from_pretrained(folder) if file.is_file() else None
+    saved: Any = GenerationConfig.from_pretrained(folder) if (folder / GENERATION_FILE).is_file() else None
     was = getattr(saved, "thoughts", None) or 0
     if was != wanted:
         raise InputError(f"{folder} was trained with --thoughts {was}, not {wanted}.")
 
 
-def read_thinking(folder: Path) -> dict[str, Any]:
-    """The thinking that `save_thinking` wrote into `folder`; an `InputError` if the file is damaged."""
+def read_thinking(folder: Path) -> dict[str, Any] | None:
+    """The thinking that `save_thinking` wrote into `folder`, None if it did not; an `InputError` if it is damaged."""
+    if not (folder / THINKING_FILE).is_file():
+        return None
     try:
         record = json.loads((folder / THINKING_FILE).read_text())
         ThinkingConfig(record["residual"], record["answer_start"])
@@ -102,7 +103,7 @@ def refuse_thinking_adapter(source: Any) -> None:
 
 def check_same_thinking(folder: Path, residual: str | None, wanted: ThinkingConfig | None) -> None:
     """Raise `InputError` unless what `folder` holds was trained with this residual (if given) and as `wanted`."""
-    saved = read_thinking(folder) if (folder / THINKING_FILE).is_file() else None
+    saved = read_thinking(folder)
     was = spelled(saved["residual"] if saved is not None else None)
     if residual is not None and was != residual:
         raise InputError(f"{folder} was trained with --residual {was}, not {residual}.")
