@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,17 +100,9 @@ class EvalArguments:
     @property
     def decoding(self) -> Decoding:
         """How the prompts are answered."""
+        shared = {one.name: getattr(self, one.name) for one in fields(Decoding)}
         temperature = 0.0 if self.greedy else self.temperature
-        return Decoding(
-            self.max_new_tokens,
-            self.thinking,
-            temperature,
-            self.batch_size,
-            self.seed,
-            self.thoughts or 0,
-            self.control,
-            self.engine,
-        )
+        return Decoding(**shared | {"temperature": temperature, "thoughts": self.thoughts or 0})
 
 
 def parse(argv: Written) -> EvalArguments:

@@ -93,23 +93,11 @@ def think(
     states = out.thinking_states[0]
     residuals = RESIDUALS[out.thinking_residual].make(thinking_backbone(base), states)
     words = _nearest(residuals, base.get_input_embeddings().weight, top)
-    return [
-        Thought(
-            token=str(tokenizer.decode([token])),
-            share=share,
-            thinks=thinks,
-            words=[(str(tokenizer.decode([i])), cosine) for i, cosine in near] if thinks else [],
-            entropy=entropy,
-        )
-        for token, share, thinks, near, entropy in zip(
-            tokens,
-            out.thinking_ratio[0].tolist(),
-            out.thinking_mask[0].tolist(),
-            words,
-            entropies.tolist(),
-            strict=True,
-        )
-    ]
+    texts = [str(tokenizer.decode([token])) for token in tokens]
+    named = [[(str(tokenizer.decode([i])), cosine) for i, cosine in near] for near in words]
+    shares, thinks = out.thinking_ratio[0].tolist(), out.thinking_mask[0].tolist()
+    columns = zip(texts, shares, thinks, named, entropies.tolist(), strict=True)
+    return [Thought(text, share, on, near if on else [], entropy) for text, share, on, near, entropy in columns]
 
 
 def _nearest(residuals: Tensor, embeddings: Tensor, top: int) -> list[list[tuple[int, float]]]:
