@@ -49,10 +49,8 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     longest = about.max_prompt_length + (config.max_completion_length or 0)
     model, tokenizer = load_model(about.model_name, run.thinking(), backend=run.backend, max_seq_length=longest)
     marker_table(tokenizer, config.answer_start)
-    rows, held_out_rows = (
-        with_prompts(part, asker(run, task, tokenizer), tokenizer, about.max_prompt_length)
-        for part in (train, held_out)
-    )
+    ask = asker(run, task, tokenizer)
+    rows, held_out_rows = (with_prompts(part, ask, tokenizer, about.max_prompt_length) for part in (train, held_out))
     _check_enough(len(rows), config)
     if engine_of(run, model) == "continuous":
         config.use_transformers_continuous_batching = True

@@ -31,11 +31,6 @@ def _cost(name: str, module: nn.Module) -> Cost:
     return Cost(name, sum(parameter.numel() for parameter in module.parameters()), linear)
 
 
-def _folder_of(source: str) -> str:
-    """The folder of a `config.json`, else what was given."""
-    return str(Path(source).parent) if Path(source).name == "config.json" else source
-
-
 def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
     """The base model, each thinking module, and the embedding residual that the projection stands in for.
 
@@ -46,7 +41,8 @@ def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
     Raises:
         InputError: there is no such model, or its family has no patches.
     """
-    config = read_config(smollm2_folder() if source == SMOLLM2 else _folder_of(source))
+    folder = str(Path(source).parent) if Path(source).name == "config.json" else source
+    config = read_config(smollm2_folder() if source == SMOLLM2 else folder)
     saved = config.thinking if isinstance(config.thinking, dict) else {}
     if saved.get("in_checkpoint") and thinking == ThinkingConfig():  # a merged model has a projection of its own kind
         thinking = ThinkingConfig.from_dict(saved)
@@ -56,11 +52,10 @@ def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
         model = AutoModelForCausalLM.from_config(config)
     whole = sum(p.numel() for name, p in model.named_parameters() if not is_thinking_parameter(name))
     backbone = model.get_decoder()
-    linear = _cost("", model).multiply_adds - sum(_cost("", getattr(backbone, name)).multiply_adds for name in MODULES)
-    rows = [Cost("base model", whole, linear)]
-    rows += [_cost(name, getattr(backbone, name)) for name in MODULES]
+    added = [_cost(name, getattr(backbone, name)) for name in MODULES]
+    linear = _cost("", model).multiply_adds - sum(row.multiply_adds for row in added)
     size = config.vocab_size * config.hidden_size
-    return [*rows, Cost("embedding residual", 0, size)]
+    return [Cost("base model", whole, linear), *added, Cost("embedding residual", 0, size)]
 
 
 def table_of(rows: list[Cost], title: str) -> Table:

@@ -59,17 +59,13 @@ def measure_weights(backbone: ThinkingMixin, start: dict[str, Tensor]) -> dict[s
     if not weights or any(not weight.numel() for weight in weights.values()):  # not trained, or sharded
         return values
     now = torch.cat([weight.flatten() for weight in weights.values()])
-    last: Any
-    *_, last = [part for part in backbone.thinking_projection.modules() if _is_active_linear(part)]
+    linear = [part for part in backbone.thinking_projection.modules() if isinstance(part, ThinkingLinear)]
+    *_, last = [part for part in linear if part.weight.requires_grad]
     values |= {"projection/weight_norm": now.norm(), "projection/effective_rank": effective_rank(last.weight)}
     if start.keys() == weights.keys():
         then = torch.cat([start[name].flatten() for name in weights]).to(now.device)
         values["projection/drift"] = (now - then).norm() / then.norm()
     return values
-
-
-def _is_active_linear(module: nn.Module) -> bool:
-    return isinstance(module, ThinkingLinear) and module.weight.requires_grad
 
 
 def projection_weights(backbone: ThinkingMixin) -> dict[str, Tensor]:
@@ -99,18 +95,18 @@ def measure_blend(
     positions = mask.flatten().nonzero()[:, 0]
     if not len(positions):
         return {}
+    sample = _spread(positions, GATES_AT)
     embeds = inputs.get("inputs_embeds")
     if embeds is None:
-        tokens = inputs["input_ids"][:, -width:].flatten()[_spread(positions, GATES_AT)]
-        e = backbone.get_input_embeddings()(tokens)
+        e = backbone.get_input_embeddings()(inputs["input_ids"][:, -width:].flatten()[sample])
     else:
-        e = embeds[:, -width:].flatten(0, 1)[_spread(positions, GATES_AT)]
+        e = embeds[:, -width:].flatten(0, 1)[sample]
     e = e.to(backbone.thinking_residual_Lambda.Lambda.dtype)
     values = summary("a", backbone.thinking_decay(e))
     values |= summary("i", torch.sigmoid(backbone.thinking_residual_gate_i(e)))
 
     few = _spread(torch.arange(len(e), device=e.device), RESIDUALS_AT)
-    state = states.flatten(0, 1)[_spread(positions, GATES_AT)][few]
+    state = states.flatten(0, 1)[sample][few]
     kind = inputs.get("thinking_residual") or backbone.config.thinking["residual"]
     residual = RESIDUALS[kind].make(backbone, state).float()
     values["cosine/token"] = cosine_similarity(residual, e[few], eps=EPS).mean()
