@@ -101,8 +101,7 @@ def check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase |
     """Raise `InputError` unless a backbone can think with the weights it has, up to a marker that can be spelled."""
     if tokenizer is None:
         raise InputError("generate(thinking=True) needs tokenizer=..., to know which tokens spell the answer marker.")
-    thinking = ThinkingConfig.of(backbone.config)
-    assert thinking is not None  # thinking_backbone has checked it
+    thinking = ThinkingConfig.from_dict(backbone.config.thinking)
     if getattr(backbone.thinking_residual_Lambda, "disable_adapters", False):
         raise InputError(
             "the adapter is switched off, and its thinking weights with it; generate with thinking=False."
@@ -211,12 +210,10 @@ class ThinkingDecoder:
         self, model: PreTrainedModel, input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, record: bool
     ) -> None:
         self.backbone = thinking_backbone(model)
-        thinking = ThinkingConfig.of(self.backbone.config)
-        assert thinking is not None  # thinking_backbone has checked it
+        thinking = ThinkingConfig.from_dict(self.backbone.config.thinking)
         self.residual = thinking.residual
         self.record = record
-        table_of_embeddings: Any = model.get_input_embeddings().weight
-        self.embeddings: Tensor = table_of_embeddings
+        self.embeddings: Any = model.get_input_embeddings().weight
         table = marker_table(tokenizer, thinking.answer_start, self.backbone.config.vocab_size)
         self.table = table.to(input_ids.device)
         self.answering = table.shape[1] - 1
