@@ -17,11 +17,6 @@ from hrpo_thinking.families import FAMILIES
 from hrpo_thinking.parts import is_thinking_parameter
 
 
-def causal_lms() -> list[type]:
-    """The causal language models of the patched families."""
-    return [getattr(transformers, f"{name}ForCausalLM") for name in FAMILIES.values()]
-
-
 def is_unsloth(model: nn.Module) -> bool:
     """Whether `model` (a causal language model, or PEFT around one) runs unsloth's forward."""
     return is_unsloth_class(type(causal_lm(model)))
@@ -38,7 +33,7 @@ def refuse_stranger(model: Any) -> None:
     Loading one model through unsloth changes the classes of transformers for the whole process.
     """
     if isinstance(model, str):
-        stranger = any(is_unsloth_class(kind) for kind in causal_lms())
+        stranger = any(is_unsloth_class(getattr(transformers, f"{name}ForCausalLM")) for name in FAMILIES.values())
     else:
         stranger = is_unsloth(model) and not hasattr(model, "max_seq_length")
     if stranger:
