@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from hrpo_patches.tasks.graders.numbers import is_number
 from hrpo_thinking.errors import InputError
@@ -19,6 +19,7 @@ class Problem(TypedDict):
 
     question: str
     answer: list[str]
+    index: NotRequired[int]  # in the data set of a generator
 
 
 Reader = Callable[[Row], Problem]

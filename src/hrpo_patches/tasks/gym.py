@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import cached_property
-from typing import Any, cast
+from typing import Any
 from urllib.parse import parse_qsl
 
 import yaml
@@ -26,12 +26,6 @@ _DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
 # Formulas without powers, and lists without multiplication: nothing to call, and nothing that fills the memory.
 _HARMLESS = re.compile(r"(?:[\s0-9+\-/().=]|\*(?!\s*\*))*|(?:[\s0-9+\-/(),.;:|#>=\[\]]|<(?!<))*", re.ASCII)
 _LONGEST = 1000  # characters
-
-
-class GymProblem(Problem):
-    """A problem, and its number in the generator's data set."""
-
-    index: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +56,7 @@ class GymTask(Task):
         if len(answer) > _LONGEST or not (_HARMLESS.fullmatch(answer) and _HARMLESS.fullmatch(gold)):
             return False
         try:
-            return bool(self.data.score_answer(answer, self.rows[cast(GymProblem, problem)["index"]]) >= 1)
+            return bool(self.data.score_answer(answer, self.rows[problem["index"]]) >= 1)
         except Exception:  # generators read answers each in their own way
             return False
 
@@ -70,9 +64,7 @@ class GymTask(Task):
         """All problems of the data set; an `InputError` if they have no gold answers to grade by."""
         if any(row["answer"] is None for row in self.rows):
             raise InputError(f"{self.name} has problems without a gold answer, which cannot be graded here.")
-        return [
-            cast(Problem, self.read(row, f"{self.name} problem {i}") | {"index": i}) for i, row in enumerate(self.rows)
-        ]
+        return [{**self.read(row, f"{self.name} problem {i}"), "index": i} for i, row in enumerate(self.rows)]
 
 
 def _read(row: Row) -> Problem:
