@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from argparse import SUPPRESS
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -28,7 +29,6 @@ from hrpo_patches.models.record import check_same_pauses, check_same_thinking, r
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.prompts import PROMPTS, examples_of
 from hrpo_patches.training.config import SHARED, GRPOConfig, HRPOConfig
-from hrpo_patches.training.resume import last_checkpoint
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
@@ -207,6 +207,18 @@ class Run:
         check_same_thinking(checkpoint, spelled(self.config.residual), self.thinking())
         if self.config.residual is None:
             check_same_pauses(checkpoint, self.config.thoughts or 0)
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest complete checkpoint of a run; a save that was cut short is passed over, which is said."""
+    numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text())  # the last file that a save writes
+            return path
+        except (OSError, ValueError):
+            print(f"{path} is incomplete, as a save that was cut short leaves it: passed over.")
+    return None
 
 
 def make_parser(prog: str, whole: bool = False) -> TrlParser:
