@@ -21,27 +21,15 @@ if TYPE_CHECKING:
 _TABLES: WeakKeyDictionary[PreTrainedTokenizerBase, dict[tuple[str, int], Tensor]] = WeakKeyDictionary()
 
 
-def _fallbacks(marker: bytes) -> list[int]:
-    """For each k >= 1, the longest proper prefix of the marker that its first k bytes end in (KMP's failure table)."""
-    table = [0] * (len(marker) + 1)
-    k = 0
-    for i in range(1, len(marker)):
-        while k and marker[i] != marker[k]:
-            k = table[k]
-        k += marker[i] == marker[k]
-        table[i + 1] = k
-    return table
-
-
-def _read(text: bytes, state: int, marker: bytes, fallbacks: list[int]) -> int:
-    """The state after `text`, starting from `state`."""
-    for byte in text:
-        if state == len(marker):
-            break
-        while state and byte != marker[state]:
-            state = fallbacks[state]
-        state += byte == marker[state]
-    return state
+def _read(text: bytes, state: int, marker: bytes) -> int:
+    """The state after `text`, starting from `state`: of all that was read before, only the state's bytes matter."""
+    seen = marker[:state] + text
+    if marker in seen:
+        return len(marker)
+    tail = seen[-len(marker) :]
+    while not marker.startswith(tail):
+        tail = tail[1:]
+    return len(tail)
 
 
 def _token_bytes(tokenizer: PreTrainedTokenizerBase) -> list[tuple[int, bytes]]:
@@ -83,7 +71,6 @@ def marker_table(tokenizer: PreTrainedTokenizerBase, marker: str, vocab_size: in
     key = (marker, vocab_size)
     if key not in tables:
         needle = marker.encode()
-        fallbacks = _fallbacks(needle)
         tokens = _token_bytes(tokenizer)
         table = torch.zeros(max(vocab_size, 1 + max(i for i, _ in tokens)), len(needle) + 1, dtype=torch.long)
         table[:, -1] = len(needle)
@@ -92,7 +79,7 @@ def marker_table(tokenizer: PreTrainedTokenizerBase, marker: str, vocab_size: in
             if not text:
                 table[i] = torch.arange(len(needle) + 1)
             elif not letters.isdisjoint(text):
-                table[i] = torch.tensor([_read(text, k, needle, fallbacks) for k in range(len(needle) + 1)])
+                table[i] = torch.tensor([_read(text, k, needle) for k in range(len(needle) + 1)])
         _check_reachable(table, tokenizer, marker)
         tables[key] = table
     return tables[key]
