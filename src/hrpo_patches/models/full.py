@@ -64,15 +64,11 @@ def _rewrite(shard: Path, added: dict[str, Tensor]) -> None:
 
 
 def _update_index(folder: Path, weights: dict[str, Tensor], shard: str) -> None:
-    index = json.loads((folder / _INDEX).read_text())
-    kept = {key: file for key, file in index["weight_map"].items() if not is_thinking_parameter(key)}
-    index["weight_map"] = kept | dict.fromkeys(weights, shard)
-    _write_json(folder / _INDEX, index)
+    files = json.loads((folder / _INDEX).read_text())["weight_map"]
+    kept = {key: file for key, file in files.items() if not is_thinking_parameter(key)}
+    _update_json(folder / _INDEX, {"weight_map": kept | dict.fromkeys(weights, shard)})
 
 
 def _update_json(path: Path, changes: dict[str, Any]) -> None:
-    _write_json(path, (json.loads(path.read_text()) if path.is_file() else {}) | changes)
-
-
-def _write_json(path: Path, content: dict[str, Any]) -> None:
+    content = (json.loads(path.read_text()) if path.is_file() else {}) | changes
     replace(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
