@@ -5,7 +5,6 @@ Names are matched by component, so PEFT's, DDP's and torch.compile's prefixes an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 from torch import nn, optim
@@ -15,36 +14,12 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import RATES, group_of
 
 
-def parameter_groups(
-    model: nn.Module, learning_rates: dict[str, float], weight_decay: float, decayed: Iterable[str]
-) -> list[dict[str, Any]]:
-    """Every trainable parameter of `model` in exactly one group.
-
-    Args:
-        model: whose parameters are grouped.
-        learning_rates: by group name.
-        weight_decay: for the parameters that decay.
-        decayed: their names. Thinking weights never decay: Λ would be pulled towards a = 2^(-c r), away from the
-            smooth start, and the projection has no scale, for its output is normalised.
-
-    Returns:
-        Groups for a torch optimizer, each with "name", "params", "lr" and "weight_decay"; none is empty.
-    """
-    decayed = set(decayed)
-    groups: dict[str, dict[str, Any]] = {}
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        kind = group_of(name)
-        decay = weight_decay if name in decayed and kind == "base" else 0.0
-        key = kind if decay else f"{kind}_no_decay"
-        group = groups.setdefault(key, {"name": key, "params": [], "lr": learning_rates[kind], "weight_decay": decay})
-        group["params"].append(parameter)
-    return list(groups.values())
-
-
 def regroup(trainer: Trainer, optimizer: optim.Optimizer, learning_rates: dict[str, float]) -> optim.Optimizer:
     """Put the parameters of a trainer's fresh `optimizer` into our groups; its class and options stay as they are.
+
+    Each trainable parameter is in one group, which has a "name"; none is empty. Thinking weights never decay: Λ would
+    be pulled towards a = 2^(-c r), away from the smooth start, and the projection has no scale, for its output is
+    normalised.
 
     Raises:
         InputError: the optimizer has groups of its own kind (GaLore, LOMO, ...).
@@ -54,9 +29,17 @@ def regroup(trainer: Trainer, optimizer: optim.Optimizer, learning_rates: dict[s
         raise InputError(f"optim={trainer.args.optim!s} groups its parameters itself; use one of the AdamW family.")
     rates = {"base": trainer.args.learning_rate} | learning_rates
     model: Any = trainer.model
-    decayed = trainer.get_decay_parameter_names(model)
+    decayed = set(trainer.get_decay_parameter_names(model))
+    groups: dict[str, dict[str, Any]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = group_of(name)
+            decay = trainer.args.weight_decay if name in decayed and kind == "base" else 0.0
+            key = kind if decay else f"{kind}_no_decay"
+            group = groups.setdefault(key, {"name": key, "params": [], "lr": rates[kind], "weight_decay": decay})
+            group["params"].append(parameter)
     optimizer.param_groups.clear()
-    for group in parameter_groups(model, rates, trainer.args.weight_decay, decayed):
+    for group in groups.values():
         optimizer.add_param_group(group)
     return optimizer
 
