@@ -30,7 +30,7 @@ from hrpo_patches.thinking.continuous import cache_size
 from hrpo_patches.training.trainer import HRPOTrainer
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
-from hrpo_thinking.parts import parts_of
+from hrpo_thinking.parts import parts_of, spelled
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -114,10 +114,9 @@ def _with_adapter(model: Any, run: Run) -> tuple[Any, PeftConfig | None]:
 def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: int, title: str) -> dict[str, Any]:
     """Greedy accuracy of the trainer's model, thinking as it is trained to: right, total, mean, standard_error."""
     args = trainer.args
-    decoding = Decoding(
-        args.max_completion_length, args.residual is not None, batch_size=batch_size, thoughts=args.thoughts
-    )
-    if args.use_transformers_continuous_batching and args.residual is not None:
+    thinking = args.residual is not None
+    decoding = Decoding(args.max_completion_length, thinking, batch_size=batch_size, thoughts=args.thoughts)
+    if args.use_transformers_continuous_batching and thinking:
         decoding.engine = "continuous"
     model = trainer.accelerator.unwrap_model(trainer.model)
     texts = completions(model, trainer._tokenizer, [row["prompt"] for row in held_out], decoding, title)
@@ -143,10 +142,9 @@ def main(
     run = parse(words, task, backend, prog)
     trainer, chosen, held_out = make_trainer(run)
     started = time.monotonic()
-    record: dict[str, Any] = {"arguments": run.record()}
     source = (run.about.dataset or "").partition("?")[0]
-    parts = (run.about.model_name, record["arguments"]["residual"], chosen.name, source)
-    record = {"title": ", ".join(dict.fromkeys(filter(None, parts)))} | record
+    parts = (run.about.model_name, spelled(run.config.residual), chosen.name, source)
+    record: dict[str, Any] = {"title": ", ".join(dict.fromkeys(filter(None, parts))), "arguments": run.record()}
     if held_out:
         record["before"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering before")
     trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)

@@ -61,12 +61,10 @@ def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
 def table_of(rows: list[Cost], title: str) -> Table:
     """The costs as a table, with the shares of the base model and the sums for either residual."""
     base, projection, *shared, embedding = rows
+    alternatives = {"all, projection": [projection, *shared], "all, embedding residual": [embedding, *shared]}
     sums = [
-        Cost(name, sum(r.parameters for r in used), sum(r.multiply_adds for r in used))
-        for name, used in (
-            ("all, projection", [projection, *shared]),
-            ("all, embedding residual", [embedding, *shared]),
-        )
+        Cost(name, sum(row.parameters for row in used), sum(row.multiply_adds for row in used))
+        for name, used in alternatives.items()
     ]
     times = embedding.multiply_adds / projection.multiply_adds
     table = Table(
