@@ -16,15 +16,13 @@ from hrpo_thinking.errors import PatchError
 
 def state_of(patch: overlay.Patch) -> str:
     """One of: applied; not yet imported; refused, and why; not installed."""
-    installed = overlay.installed_version(patch.package)
-    site = overlay.site_of(patch.package)
-    if installed is None or site is None:
+    if overlay.installed_version(patch.package) is None or overlay.site_of(patch.package) is None:
         return "package not installed"
     if patch in overlay.APPLIED:
         return "applied"
     try:
-        overlay.patched_source(patch, (site / patch.target).read_text(encoding="utf-8"))
-    except (PatchError, OSError) as error:
+        overlay.patched_source(patch, overlay.installed_source(patch))
+    except PatchError as error:
         return f"refused: {error}"
     return "not yet imported (fits)"
 

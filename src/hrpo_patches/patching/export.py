@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from hrpo_patches.patching.overlay import Patch, all_patches, patched_source, patches_root, site_of
+from hrpo_patches.patching.overlay import Patch, all_patches, installed_source, patched_source, patches_root, site_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import FAMILIES
 
@@ -27,11 +27,8 @@ def checkout(folder: Path) -> list[Path]:
     if existing := [target for target in targets.values() if target.exists()]:
         raise InputError(f"{existing[0]} exists and would be overwritten; give an empty folder.")
     for patch, target in targets.items():
-        site = site_of(patch.package)
-        assert site is not None  # it is installed
         target.parent.mkdir(parents=True, exist_ok=True)
-        original = (site / patch.target).read_text(encoding="utf-8")
-        target.write_text(patched_source(patch, original), encoding="utf-8")
+        target.write_text(patched_source(patch, installed_source(patch)), encoding="utf-8")
     return list(targets.values())
 
 

@@ -80,8 +80,8 @@ def installed_version(package: str) -> str | None:
         return None
 
 
-def remedy(package: str) -> str:
-    """What to install where `package` does not fit: the versions that hrpo_patches itself asks for."""
+def cannot_patch(package: str, why: str) -> PatchError:
+    """The error of a package that does not fit, with what to install: a version that hrpo_patches itself asks for."""
     from importlib.metadata import PackageNotFoundError, requires
 
     try:
@@ -89,7 +89,10 @@ def remedy(package: str) -> str:
     except PackageNotFoundError:  # a checkout that is merely on the path
         needs = []
     wanted = next((need for need in needs if need.startswith((f"{package}=", f"{package}<", f"{package}>"))), package)
-    return f"run: pip install --force-reinstall --no-deps '{wanted}'"
+    return PatchError(
+        f"hrpo_patches cannot patch {package} {installed_version(package)}: {why}; run: pip install --force-reinstall "
+        f"--no-deps '{wanted}'"
+    )
 
 
 def site_of(package: str) -> Path | None:
@@ -100,14 +103,16 @@ def site_of(package: str) -> Path | None:
 
 def check(package: str) -> None:
     """Raise `PatchError` unless every diff for the installed `package` can be placed."""
-    site = site_of(package)
     for patch in patches_for(package):
-        if site is None or not (site / patch.target).is_file():
-            raise PatchError(
-                f"hrpo_patches cannot patch {package} {installed_version(package)}: {patch.target} is missing; "
-                f"{remedy(package)}"
-            )
-        patched_source(patch, (site / patch.target).read_text(encoding="utf-8"))
+        patched_source(patch, installed_source(patch))
+
+
+def installed_source(patch: Patch) -> str:
+    """The source that the diff is for, as it is installed; a `PatchError` if there is no such file."""
+    site = site_of(patch.package)
+    if site is None or not (site / patch.target).is_file():
+        raise cannot_patch(patch.package, f"{patch.target} is missing")
+    return (site / patch.target).read_text(encoding="utf-8")
 
 
 @cache
@@ -122,10 +127,8 @@ def patched_source(patch: Patch, original: str) -> str:
     try:
         return placed(original, hunks_of(patch.file.read_text(encoding="utf-8")))
     except Misfit as misfit:
-        raise PatchError(
-            f"hrpo_patches cannot patch {patch.package} {installed_version(patch.package)}: {patch.name} {misfit} in "
-            f"{patch.target}, which differs from the versions that it fits; {remedy(patch.package)}"
-        ) from None
+        where = f"in {patch.target}, which differs from the versions that it fits"
+        raise cannot_patch(patch.package, f"{patch.name} {misfit} {where}") from None
 
 
 class PatchedLoader(SourceFileLoader):
