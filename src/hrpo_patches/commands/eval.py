@@ -126,26 +126,23 @@ def opened(arguments: EvalArguments) -> tuple[Any, PreTrainedTokenizerBase, str]
         model, tokenizer = open_model(arguments.adapter, arguments.model)
     else:
         model, tokenizer = open_model(str(arguments.model))
-    base = causal_lm(model)
-    trained = not is_untrained(model)
-    thinking = ThinkingConfig.of(base.config)
-    own = thinking.answer_start if thinking is not None else "####"
-    marker = arguments.answer_start or own
+    thinking = ThinkingConfig.from_dict(causal_lm(model).config.thinking)  # which every opened model has
+    marker = arguments.answer_start or thinking.answer_start
     generation = model.generation_config
     arguments.thoughts = arguments.thoughts if arguments.thoughts is not None else generation.thoughts or 0
     if arguments.thoughts and (arguments.filler or generation.filler_token_id is None):
-        known = thinking or ThinkingConfig()
-        generation.filler_token_id = filler_id(tokenizer, replace(known, filler=arguments.filler or known.filler))
+        named = replace(thinking, filler=arguments.filler or thinking.filler)
+        generation.filler_token_id = filler_id(tokenizer, named)
     if not arguments.thoughts < arguments.max_new_tokens:
         raise InputError(
             f"the model's {arguments.thoughts} forced thoughts leave no room in --max_new_tokens "
             f"{arguments.max_new_tokens}."
         )
-    if arguments.thinking and not trained:
+    if arguments.thinking and is_untrained(model):
         raise InputError("this model was never trained to think, so it would think at random; add --no-thinking.")
-    if arguments.thinking and marker != own:
-        raise InputError(f"this model was trained to stop thinking at {own!r}, not at {marker!r}.")
-    residual = thinking.residual if arguments.thinking and thinking is not None else None
+    if arguments.thinking and marker != thinking.answer_start:
+        raise InputError(f"this model was trained to stop thinking at {thinking.answer_start!r}, not at {marker!r}.")
+    residual = thinking.residual if arguments.thinking else None
     asked, forced = arguments.engine, arguments.thoughts or 0
     arguments.engine, why = choose_engine(asked, model, residual, forced, arguments.control)
     if asked == "auto":
