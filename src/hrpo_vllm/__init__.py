@@ -17,10 +17,19 @@ from hrpo_thinking.families import FAMILIES
 OLDEST, BEFORE = "0.24", "0.33"  # what has the seams and was read or run
 PREFIX = "Thinking"
 
+# What a request may say in SamplingParams.extra_args ("vllm_xargs" of the OpenAI interface): whether it thinks, by
+# default as the model does, which is yes; how many forced thoughts it begins with; a name to fetch its states by.
+THINKING, THOUGHTS, KEY = "thinking", "thoughts", "thinking_key"
+
 
 def architecture(stock: str) -> str:
     """The name that vLLM knows a family by when it thinks, from that of its stock class ("LlamaForCausalLM")."""
     return stock if stock.startswith(PREFIX) else PREFIX + stock
+
+
+def is_thinking(model_config: Any) -> bool:
+    """Whether vLLM's config of a model is that of one that thinks."""
+    return any(name.startswith(PREFIX) for name in model_config.hf_config.architectures or ())
 
 
 def vllm_version() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import wraps
 from typing import Any
 
 from transformers import AutoConfig
@@ -9,7 +10,7 @@ from transformers import AutoConfig
 from hrpo_thinking.config import NEEDS_US, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import RESIDUALS
-from hrpo_vllm import architecture, check_version
+from hrpo_vllm import KEY, THINKING, THOUGHTS, architecture, check_version, is_thinking
 
 
 def config_class(kind: str) -> type[Any]:
@@ -43,6 +44,7 @@ class ThinkingEngine:
         """
         check_version()
         check_engine(vllm_config)
+        guard_requests()
         parallel, on_cpu = vllm_config.parallel_config, vllm_config.device_config.device_type == "cpu"
         parallel.worker_cls = "hrpo_vllm.workers." + ("ThinkingCPUWorker" if on_cpu else "ThinkingGPUWorker")
         vllm_config.scheduler_config.scheduler_cls = "hrpo_vllm.workers.thinking_scheduler"
@@ -74,3 +76,38 @@ def check_engine(vllm_config: Any) -> None:
     }
     if wrong := [what for what, asked in refused.items() if asked]:
         raise InputError(f"a model that thinks does not go with {wrong[0]} in vLLM; leave it out.")
+
+
+def check_request(params: Any) -> None:
+    """Raise `InputError` for the sampling parameters of a request that cannot be thought as it asks."""
+    options = params.extra_args or {}
+    thinking, forced, key = options.get(THINKING, True), options.get(THOUGHTS, 0), options.get(KEY)
+    if thinking not in (True, False):
+        raise InputError(f"{THINKING} has to be true or false, not {thinking!r}.")
+    if not isinstance(forced, int) or forced < 0 or (params.max_tokens is not None and forced >= params.max_tokens):
+        raise InputError(f"{THOUGHTS} has to be a whole number from 0 to below max_tokens, not {forced!r}.")
+    if key is not None and params.n != 1:
+        raise InputError(f"{KEY} names the states of one completion; ask for n=1.")
+    beams = params.max_tokens == 1 and not params.detokenize and (params.logprobs or 0) > 1
+    if thinking and beams and THINKING not in options:
+        raise InputError(
+            "beam search cannot think: each of its steps is a request of its own. If this is none, and one token is "
+            f"all that is asked for, say extra_args={{{THINKING!r}: False}}."
+        )
+
+
+def guard_requests() -> None:
+    """Let vLLM refuse, before any work, requests that cannot be thought; others pass as they are."""
+    from vllm.v1.engine.input_processor import InputProcessor
+
+    process: Any = InputProcessor.process_inputs
+    if hasattr(process, "__wrapped__") and process.__module__ == __name__:
+        return
+
+    @wraps(process, assigned=("__name__", "__qualname__", "__doc__"))
+    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_thinking(self.model_config) and hasattr(params, "extra_args"):
+            check_request(params)
+        return process(self, request_id, prompt, params, *args, **kwargs)
+
+    InputProcessor.process_inputs = process_inputs

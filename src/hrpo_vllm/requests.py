@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import ThinkingRequest
-
-THINKING, THOUGHTS, KEY = "thinking", "thoughts", "thinking_key"  # in SamplingParams.extra_args
+from hrpo_vllm import KEY, THINKING, THOUGHTS
 
 
 class Scheduled(NamedTuple):

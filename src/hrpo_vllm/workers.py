@@ -8,7 +8,8 @@ from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
-from hrpo_vllm.requests import THINKING, THOUGHTS, EngineThoughts, Scheduled
+from hrpo_vllm import THINKING, THOUGHTS
+from hrpo_vllm.requests import EngineThoughts, Scheduled
 
 
 class ThinkingWorker:

@@ -1,0 +1,99 @@
+"""Engines of vLLM on tiny models, and what `generate` says to the same prompts."""
+
+import gc
+from contextlib import contextmanager
+
+import torch
+from tiny import tiny_model
+from vllm import LLM, SamplingParams
+
+from hrpo_patches.models.full import mark
+from hrpo_thinking.marker import marker_table
+from hrpo_thinking.request import ThinkingRequest
+from hrpo_vllm import engine_options
+
+THINKING = {"r_min": 0.5, "r_max": 0.9}
+NEW = 40
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # vLLM has no kernel for smaller heads
+
+
+def big_enough(family, **options):
+    """A tiny model whose heads are as wide as vLLM wants them."""
+    return tiny_model(family, **SIZES | {"thinking": dict(THINKING)} | options)
+
+
+@contextmanager
+def engine(model, tokenizer, folder, **options):
+    """An engine on this model; what it held is gone afterwards."""
+    if not (folder / "config.json").is_file():
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        if model.config.thinking:
+            mark(folder)
+    own = engine_options(model.config) if model.config.thinking else {}
+    given = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 16, "seed": 0}
+    llm = LLM(str(folder), **given | own | options)
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+
+
+def thought(llm, prompts, new=NEW, **extra):
+    """[(tokens, states, log-probabilities)] of thinking completions, greedy unless `extra` is told otherwise."""
+    sampling = {"temperature": extra.pop("temperature", 0.0)}
+    keys = [f"request {i}" for i in range(len(prompts))]
+    each = [
+        SamplingParams(
+            max_tokens=new, ignore_eos=True, logprobs=0, extra_args={"thinking_key": key} | extra, **sampling
+        )
+        for key in keys
+    ]
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], each, use_tqdm=False)
+    states = llm.collective_rpc("take_thoughts", args=(keys,))[0]
+    found = []
+    for key, output in zip(keys, outputs, strict=True):
+        tokens = list(output.outputs[0].token_ids)
+        logps = [step[token].logprob for step, token in zip(output.outputs[0].logprobs, tokens, strict=True)]
+        found.append((tokens, states[key][: len(tokens)], torch.tensor(logps)))
+    return found
+
+
+def plain(llm, prompts, new=NEW, **extra_args):
+    """The greedy tokens of completions that do not think, by default."""
+    given = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, extra_args={"thinking": False} | extra_args)
+    outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], given, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def generated(model, tokenizer, prompt, new=NEW, **more):
+    """(tokens, states, mask) of one prompt by `generate`, greedy, to its full length."""
+    inputs = torch.tensor([prompt])
+    out = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        tokenizer=tokenizer,
+        return_dict_in_generate=True,
+        eos_token_id=None,
+        **{"max_new_tokens": new, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, "thinking": True} | more,
+    )
+    tokens = out.sequences[0, len(prompt) :].tolist()
+    if out.get("thinking_states") is None:
+        return tokens, None, None
+    return tokens, out.thinking_states[0], out.thinking_mask[0]
+
+
+def mask_of(model, tokenizer, tokens, forced=0):
+    """Which of a completion's tokens think, by the record that engines keep."""
+    table = marker_table(tokenizer, model.config.thinking["answer_start"], model.config.vocab_size)
+    record = ThinkingRequest(table.numpy(), forced)
+    return torch.tensor([record.read(i, token) for i, token in enumerate(tokens)])
+
+
+def assert_same(found, expected):
+    """Same tokens, and states within 1e-4 of each other, relative to their size."""
+    assert found[0] == expected[0]
+    difference = (found[1] - expected[1]).norm(dim=-1) / expected[1].norm(dim=-1)
+    assert difference.max() < 1e-4, difference.max()
