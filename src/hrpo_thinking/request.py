@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import RESIDUALS
+
 PIECE = 64  # states that are copied together: each is a row of its step's, and would keep all of that alive
 
 
@@ -70,3 +73,12 @@ class ThinkingRequest:
         other = ThinkingRequest(self.table, self.forced)
         other.states = self.states[:tokens]
         return other
+
+
+def check_residual(residual: str, engine: str) -> None:
+    """Raise `InputError` for a residual that an engine, which hands over states alone, cannot make."""
+    if not RESIDUALS[residual].needs_state:
+        raise InputError(
+            f"{engine} hands over no distribution, which the {residual} residual is made from; use generate, or "
+            f"another residual."
+        )

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from hrpo_thinking.config import NEEDS_US, ThinkingConfig
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.parts import RESIDUALS
+from hrpo_thinking.request import check_residual
 from hrpo_vllm import KEY, THINKING, THOUGHTS, architecture, check_version, is_thinking
 
 
@@ -55,11 +55,7 @@ def check_engine(vllm_config: Any) -> None:
     thinking = ThinkingConfig.of(vllm_config.model_config.hf_config)
     if thinking is None:
         raise InputError("the model's config does not say how it thinks; merge it with `hrpo merge`, or serve it so.")
-    if not RESIDUALS[thinking.residual].needs_state:
-        raise InputError(
-            f"vLLM hands over no distribution, which the {thinking.residual} residual is made from; use generate, or "
-            f"another residual."
-        )
+    check_residual(thinking.residual, "vLLM")
     parallel, worker = vllm_config.parallel_config, vllm_config.parallel_config.worker_cls
     measured = vllm_config.model_config.hf_config.thinking.get("embedding_norm") is not None
     unmeasured = thinking.residual_scale == "embedding" and not measured

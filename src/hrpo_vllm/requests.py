@@ -119,7 +119,9 @@ class EngineThoughts(nn.Module):
     def _enter(self, name: str, request: Running, tokens: list[int]) -> None:
         self._leave(name)
         if len(request.record.states) < len(tokens):
-            raise InputError(f"request {name} comes with tokens whose thoughts are not known; send them as its prompt.")
+            raise InputError(
+                f"request {name} comes with tokens whose thoughts are not known; send them as its prompt."
+            )
         request.record.resume(tokens)
         request.slot, request.known = self._free.pop(), len(tokens)
         self.progress[request.slot] = request.record.progress
@@ -182,7 +184,9 @@ class EngineThoughts(nn.Module):
             for index in range(max(0, first), first + share.count):
                 row = share.row + index - first
                 if index >= request.known:
-                    for column, value in zip(sampled, (row, request.slot, not request.record.forces(index)), strict=True):
+                    for column, value in zip(
+                        sampled, (row, request.slot, not request.record.forces(index)), strict=True
+                    ):
                         column.append(value)
                 elif request.record.thinks_again(index):
                     anew.append((row, request.record.states[index]))

@@ -5,7 +5,6 @@ import os
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-    "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
@@ -13,5 +12,32 @@ os.environ |= {
 
 import hrpo_patches  # noqa: F401 - before transformers
 
+import gc
+
 import pytest
 from shared_fixtures import family, tokenizer  # noqa: F401 - fixtures
+from vllm import LLM
+
+from hrpo_patches.models import vllm_engine
+
+
+@pytest.fixture(autouse=True, scope="session")
+def small_caches():
+    """Engines of training take little memory."""
+    vllm_engine.CACHE = 64 << 20
+
+
+@pytest.fixture
+def engines_end(monkeypatch):
+    """Engines that are made in a test have no part in the next one."""
+    made, make = [], LLM.__init__
+
+    def init(self, *args, **kwargs):
+        made.append(self)
+        make(self, *args, **kwargs)
+
+    monkeypatch.setattr(LLM, "__init__", init)
+    yield
+    while made:
+        made.pop().llm_engine.engine_core.shutdown()
+    gc.collect()

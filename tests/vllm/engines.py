@@ -32,6 +32,7 @@ def engine(model, tokenizer, folder, **options):
             mark(folder)
     own = engine_options(model.config) if model.config.thinking else {}
     given = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 16, "seed": 0}
+    given["kv_cache_memory_bytes"] = 64 << 20
     llm = LLM(str(folder), **given | own | options)
     try:
         yield llm
@@ -63,7 +64,9 @@ def thought(llm, prompts, new=NEW, **extra):
 
 def plain(llm, prompts, new=NEW, **extra_args):
     """The greedy tokens of completions that do not think, by default."""
-    given = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, extra_args={"thinking": False} | extra_args)
+    given = SamplingParams(
+        temperature=0.0, max_tokens=new, ignore_eos=True, extra_args={"thinking": False} | extra_args
+    )
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], given, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 

@@ -1,6 +1,6 @@
 """vLLM's second model runner on a CPU, its kernels under Triton's interpreter: tokens and states, with preemption.
 
-    python v2_probe.py FOLDER    FOLDER holds a model that thinks and asked.json; writes said.safetensors and said.json
+python v2_probe.py FOLDER    FOLDER holds a model that thinks and asked.json; writes said.safetensors and said.json
 """
 
 import importlib.metadata

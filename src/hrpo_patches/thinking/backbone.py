@@ -6,6 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding
+
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
@@ -72,3 +76,11 @@ def is_untrained(model: Any) -> bool:
     named = [(name.split("."), module) for name, module in model.named_modules() if isinstance(module, ThinkingModule)]
     parts = [module for name, module in named if set(name) & set(used) and "original_module" not in name]
     return any(part.is_fresh() for part in parts)
+
+
+@torch.no_grad()
+def ratio_of(backbone: ThinkingMixin, tokens: list[int], mask: Tensor) -> Tensor:
+    """The mean share (C,) of the embedding in each token's input, float32: 1 where it does not think."""
+    table: Any = backbone.get_input_embeddings().weight
+    ratio = backbone.thinking_decay(embedding(torch.tensor(tokens, device=table.device), table)).mean(-1).float()
+    return torch.where(mask.to(ratio.device), ratio, 1.0)

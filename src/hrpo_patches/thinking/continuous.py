@@ -15,15 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding
 
-from hrpo_patches.thinking.backbone import thinking_backbone
+from hrpo_patches.thinking.backbone import ratio_of, thinking_backbone
 from hrpo_patches.thinking.decoding import check_filler, check_thinking, filler_id
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
-from hrpo_thinking.parts import RESIDUALS
-from hrpo_thinking.request import ThinkingRequest
+from hrpo_thinking.request import ThinkingRequest, check_residual
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
@@ -128,11 +126,8 @@ class BatchThinking:
             return output
         mask = torch.tensor([record.read(i, token) for i, token in enumerate(tokens)])
         states = torch.stack(record.states[: len(tokens)])
-        with torch.no_grad():
-            table = self.model.get_input_embeddings().weight
-            ratio = self.backbone.thinking_decay(embedding(torch.tensor(tokens, device=table.device), table)).mean(-1)
         output.thinking_states, output.thinking_mask = states, mask.to(states.device)
-        output.thinking_ratio = torch.where(output.thinking_mask, ratio.float().to(states.device), 1.0)
+        output.thinking_ratio = ratio_of(self.backbone, tokens, mask).to(states.device)
         output.thinking_residual = self.residual
         return output
 
@@ -256,15 +251,6 @@ class BatchThinking:
         cache.search_prefix_match, cache._thinks = search_prefix_match, True
 
 
-def check_residual(residual: str) -> None:
-    """Raise `InputError` for a residual that continuous batching cannot make."""
-    if not RESIDUALS[residual].needs_state:
-        raise InputError(
-            f"continuous batching hands over no distribution, which the {residual} residual is made from; use "
-            f"generate, or another residual."
-        )
-
-
 def prompt_length(state: Any) -> int:
     """The number of prompt tokens of an engine's request, also of one that it computes anew."""
     return int(state._true_initial_tokens or len(state.initial_tokens))
@@ -285,7 +271,7 @@ def check(model: Any, tokenizer: Any, generation_config: Any) -> None:
     """
     backbone = thinking_backbone(model)
     check_thinking(backbone, tokenizer)
-    check_residual(backbone.config.thinking["residual"])
+    check_residual(backbone.config.thinking["residual"], "continuous batching")
     forced = generation_config.thoughts or 0
     if forced and generation_config.filler_token_id is None:
         thinking = ThinkingConfig.of(model.config) or ThinkingConfig()

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hrpo_patches.thinking.continuous import check_residual
 from hrpo_patches.thinking.passes import Passes, check_passes
 from hrpo_patches.training.released import released
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import NONE, RATES, RESIDUALS, residual_of
+from hrpo_thinking.request import check_residual
 
 if TYPE_CHECKING:
     from trl import GRPOConfig
@@ -130,10 +130,11 @@ class HRPOConfig(GRPOConfig):
         if self.use_transformers_continuous_batching:
             if self.residual is None:
                 raise InputError("forced thoughts of a run that does not think need generate; leave thoughts out.")
-            check_residual(self.residual)
+            check_residual(self.residual, "continuous batching")
+        if self.use_vllm:
+            self._check_vllm()
         kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
         refused = {
-            "use_vllm=True": self.use_vllm,
             "use_transformers_paged=True": self.use_transformers_paged,
             "cache_implementation='paged'": "paged" in (self.cache_implementation, kwargs.get("cache_implementation")),
             f"num_beams={kwargs.get('num_beams')}": (kwargs.get("num_beams") or 1) > 1,
@@ -142,6 +143,20 @@ class HRPOConfig(GRPOConfig):
             raise InputError(
                 f"{wrong[0]} cannot think: its decoding hands no hidden state from step to step. Leave it out, or "
                 f"train plain GRPO with residual='none'."
+            )
+
+    def _check_vllm(self) -> None:
+        if self.residual is None:
+            raise InputError("forced thoughts of a run that does not think need generate; leave thoughts out.")
+        check_residual(self.residual, "vLLM")
+        refused = {
+            "vllm_mode='server'": self.vllm_mode != "colocate",
+            f"vllm_tensor_parallel_size={self.vllm_tensor_parallel_size}": self.vllm_tensor_parallel_size != 1,
+            f"vllm_model_impl={self.vllm_model_impl!r}": self.vllm_model_impl not in ("auto", "vllm"),
+        }
+        if wrong := [option for option, given in refused.items() if given]:
+            raise InputError(
+                f"{wrong[0]} cannot think; rollouts in vLLM need vllm_mode='colocate', one GPU an engine."
             )
 
     @property

@@ -1,7 +1,10 @@
-"""Makes thinking rollouts with either engine, in one shape; knows generation and tensors, no trainers."""
+"""Makes thinking rollouts with each engine, in one shape; knows generation and tensors, no trainers."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +13,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import pad
 
+from hrpo_patches.thinking.backbone import ratio_of
 from hrpo_patches.thinking.replay import Rollout
+from hrpo_thinking.marker import marker_table
+from hrpo_thinking.request import ThinkingRequest
 
 
 @dataclass
@@ -21,11 +27,13 @@ class Made:
         rollout: states and mask of every completion token, forced thoughts included.
         ratio: (B, C), the share of the embedding, as `generate` returns it.
         completions: the token ids of each, without forced thoughts, up to its end token.
+        logprobs: of these tokens, as the engine sampled them; None where it does not say.
     """
 
     rollout: Rollout
     ratio: Tensor
     completions: list[list[int]]
+    logprobs: list[list[float]] | None = None
 
 
 def by_generate(
@@ -70,3 +78,49 @@ def by_batches(
     ratio = pad_sequence([output.thinking_ratio for output in ready], batch_first=True, padding_value=1.0)
     rollout = Rollout(states, mask, ready[0].thinking_residual)
     return Made(rollout, ratio, [output.generated_tokens[forced:] for output in ready])
+
+
+def by_vllm(
+    backbone: Any, tokenizer: Any, tokens: list[list[int]], logprobs: Any, states: list[Tensor], forced: int
+) -> Made:
+    """A rollout from what a vLLM engine said and thought.
+
+    Args:
+        backbone, tokenizer: of the model.
+        tokens: of each completion, forced thoughts included.
+        logprobs: of these tokens.
+        states: (C, d), what each was sampled from.
+        forced: how many forced thoughts a completion begins with.
+
+    Raises:
+        RuntimeError: a log-probability is not a number.
+    """
+    if any(one is None or math.isnan(one) for row in logprobs for one in row):
+        raise RuntimeError("a probability tensor of vLLM's holds no numbers")
+    residual = backbone.config.thinking["residual"]
+    table = marker_table(tokenizer, backbone.config.thinking["answer_start"], backbone.config.vocab_size).numpy()
+    masks, ratios = [], []
+    for row in tokens:
+        record = ThinkingRequest(table, forced)
+        masks.append(torch.tensor([record.read(i, token) for i, token in enumerate(row)]))
+        ratios.append(ratio_of(backbone, row, masks[-1]))
+    device = ratios[0].device
+    padded = pad_sequence(states, batch_first=True).to(device), pad_sequence(masks, batch_first=True).to(device)
+    return Made(
+        Rollout(*padded, residual),
+        pad_sequence(ratios, batch_first=True, padding_value=1.0),
+        [row[forced:] for row in tokens],
+        [row[forced:] for row in logprobs],
+    )
+
+
+@contextmanager
+def engines_that_think(module: Any) -> Iterator[None]:
+    """Within, a trainer of TRL's `module` makes the vLLM engine that thinks, and that runs on a CPU, too."""
+    from hrpo_patches.models.vllm_engine import ThinkingVLLM
+
+    stock, module.VLLMGeneration = module.VLLMGeneration, ThinkingVLLM
+    try:
+        yield
+    finally:
+        module.VLLMGeneration = stock

@@ -7,6 +7,7 @@ them), the optimizer (its groups), the order of the data and the save (two more 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import signature
@@ -16,6 +17,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn, optim
+from transformers import GenerationConfig
 from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
@@ -44,7 +46,7 @@ from hrpo_patches.training.prepare import (
 )
 from hrpo_patches.training.reference import StartReference, without_reference
 from hrpo_patches.training.released import released
-from hrpo_patches.training.rollouts import Made, by_batches, by_generate
+from hrpo_patches.training.rollouts import Made, by_batches, by_generate, by_vllm, engines_that_think
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 
@@ -91,6 +93,8 @@ class HRPOTrainer(GRPOTrainer):
                 stack.enter_context(without_reference(args))
             if named and not isinstance(model, str):
                 stack.enter_context(unsaid(ALREADY))
+            if args.use_vllm and args.vllm_mode == "colocate":
+                stack.enter_context(engines_that_think(sys.modules[GRPOTrainer.__module__]))
             super().__init__(model, reward_funcs, args, **kwargs)
         self.add_callback(self._epoch_order)
         freeze_unused(self.model, args)
@@ -98,9 +102,11 @@ class HRPOTrainer(GRPOTrainer):
             restore_float32(self.model, before)
             if is_peft_model(self.model) and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")  # TRL's own, a copy of the adapter
+            self.generation_config = (
+                getattr(self, "generation_config", None) or GenerationConfig()
+            )  # vLLM's is its own
             check_model(self.model, self._base_model(), self._tokenizer, args, self.generation_config)
-            self.generation_config.thinking = True
-            self.generation_config.return_dict_in_generate = True
+            self.generation_config.update(thinking=True, return_dict_in_generate=True)
         self._force_thoughts(bool(turns))
         if from_start:
             self.beta = args.beta
@@ -135,6 +141,8 @@ class HRPOTrainer(GRPOTrainer):
         known = known if known is not None else filler_id(self._tokenizer, thinking)
         self._fillers = [known] * thinking.thoughts
         self.generation_config.filler_token_id = own.filler_token_id = known
+        if self.args.use_vllm:
+            self.vllm_generation.forced = thinking.thoughts
 
     def _base_model(self) -> Any:
         return causal_lm(self.accelerator.unwrap_model(self.model))
@@ -146,22 +154,15 @@ class HRPOTrainer(GRPOTrainer):
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
             completion_ids = [ids[len(self._fillers) :] for ids in completion_ids]
         else:
-            completion_ids, logprobs = self._think(prompt_ids), None
+            completion_ids, logprobs = self._think(prompt_ids, *args, **kwargs)
         texts = self._tokenizer.batch_decode(completion_ids)
         marked = torch.tensor([self.args.answer_start in text for text in texts], device=self.accelerator.device)
         self._record("marker_rate", self.accelerator.gather(marked).float().mean())
         return completion_ids, logprobs
 
-    def _think(self, prompt_ids: list) -> list:
-        """Sample one thinking completion for each prompt; keeps the rollout, returns the completions' token ids."""
-        with (
-            unwrap_model_for_generation(
-                self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
-            ) as model,
-            torch.no_grad(),
-            self._dist.summon_full_params(self.model_wrapped, recurse=False),
-        ):
-            made = self._made(model, prompt_ids)
+    def _think(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple[list, list | None]:
+        """Sample one thinking completion for each prompt; keeps the rollout, returns token ids and log-probabilities."""
+        made = self._made(prompt_ids, *args, **kwargs)
         if made.rollout.residual != self.args.residual:
             raise InputError(
                 f"the rollout used the {made.rollout.residual} residual instead of {self.args.residual}: the model's "
@@ -169,15 +170,26 @@ class HRPOTrainer(GRPOTrainer):
             )
         self._rollout = made.rollout
         self._record_ratios(made.ratio, made.rollout.mask)
-        return made.completions
+        return made.completions, made.logprobs
 
-    def _made(self, model: Any, prompt_ids: list) -> Made:
-        given = (model, self._tokenizer, prompt_ids, self.generation_config)
+    def _made(self, prompt_ids: list, *args: Any, **kwargs: Any) -> Made:
         forced = len(self._fillers)
         try:
-            if self.args.use_transformers_continuous_batching:
-                return by_batches(*given, self.continuous_batching_config, forced)
-            return by_generate(*given, self.eos_token_ids, forced)
+            if self.args.use_vllm:
+                said = super()._generate_single_turn(prompt_ids, *args, **kwargs)  # which sends it the weights first
+                backbone = thinking_backbone(self._base_model())
+                return by_vllm(backbone, self._tokenizer, *said, self.vllm_generation.states, forced)
+            with (
+                unwrap_model_for_generation(
+                    self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
+                ) as model,
+                torch.no_grad(),
+                self._dist.summon_full_params(self.model_wrapped, recurse=False),
+            ):
+                given = (model, self._tokenizer, prompt_ids, self.generation_config)
+                if self.args.use_transformers_continuous_batching:
+                    return by_batches(*given, self.continuous_batching_config, forced)
+                return by_generate(*given, self.eos_token_ids, forced)
         except RuntimeError as error:
             if "probability tensor" not in str(error):  # torch's words for logits that are not finite
                 raise

@@ -1,0 +1,135 @@
+"""A vLLM engine beside a model in its own process: TRL's, with the model's weights, which also thinks and runs on a CPU.
+
+Knows how such an engine is made, fed and asked; how it thinks is hrpo_vllm's, what becomes of it is the caller's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+from trl.generation import vllm_generation
+from trl.generation.vllm_generation import VLLMGeneration
+
+from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_vllm import KEY, THINKING, THOUGHTS, check_version, engine_options
+
+CACHE = 4 << 30  # bytes of keys and values on a CPU; vLLM's own wish is a share of all memory
+ON_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+
+
+class ThinkingVLLM(VLLMGeneration):
+    """TRL's `VLLMGeneration` in colocate mode, whose completions think where the model can.
+
+    Attributes:
+        thinking: whether completions think; by default where the model can.
+        forced: how many forced thoughts each begins with.
+        states: of the last `generate`, for each completion the states (C, d) that its tokens were sampled from, forced
+            thoughts included; in the engine's dtype, on the CPU.
+
+    Raises:
+        InputError: vLLM cannot think as the model does, or this engine not run here.
+    """
+
+    def __init__(self, model: Any, accelerator: Any, processing_class: Any, *args: Any, **kwargs: Any) -> None:
+        self.thinking, self.forced, self.states = ThinkingConfig.of(causal_lm(model).config) is not None, 0, []
+        self._asked = 0
+        super().__init__(model, accelerator, processing_class, *args, **kwargs)
+
+    def _init_vllm(self) -> None:
+        check_version()
+        if not self.model.name_or_path:
+            raise InputError("vLLM reads a model's files first; load it from a folder or from the hub.")
+        if self.accelerator.device.type == "cpu":
+            if self.accelerator.num_processes > 1:
+                raise InputError("vLLM beside several training processes needs GPUs; use another engine.")
+            for name, value in ON_CPU.items():
+                os.environ.setdefault(name, value)
+        make: Any = vllm_generation.LLM
+        vllm_generation.LLM = lambda **options: make(**options | self._options(options))
+        try:
+            super()._init_vllm()
+        finally:
+            vllm_generation.LLM = make
+
+    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+        """What differs from TRL's options of `vllm.LLM`."""
+        own: dict[str, Any] = {}
+        if self.thinking:
+            backbone = thinking_backbone(self.model)
+            backbone.residual_norm()  # is measured, for the record
+            own = engine_options(causal_lm(self.model).config, backbone.config.thinking)
+        if self.accelerator.device.type == "cpu":
+            dtype = str(causal_lm(self.model).dtype).removeprefix("torch.")
+            own |= {"distributed_executor_backend": None, "dtype": dtype, "enforce_eager": True}
+            if "VLLM_CPU_KVCACHE_SPACE" not in os.environ:
+                own["kv_cache_memory_bytes"] = CACHE
+        return own
+
+    def sync_weights(self) -> None:
+        if self.accelerator.device.type == "cpu":  # whose kernels pack their weights, so that they are loaded as anew
+            self.llm.llm_engine.model_executor.driver_worker.model_runner.reload_weights(self._iter_named_params())
+            self.llm.reset_prefix_cache()
+        else:
+            super().sync_weights()
+        if self.thinking:
+            self.llm.collective_rpc("check_thinking")
+
+    def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
+        """As TRL's; but an adapter is added to a copy of each weight, since merging it and taking it off again rounds."""
+        model: Any = self.model
+        layers = {
+            f"{name}.base_layer.weight": part for name, part in model.named_modules() if isinstance(part, LoraLayer)
+        }
+        odd = any(any(part.use_dora.values()) or not part.weight.is_floating_point() for part in layers.values())
+        if not layers or odd or self._dist.is_fsdp or self.accelerator.num_processes > 1:
+            yield from super()._iter_named_params()
+            return
+        for name, weight in model.named_parameters():
+            if model.prefix in name or "original_module" in name:
+                continue
+            value = weight.detach()
+            if name in layers:
+                part = layers[name]
+                value = value + sum(part.get_delta_weight(one) for one in part.active_adapters if one in part.lora_A)
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            yield self._fix_param_name_to_vllm(plain, ["modules_to_save.default."]), value
+
+    def generate(
+        self, prompts: list[list[int]], images: Any, num_generations: int, profiler: Any = None
+    ) -> tuple[Any, ...]:
+        self.states = []
+        capable = ThinkingConfig.of(causal_lm(self.model).config) is not None
+        if not capable:
+            return super().generate(prompts, images, num_generations, profiler)
+        keys = [f"{self._asked + i}" for i in range(len(prompts))] if self.thinking else []
+        self._asked += len(prompts)
+        generate = self.llm.generate
+
+        def ask(requests: Any, sampling_params: Any, **kwargs: Any) -> Any:
+            each = []
+            for i in range(len(requests)):
+                own = {THINKING: True, THOUGHTS: self.forced, KEY: keys[i]} if keys else {THINKING: False}
+                each.append(sampling_params.clone())
+                each[-1].extra_args = (sampling_params.extra_args or {}) | own
+            return generate(requests, sampling_params=each, **kwargs)
+
+        self.llm.generate = ask
+        try:
+            out = super().generate(prompts, images, num_generations, profiler)
+        finally:
+            self.llm.generate = generate
+        if keys:
+            kept: dict[str, Tensor] = self.llm.collective_rpc("take_thoughts", args=(keys,))[0]
+            self.states = [kept[key][: len(tokens)] for key, tokens in zip(keys, out[1], strict=True)]
+        return out
+
+    def weights(self) -> nn.Module:
+        """vLLM's own model."""
+        model: nn.Module = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
+        return model

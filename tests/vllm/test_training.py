@@ -1,0 +1,144 @@
+"""Training on rollouts in vLLM: the engine has the trainer's weights, the replay its log-probabilities."""
+
+import copy
+
+import pytest
+import torch
+from engines import big_enough
+from runs import small_trainer
+from transformers import AutoModelForCausalLM
+
+from hrpo_patches import HRPOConfig
+from hrpo_patches.models.vllm_engine import ThinkingVLLM
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES
+
+VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 256}
+
+
+pytestmark = pytest.mark.usefixtures("engines_end")
+
+
+@pytest.fixture
+def base(family, tokenizer, tmp_path):
+    """A plain tiny model in a folder, loaded from there."""
+    folder = tmp_path / "base"
+    big_enough(family, thinking=None).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder, thinking={"r_min": 0.5, "r_max": 0.9})
+
+
+def run(folder, model, steps=3, **options):
+    trainer = small_trainer(folder, model=model, max_steps=steps, **VLLM | options)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train(resume_from_checkpoint=options.pop("resume_from_checkpoint", None))
+    return trainer, before
+
+
+def assert_the_engine_has_the_trainers_weights(trainer):
+    trainer.vllm_generation.sync_weights()
+    engine = trainer.vllm_generation.weights()
+    own = dict(engine.named_parameters())
+    theirs = dict(copy.deepcopy(trainer.model).merge_and_unload().named_parameters())
+    for name in [*(name for name in own if any(f".{part}." in name for part in MODULES)), "model.norm.weight"]:
+        assert torch.equal(own[name], theirs[name]), name
+    for i, layer in enumerate(engine.model.layers):  # a CPU's kernels have packed these; what do they compute?
+        stacked, names = layer.self_attn.qkv_proj, [f"model.layers.{i}.self_attn.{one}_proj.weight" for one in "qkv"]
+        expected = torch.cat([theirs[name] for name in names])
+        computed = stacked.cpu_linear(torch.eye(expected.shape[1]), stacked.weight, None).T
+        torch.testing.assert_close(computed, expected, rtol=0, atol=1e-6)
+
+
+one_family = pytest.mark.parametrize("family", ["llama"], indirect=True)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", {}),
+        ("qwen2", {"thoughts": 2}),
+        ("qwen3", {"replay_passes": "all"}),
+        ("llama", {"reference": "start", "thinking": {"residual_scale": "embedding", "projection_layers": 2}}),
+    ],
+    ids=str,
+    indirect=["family"],
+)
+def test_twenty_steps_move_every_thinking_weight_and_the_replay_says_what_the_engine_said(base, tmp_path, options):
+    trainer, before = run(tmp_path / "run", base, steps=20, learning_rate=1e-3, **options)
+    after = dict(trainer.model.named_parameters())
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    for part in (*MODULES, "lora_A", "lora_B"):
+        assert any(f".{part}." in name for name in moved), part
+    assert not any("lora_" not in name and ".modules_to_save." not in name for name in moved)
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert len(rows) == 20
+    for row in rows:
+        assert 0.4 < row["embeds_ratio"] < 1 and row["projection/grad_norm"] > 0
+        assert row["sampling/sampling_logp_difference/max"] < 1e-3  # of every completion token, at today's weights
+    assert_the_engine_has_the_trainers_weights(trainer)
+
+
+@one_family
+def test_a_replay_without_thoughts_would_be_seen(base, tmp_path, monkeypatch):
+    from hrpo_patches.thinking.replay import Rollout
+
+    inputs = Rollout.model_inputs
+
+    def forgetful(self, rows=slice(None)):
+        return inputs(self, rows) | {"thinking_mask": torch.zeros_like(self.mask[rows])}
+
+    monkeypatch.setattr(Rollout, "model_inputs", forgetful)
+    trainer, _ = run(tmp_path / "run", base, steps=1)
+    (row,) = [row for row in trainer.state.log_history if "loss" in row]
+    assert row["sampling/sampling_logp_difference/max"] > 0.05
+
+
+@one_family
+def test_a_resumed_run_is_the_whole_one(base, tmp_path):
+    saved = {"save_strategy": "steps", "save_steps": 2, "temperature": 1.0, "lr_scheduler_type": "constant"}
+    whole, _ = run(tmp_path / "whole", copy.deepcopy(base), steps=4, **saved)
+    again, _ = run(tmp_path / "again", copy.deepcopy(base), steps=2, **saved)
+    last = str(tmp_path / "again" / "checkpoint-2")
+    rest, _ = run(tmp_path / "again", base, steps=4, resume_from_checkpoint=last, **saved)
+    keys = ("loss", "reward", "grad_norm", "embeds_ratio")
+    logs = [[{k: row[k] for k in keys} for row in one.state.log_history if "loss" in row] for one in (whole, rest)]
+    assert logs[0] == logs[1] and again.state.global_step == 2
+
+
+@one_family
+def test_plain_grpo_runs_in_the_same_engine_which_is_then_vllms_own(base, tmp_path):
+    plain = AutoModelForCausalLM.from_pretrained(base.name_or_path)
+    trainer, _ = run(tmp_path / "run", plain, steps=2, residual=None)
+    assert type(trainer.vllm_generation.weights()).__module__.startswith("vllm.")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"residual": "embedding"}, "hands over no distribution"),
+        ({"vllm_mode": "server"}, "vllm_mode='server' cannot think"),
+        ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2 cannot think"),
+        ({"vllm_model_impl": "transformers"}, "cannot think"),
+        ({"residual": None, "thoughts": 2}, "need generate"),
+    ],
+    ids=str,
+)
+def test_what_cannot_think_in_vllm_is_refused_before_any_work(tmp_path, options, says):
+    with pytest.raises(InputError, match=says):
+        HRPOConfig(output_dir=str(tmp_path), **VLLM | options)
+
+
+@one_family
+def test_a_model_of_no_folder_is_refused_in_a_sentence(family, tmp_path):
+    model = big_enough(family)
+    with pytest.raises(InputError, match="load it from a folder"):
+        small_trainer(tmp_path, model=model, **VLLM)
+
+
+@one_family
+def test_the_engine_says_when_no_weights_have_arrived(base, tmp_path):
+    trainer = small_trainer(tmp_path / "run", model=base, **VLLM)
+    engine = trainer.vllm_generation
+    assert isinstance(engine, ThinkingVLLM) and engine.weights().missing
+    with pytest.raises(InputError, match="no weights have arrived"):
+        engine.generate([[1, 2, 3]], None, 1)
