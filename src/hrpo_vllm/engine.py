@@ -14,11 +14,12 @@ from hrpo_vllm import KEY, THINKING, THOUGHTS, architecture, check_version, is_t
 
 
 def config_class(kind: str) -> type[Any]:
-    """The config of a merged model, whose type stock transformers refuses, as that of the family that it belongs to."""
+    """The config of a merged model, whose type stock transformers refuses, as that of its family."""
     stock: Any = type(AutoConfig.for_model(kind))
 
-    class ThinkingFamilyConfig(stock):  # type: ignore[misc]  # chosen at run time
+    class ThinkingFamilyConfig(stock):
         model_type = kind + NEEDS_US
+        architectures: Any
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)

@@ -21,12 +21,12 @@ from hrpo_vllm import KEY, THINKING, THOUGHTS
 
 
 class Scheduled(NamedTuple):
-    """A request's share of a step: `count` tokens, in the step's rows from `row`, at its positions from `start`."""
+    """A request's share of a step: `tokens` tokens, in the step's rows from `row`, at its positions from `start`."""
 
     name: str
     row: int
     start: int
-    count: int
+    tokens: int
 
 
 @dataclass
@@ -181,7 +181,7 @@ class EngineThoughts(nn.Module):
             if request is None:
                 continue
             first = share.start - request.prompt
-            for index in range(max(0, first), first + share.count):
+            for index in range(max(0, first), first + share.tokens):
                 row = share.row + index - first
                 if index >= request.known:
                     for column, value in zip(
@@ -193,7 +193,8 @@ class EngineThoughts(nn.Module):
         if anew:
             self._write([row for row, _ in anew], torch.stack([state for _, state in anew]))
         if sampled[0]:
-            self._read(*self._moved(sampled), input_ids)
+            rows, slots, reads = self._moved(sampled)
+            self._read(rows, slots, reads, input_ids)
         return len(anew) + len(sampled[0])
 
     def _read(self, rows: Tensor, slots: Tensor, reads: Tensor, input_ids: Tensor) -> None:
@@ -215,7 +216,7 @@ class EngineThoughts(nn.Module):
         next_ones = []
         for i, share in enumerate(step or ()):
             request = self._running.get(share.name)
-            index = share.start + share.count - (request.prompt if request is not None else 0)
+            index = share.start + share.tokens - (request.prompt if request is not None else 0)
             if request is not None and index >= max(0, request.known):
                 next_ones.append((i, request, index))
         if not next_ones:

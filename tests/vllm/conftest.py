@@ -10,14 +10,13 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
-import hrpo_patches  # noqa: F401 - before transformers
-
 import gc
 
 import pytest
 from shared_fixtures import family, tokenizer  # noqa: F401 - fixtures
 from vllm import LLM
 
+import hrpo_patches  # noqa: F401 - before transformers
 from hrpo_patches.models import vllm_engine
 
 

@@ -1,4 +1,4 @@
-"""A vLLM engine beside a model in its own process: TRL's, with the model's weights, which also thinks and runs on a CPU.
+"""A vLLM engine beside a model in its process: TRL's, with the model's weights, which also thinks and runs on a CPU.
 
 Knows how such an engine is made, fed and asked; how it thinks is hrpo_vllm's, what becomes of it is the caller's.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
-from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
+from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_vllm import KEY, THINKING, THOUGHTS, check_version, engine_options
@@ -37,7 +37,8 @@ class ThinkingVLLM(VLLMGeneration):
     """
 
     def __init__(self, model: Any, accelerator: Any, processing_class: Any, *args: Any, **kwargs: Any) -> None:
-        self.thinking, self.forced, self.states = ThinkingConfig.of(causal_lm(model).config) is not None, 0, []
+        self.thinking, self.forced = ThinkingConfig.of(causal_lm(model).config) is not None, 0
+        self.states: list[Tensor] = []
         self._asked = 0
         super().__init__(model, accelerator, processing_class, *args, **kwargs)
 
@@ -51,13 +52,10 @@ class ThinkingVLLM(VLLMGeneration):
             for name, value in ON_CPU.items():
                 os.environ.setdefault(name, value)
         make: Any = vllm_generation.LLM
-        vllm_generation.LLM = lambda **options: make(**options | self._options(options))
-        try:
+        with temporarily(vllm_generation, LLM=lambda **options: make(**options | self._options())):
             super()._init_vllm()
-        finally:
-            vllm_generation.LLM = make
 
-    def _options(self, options: dict[str, Any]) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         """What differs from TRL's options of `vllm.LLM`."""
         own: dict[str, Any] = {}
         if self.thinking:
@@ -81,11 +79,10 @@ class ThinkingVLLM(VLLMGeneration):
             self.llm.collective_rpc("check_thinking")
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
-        """As TRL's; but an adapter is added to a copy of each weight, since merging it and taking it off again rounds."""
+        """As TRL's; but an adapter is added to a copy of each weight: merging it and taking it off again rounds."""
         model: Any = self.model
-        layers = {
-            f"{name}.base_layer.weight": part for name, part in model.named_modules() if isinstance(part, LoraLayer)
-        }
+        parts: Any = [(name, part) for name, part in model.named_modules() if isinstance(part, LoraLayer)]
+        layers = {f"{name}.base_layer.weight": part for name, part in parts}
         odd = any(any(part.use_dora.values()) or not part.weight.is_floating_point() for part in layers.values())
         if not layers or odd or self._dist.is_fsdp or self.accelerator.num_processes > 1:
             yield from super()._iter_named_params()
@@ -119,11 +116,8 @@ class ThinkingVLLM(VLLMGeneration):
                 each[-1].extra_args = (sampling_params.extra_args or {}) | own
             return generate(requests, sampling_params=each, **kwargs)
 
-        self.llm.generate = ask
-        try:
+        with temporarily(self.llm, generate=ask):
             out = super().generate(prompts, images, num_generations, profiler)
-        finally:
-            self.llm.generate = generate
         if keys:
             kept: dict[str, Tensor] = self.llm.collective_rpc("take_thoughts", args=(keys,))[0]
             self.states = [kept[key][: len(tokens)] for key, tokens in zip(keys, out[1], strict=True)]

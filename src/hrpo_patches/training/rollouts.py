@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import pad
 
-from hrpo_patches.thinking.backbone import ratio_of
+from hrpo_patches.thinking.backbone import ratio_of, temporarily
 from hrpo_patches.thinking.replay import Rollout
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.request import ThinkingRequest
@@ -114,13 +113,8 @@ def by_vllm(
     )
 
 
-@contextmanager
-def engines_that_think(module: Any) -> Iterator[None]:
+def engines_that_think(module: Any) -> AbstractContextManager[None]:
     """Within, a trainer of TRL's `module` makes the vLLM engine that thinks, and that runs on a CPU, too."""
     from hrpo_patches.models.vllm_engine import ThinkingVLLM
 
-    stock, module.VLLMGeneration = module.VLLMGeneration, ThinkingVLLM
-    try:
-        yield
-    finally:
-        module.VLLMGeneration = stock
+    return temporarily(module, VLLMGeneration=ThinkingVLLM)

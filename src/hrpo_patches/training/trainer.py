@@ -8,8 +8,7 @@ them), the optimizer (its groups), the order of the data and the save (two more 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from hrpo_patches.models.backends import backend_of
 from hrpo_patches.models.record import save_pauses, save_thinking
 from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.monitor.nonfinite import keep
-from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
+from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.passes import Passes
 from hrpo_patches.thinking.replay import Rollout, passes_inputs
@@ -102,9 +101,8 @@ class HRPOTrainer(GRPOTrainer):
             restore_float32(self.model, before)
             if is_peft_model(self.model) and "ref" in self.model.peft_config:
                 self.model.delete_adapter("ref")  # TRL's own, a copy of the adapter
-            self.generation_config = (
-                getattr(self, "generation_config", None) or GenerationConfig()
-            )  # vLLM's is its own
+            asked: Any = getattr(self, "generation_config", None) or GenerationConfig()  # vLLM takes none
+            self.generation_config = asked
             check_model(self.model, self._base_model(), self._tokenizer, args, self.generation_config)
             self.generation_config.update(thinking=True, return_dict_in_generate=True)
         self._force_thoughts(bool(turns))
@@ -161,7 +159,7 @@ class HRPOTrainer(GRPOTrainer):
         return completion_ids, logprobs
 
     def _think(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple[list, list | None]:
-        """Sample one thinking completion for each prompt; keeps the rollout, returns token ids and log-probabilities."""
+        """Sample a thinking completion for each prompt; keeps the rollout, returns token ids and log-probabilities."""
         made = self._made(prompt_ids, *args, **kwargs)
         if made.rollout.residual != self.args.residual:
             raise InputError(
@@ -176,9 +174,10 @@ class HRPOTrainer(GRPOTrainer):
         forced = len(self._fillers)
         try:
             if self.args.use_vllm:
-                said = super()._generate_single_turn(prompt_ids, *args, **kwargs)  # which sends it the weights first
-                backbone = thinking_backbone(self._base_model())
-                return by_vllm(backbone, self._tokenizer, *said, self.vllm_generation.states, forced)
+                # Which sends the engine the weights first.
+                tokens, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
+                backbone, states = thinking_backbone(self._base_model()), self.vllm_generation.states
+                return by_vllm(backbone, self._tokenizer, tokens, logprobs, states, forced)
             with (
                 unwrap_model_for_generation(
                     self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
@@ -219,17 +218,10 @@ class HRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if self.args.residual is None:
             return super()._compute_loss(model, inputs)
-        with self._replaying(Rollout(inputs["thinking_states"], inputs["thinking_mask"], self.args.residual)):
+        # Within, every log-probability that TRL asks for is that of a model that thinks as in this rollout.
+        rollout = Rollout(inputs["thinking_states"], inputs["thinking_mask"], self.args.residual)
+        with temporarily(self, _rollout=rollout):
             return super()._compute_loss(model, inputs)
-
-    @contextmanager
-    def _replaying(self, rollout: Rollout) -> Iterator[None]:
-        """Within, every log-probability that TRL asks for is that of a model that thinks as in this rollout."""
-        self._rollout = rollout
-        try:
-            yield
-        finally:
-            self._rollout = None
 
     def _is_reference(self, model: nn.Module) -> bool:
         """Whether this forward is that of a reference that does not think: another model, or ours without adapters."""
