@@ -10,13 +10,14 @@ os.environ |= {
     "VLLM_LOGGING_LEVEL": "WARNING",
 }
 
+import hrpo_patches  # noqa: F401 - before transformers, which the rest imports
+
 import gc
 
 import pytest
 from shared_fixtures import family, tokenizer  # noqa: F401 - fixtures
 from vllm import LLM
 
-import hrpo_patches  # noqa: F401 - before transformers
 from hrpo_patches.models import vllm_engine
 
 
@@ -32,8 +33,8 @@ def engines_end(monkeypatch):
     made, make = [], LLM.__init__
 
     def init(self, *args, **kwargs):
-        made.append(self)
         make(self, *args, **kwargs)
+        made.append(self)
 
     monkeypatch.setattr(LLM, "__init__", init)
     yield
