@@ -13,7 +13,8 @@ from hrpo_thinking.errors import InputError
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_vllm": True}, "use_vllm=True cannot think"),
+        ({"use_vllm": True, "residual": "embedding"}, "vLLM hands over no distribution"),
+        ({"use_vllm": True, "vllm_mode": "server"}, "vllm_mode='server' cannot think"),
         (
             {"use_transformers_continuous_batching": True, "residual": "embedding"},
             "hands over no distribution, which the embedding residual is made from",

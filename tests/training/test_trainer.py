@@ -174,7 +174,7 @@ def test_completions_end_with_their_first_end_token(tmp_path):
     trainer = small_trainer(tmp_path)
     end = byte_tokenizer().eos_token_id
     trainer.generation_config.sequence_bias = {(end,): 5.0}
-    completions = trainer._think([[1, 2, 3]] * 16)
+    completions, _ = trainer._think([[1, 2, 3]] * 16)
     assert all(end not in ids[:-1] for ids in completions) and any(ids[-1] == end for ids in completions)
     rollout = trainer._rollout
     for ids, mask in zip(completions, rollout.mask, strict=True):
