@@ -26,6 +26,23 @@ def sample(model, tokenizer, inputs, seed=0, biased=True, **options):
     )
 
 
+def alone(model, tokenizer, prompt, new, **more):
+    """(tokens, states, mask, ratio) of one prompt by `generate`, greedy, to `new` tokens; of a plain one, tokens."""
+    inputs = torch.tensor([prompt])
+    out = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        tokenizer=tokenizer,
+        return_dict_in_generate=True,
+        eos_token_id=None,
+        **{"max_new_tokens": new, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, "thinking": True} | more,
+    )
+    tokens = out.sequences[0, len(prompt) :].tolist()
+    if out.get("thinking_states") is None:
+        return (tokens,)
+    return tokens, out.thinking_states[0], out.thinking_mask[0], out.thinking_ratio[0]
+
+
 def completions(out, inputs):
     return out.sequences[:, inputs["input_ids"].shape[1] :]
 

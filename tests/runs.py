@@ -1,5 +1,6 @@
 """A small HRPOTrainer on a tiny model; shared by several tests."""
 
+import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tiny import byte_tokenizer, tiny_model
@@ -7,6 +8,7 @@ from tiny import byte_tokenizer, tiny_model
 from hrpo_patches import HRPOConfig, HRPOTrainer
 from hrpo_patches.commands import train_flags
 from hrpo_patches.commands.flags import split_backend, with_config
+from hrpo_thinking.parts import MODULES
 
 PROMPTS = ["Hi", "What is 3 + 4?", "Say #### once", "abc"]
 
@@ -45,6 +47,15 @@ def config(folder, **options):
 def lora(**options):
     """LoRA whose A and B both have a gradient in the first step (B starts at random, not at zero)."""
     return LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, **options)
+
+
+def assert_all_thinking_parts_moved(trainer, before):
+    """Every thinking part and LoRA differs from `before`, by name; nothing else of the model does."""
+    after = dict(trainer.model.named_parameters())
+    moved = {name for name, value in before.items() if not torch.equal(value, after[name])}
+    for part in (*MODULES, "lora_A", "lora_B"):
+        assert any(f".{part}." in name for name in moved), part
+    assert not any("lora_" not in name and ".modules_to_save." not in name for name in moved)
 
 
 def small_trainer(folder, family="llama", model=None, peft_config="lora", reward=lengths_differ, **options):

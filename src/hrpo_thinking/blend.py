@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import dropout
 
+from hrpo_thinking.config import scaled_to_embeddings
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.modules import ThinkingLambda
 from hrpo_thinking.parts import RESIDUALS
@@ -79,7 +80,7 @@ class Blend:
 
     def residual_norm(self) -> float:
         """The norm of the projected residual: 1, or the mean norm of the input embeddings."""
-        return self.embedding_norm() if self.config.thinking.get("residual_scale") == "embedding" else 1.0
+        return self.embedding_norm() if scaled_to_embeddings(self.config.thinking) else 1.0
 
     @torch.no_grad()
     def embedding_norm(self) -> float:

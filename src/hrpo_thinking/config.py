@@ -178,6 +178,11 @@ def record_of(thinking: ThinkingConfig, held: Any = None) -> dict[str, Any]:
     return asdict(thinking) | {name: before.get(name, value) for name, value in RECORD.items()}
 
 
+def scaled_to_embeddings(thinking: dict[str, Any]) -> bool:
+    """Whether a record's projected residual is as long as the mean embedding, whose norm then has to be measured."""
+    return thinking.get("residual_scale") == "embedding"
+
+
 def about_parts() -> list[str]:
     """The options that are about a thinking module: what was trained with one value is not to be used with another."""
     return [name for name, option in OPTIONS.items() if option.part is not None]

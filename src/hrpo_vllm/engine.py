@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoConfig
 
-from hrpo_thinking.config import NEEDS_US, ThinkingConfig
+from hrpo_thinking.config import NEEDS_US, ThinkingConfig, scaled_to_embeddings
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import check_residual
 from hrpo_vllm import KEY, THINKING, THOUGHTS, architecture, check_version, is_thinking
@@ -58,8 +58,8 @@ def check_engine(vllm_config: Any) -> None:
         raise InputError("the model's config does not say how it thinks; merge it with `hrpo merge`, or serve it so.")
     check_residual(thinking.residual, "vLLM")
     parallel, worker = vllm_config.parallel_config, vllm_config.parallel_config.worker_cls
-    measured = vllm_config.model_config.hf_config.thinking.get("embedding_norm") is not None
-    unmeasured = thinking.residual_scale == "embedding" and not measured
+    record = vllm_config.model_config.hf_config.thinking
+    unmeasured = scaled_to_embeddings(record) and record.get("embedding_norm") is None
     refused = {
         "speculative decoding": vllm_config.speculative_config is not None,
         "pipeline parallelism": parallel.pipeline_parallel_size > 1,

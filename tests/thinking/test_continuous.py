@@ -3,9 +3,11 @@
 import gc
 from collections import Counter
 from dataclasses import fields
+from functools import partial
 
 import pytest
 import torch
+from rollouts import alone
 from tiny import tiny_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
@@ -17,6 +19,7 @@ from hrpo_thinking.request import ThinkingRequest
 THINKING = {"r_min": 0.3, "r_max": 0.6}
 TEXTS = ["Hi", "What is 3 + 4?", "Say #### once, please", "abc" * 12, "abc" * 12]
 NEW = 20
+generated = partial(alone, new=NEW)
 NEWER = "page_size" in {field.name for field in fields(ContinuousBatchingConfig)}  # than transformers 5.17
 
 
@@ -27,23 +30,6 @@ def pages(size, **more):
 
 def options(tokenizer, **more):
     return {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": tokenizer.pad_token_id} | more
-
-
-def generated(model, tokenizer, prompt, **more):
-    """(tokens, states, mask, ratio) of one prompt by `generate`, greedy, to its full length."""
-    inputs = torch.tensor([prompt])
-    out = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        tokenizer=tokenizer,
-        return_dict_in_generate=True,
-        eos_token_id=None,
-        **options(tokenizer, **{"thinking": True} | more),
-    )
-    tokens = out.sequences[0, len(prompt) :].tolist()
-    if out.get("thinking_states") is None:
-        return (tokens,)
-    return tokens, out.thinking_states[0], out.thinking_mask[0], out.thinking_ratio[0]
 
 
 def batched(model, tokenizer, prompts, config=None, **more):
@@ -124,7 +110,7 @@ def test_a_request_that_is_preempted_finds_its_thoughts_and_without_them_is_anot
 def test_blocks_with_thoughts_are_never_shared(model, tokenizer):
     """A plain request whose prompt is another's prompt and thoughts does not find its keys, nor the other way."""
     prompt = tokenizer("abc" * 12)["input_ids"]
-    thought = generated(model, tokenizer, prompt, max_new_tokens=40)[0]
+    thought = generated(model, tokenizer, prompt, new=40)[0]
     longer = prompt + thought  # a whole page of it was blended
     plain = generated(model, tokenizer, longer, thinking=False)[0]
     expected = {"u": generated(model, tokenizer, longer), "v": generated(model, tokenizer, prompt)}

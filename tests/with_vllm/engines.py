@@ -2,8 +2,10 @@
 
 import gc
 from contextlib import contextmanager
+from functools import partial
 
 import torch
+from rollouts import alone
 from tiny import tiny_model
 from vllm import LLM, SamplingParams
 
@@ -14,6 +16,7 @@ from hrpo_vllm import engine_options
 
 THINKING = {"r_min": 0.5, "r_max": 0.9}
 NEW = 40
+generated = partial(alone, new=NEW)
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # vLLM has no kernel for smaller heads
 
 
@@ -69,23 +72,6 @@ def plain(llm, prompts, new=NEW, **extra_args):
     )
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], given, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
-
-
-def generated(model, tokenizer, prompt, new=NEW, **more):
-    """(tokens, states, mask) of one prompt by `generate`, greedy, to its full length."""
-    inputs = torch.tensor([prompt])
-    out = model.generate(
-        inputs,
-        attention_mask=torch.ones_like(inputs),
-        tokenizer=tokenizer,
-        return_dict_in_generate=True,
-        eos_token_id=None,
-        **{"max_new_tokens": new, "do_sample": False, "pad_token_id": tokenizer.pad_token_id, "thinking": True} | more,
-    )
-    tokens = out.sequences[0, len(prompt) :].tolist()
-    if out.get("thinking_states") is None:
-        return tokens, None, None
-    return tokens, out.thinking_states[0], out.thinking_mask[0]
 
 
 def mask_of(model, tokenizer, tokens, forced=0):

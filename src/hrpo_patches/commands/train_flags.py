@@ -239,7 +239,7 @@ def own_flags() -> list[str]:
     """The names of all flags but those of TRL's that are as TRL has them."""
     kinds = (HRPOConfig, RunArguments, TrainingFlags)
     names = {name for kind in kinds for name in kind.__annotations__ if not name.startswith("_")}
-    return sorted(names | {*REST, "backend", "config"} - {"thinking"})
+    return sorted((names | {*REST, "backend", "config"}) - {"thinking"})
 
 
 def parse(words: Written, task: str = "gsm8k", backend: str = BACKENDS[0], prog: str = "hrpo train") -> Run:
