@@ -3,6 +3,7 @@
 `python gloo_probe.py OUT stock|patched` starts the two, one after the other for each kind of training.
 """
 
+import os
 import sys
 from pathlib import Path
 
@@ -81,7 +82,8 @@ def worker(rank, out, store):
             results |= {f"{family}.{kind.__name__}.{name}": v.clone() for name, v in kind(family, rank).items()}
     if rank == 0:
         save_file({name: value.contiguous() for name, value in results.items()}, out)
-    dist.destroy_process_group()
+    dist.barrier()
+    os._exit(0)  # what counts is saved, and a torch thread that is still there now and then aborts an orderly exit
 
 
 if __name__ == "__main__":
