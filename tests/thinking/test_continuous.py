@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from rollouts import alone
+from rollouts import alone, assert_same_distribution
 from tiny import tiny_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
@@ -246,12 +246,7 @@ def test_tokens_are_sampled_from_the_distribution_that_generate_samples_from(tok
     one_by_one = model.generate(ids, tokenizer=tokenizer, thinking=True, **options(tokenizer, **sampling))
     rows = [Counter(output.generated_tokens[2] for output in batch.values())]
     rows.append(Counter(one_by_one[:, len(prompt) + 2].tolist()))
-    common = [token for token in rows[0] | rows[1] if rows[0][token] + rows[1][token] >= 20]
-    free = len(common) - 1
-    squares = sum((rows[0][token] - rows[1][token]) ** 2 / (rows[0][token] + rows[1][token]) for token in common)
-    assert (
-        free > 2 and squares < free + 4 * (2 * free) ** 0.5
-    )  # chi-square of two samples of one size: about 1 in 1,000
+    assert_same_distribution(*rows)
 
 
 def test_another_family_refuses_to_think_in_batches():

@@ -8,6 +8,7 @@ os.environ |= {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_CONFIGURE_LOGGING": "0",  # its own handler would hold on to the standard output of one test
 }
 
 import hrpo_patches  # noqa: F401 - before transformers, which the rest imports
@@ -15,7 +16,7 @@ import hrpo_patches  # noqa: F401 - before transformers, which the rest imports
 import gc
 
 import pytest
-from shared_fixtures import family, tokenizer  # noqa: F401 - fixtures
+from shared_fixtures import family, shared_data, smollm2, tokenizer  # noqa: F401 - fixtures
 from vllm import LLM
 
 from hrpo_patches.models import vllm_engine

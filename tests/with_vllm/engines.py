@@ -65,11 +65,10 @@ def thought(llm, prompts, new=NEW, **extra):
     return found
 
 
-def plain(llm, prompts, new=NEW, **extra_args):
-    """The greedy tokens of completions that do not think, by default."""
-    given = SamplingParams(
-        temperature=0.0, max_tokens=new, ignore_eos=True, extra_args={"thinking": False} | extra_args
-    )
+def plain(llm, prompts, new=NEW, sampling=None, **extra_args):
+    """The tokens of completions, by default greedy and not thinking."""
+    sampling = {"temperature": 0.0, "max_tokens": new, "ignore_eos": True} | (sampling or {})
+    given = SamplingParams(**sampling, extra_args={"thinking": False} | extra_args)
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], given, use_tqdm=False)
     return [list(output.outputs[0].token_ids) for output in outputs]
 

@@ -38,7 +38,8 @@ from vllm import LLM, SamplingParams
 
 folder = Path(sys.argv[1])
 asked = json.loads((folder / "asked.json").read_text())
-llm = LLM(str(folder), dtype="float32", max_model_len=256, enforce_eager=True, **asked["options"])
+small = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "gpu_memory_utilization": 0.2}
+llm = LLM(str(folder), **small, **asked["options"])
 keys = [str(i) for i in range(len(asked["prompts"]))]
 each = [
     SamplingParams(temperature=0.0, max_tokens=asked["new"], ignore_eos=True, extra_args={"thinking_key": key})

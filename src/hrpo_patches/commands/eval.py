@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from hrpo_patches.commands.flags import Written, add_first_flags, option, parser_of, read, with_config
 from hrpo_patches.evaluation.answers import Questions, answer_all
-from hrpo_patches.evaluation.generate import ENGINE_HELP, ENGINES, Decoding, batches_of, choose_engine
+from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP, Decoding, batches_of, choose_engine
 from hrpo_patches.evaluation.progress import Progressed
 from hrpo_patches.evaluation.scores import summarise
 from hrpo_patches.files import create
@@ -58,7 +58,7 @@ class EvalArguments:
         choices=tuple(CONTROLS),
     )
     max_new_tokens: int = option(512, "Completions are cut at so many tokens.")
-    engine: str = option("generate", ENGINE_HELP, choices=ENGINES)
+    engine: str = option("generate", ENGINE_HELP, choices=CHOICES)
     batch_size: int = option(16, "Completions at once.")
     prompt: str = option("auto", "chat, plain, or auto: chat if the tokenizer has a chat template.", choices=PROMPTS)
     shots: int = option(0, "How many of the task's worked examples the prompt shows.")

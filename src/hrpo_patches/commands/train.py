@@ -27,6 +27,7 @@ from hrpo_patches.tasks.problems import find_task, load_problems, split_held_out
 from hrpo_patches.tasks.prompts import examples_of, prompt_of, uses_chat, with_prompts
 from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
 from hrpo_patches.thinking.continuous import cache_size
+from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.trainer import HRPOTrainer
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
@@ -52,11 +53,7 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     ask = asker(run, task, tokenizer)
     rows, held_out_rows = (with_prompts(part, ask, tokenizer, about.max_prompt_length) for part in (train, held_out))
     _check_enough(len(rows), config)
-    if engine_of(run, model) == "continuous":
-        config.use_transformers_continuous_batching = True
-        given: Any = config.transformers_continuous_batching_config or {}
-        size = cache_size(model, longest, config.generation_batch_size or 1)
-        config.transformers_continuous_batching_config = size | given
+    _use_engine(engine_of(run, model), config, model, longest)
     model, peft_config = _with_adapter(model, run)
     if about.format_reward:
         config.reward_weights = [1.0, about.format_reward]
@@ -72,11 +69,26 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     return trainer, task, held_out_rows
 
 
+def _use_engine(engine: str, config: HRPOConfig, model: Any, longest: int) -> None:
+    """Let training make its rollouts with one of `ENGINES`, of a size for prompts and completions of `longest`."""
+    if engine == "continuous":
+        config.use_transformers_continuous_batching = True
+        given: Any = config.transformers_continuous_batching_config or {}
+        size = cache_size(model, longest, config.generation_batch_size or 1)
+        config.transformers_continuous_batching_config = size | given
+    if engine == "vllm":
+        config.use_vllm = True
+        if config.residual is not None:
+            config.check_vllm()
+        config.vllm_max_model_length = config.vllm_max_model_length or longest
+
+
 def engine_of(run: Run, model: Any) -> str:
     """The engine of a run's completions; the one that `auto` takes is said, with the reason."""
     thinking = run.thinking()
     forced = thinking.thoughts if thinking is not None else run.config.thoughts or 0
-    engine, why = choose_engine(run.about.engine, model, run.config.residual, forced)
+    asked = run.about.engine if run.config.engine == "generate" else run.config.engine
+    engine, why = choose_engine(asked, model, run.config.residual, forced)
     if run.about.engine == "auto":
         print(f"engine: {engine} ({why})")
     return engine
@@ -116,10 +128,12 @@ def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: 
     args = trainer.args
     thinking = args.residual is not None
     decoding = Decoding(args.max_completion_length, thinking, batch_size=batch_size, thoughts=args.thoughts)
-    if args.use_transformers_continuous_batching and thinking:
-        decoding.engine = "continuous"
+    decoding.engine = args.engine if thinking or args.use_vllm else "generate"
+    vllm = trainer.vllm_generation if decoding.engine == "vllm" else None
+    if vllm is not None:
+        vllm.sync_weights()
     model = trainer.accelerator.unwrap_model(trainer.model)
-    texts = completions(model, trainer._tokenizer, [row["prompt"] for row in held_out], decoding, title)
+    texts = completions(model, trainer._tokenizer, [row["prompt"] for row in held_out], decoding, title, vllm)
     verdicts = [grade(task, row, text, args.answer_start) for row, text in zip(held_out, texts, strict=True)]
     counts = {"right": int(sum(verdicts)), "total": len(verdicts)}
     return counts | {"mean": sum(verdicts) / len(verdicts), "standard_error": standard_error(verdicts)}

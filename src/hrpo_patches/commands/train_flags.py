@@ -21,7 +21,7 @@ from hrpo_patches.commands.flags import (
     published,
     read,
 )
-from hrpo_patches.evaluation.generate import ENGINE_HELP, ENGINES
+from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP
 from hrpo_patches.extras import require
 from hrpo_patches.models.backends import BACKENDS
 from hrpo_patches.models.hub import adapter_folder
@@ -63,7 +63,7 @@ class RunArguments:
     )
     max_prompt_length: int = option(1024, "Problems with a longer prompt (in tokens) are left out.")
     format_reward: float = option(0.0, "Weight of a reward for the marker alone, beside the answer's of 1.")
-    engine: str = option("generate", ENGINE_HELP, choices=ENGINES)
+    engine: str = option("generate", ENGINE_HELP, choices=CHOICES)
     lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
     adapter: str | None = option(None, "Train this adapter (a folder or a hub id) further instead of a fresh one.")
     init_projection: bool = option(False, "Start a projection for an --adapter that was trained without one.")
@@ -159,6 +159,10 @@ class Run:
         if forced and forced >= (config.max_completion_length or 0):
             raise InputError(
                 f"--thoughts {forced} leave no room in --max_completion_length {config.max_completion_length}."
+            )
+        if config.engine != "generate" and about.engine not in ("generate", "auto", config.engine):
+            raise InputError(
+                f"--engine {about.engine} and TRL's own flags ask for two engines; leave one of them out."
             )
         examples_of(find_task(about.task, about.dataset, size=1), config.answer_start, about.shots, about.examples)
         if about.format_reward < 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,8 @@ from hrpo_patches.tasks.prompts import Prompt, prompt_ids
 from hrpo_patches.thinking.continuous import cache_size
 from hrpo_patches.thinking.controls import SEVERAL, check_control, controlled
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.parts import RESIDUALS
+from hrpo_thinking.request import check_residual
+from hrpo_vllm import check_version
 
 
 @dataclass
@@ -32,7 +33,7 @@ class Decoding:
         seed: of the sampling; each batch has its own, so that a run can be resumed.
         thoughts: how many forced thoughts each completion begins with; they count for max_new_tokens.
         control: what takes the place of the thoughts; see `controls.CONTROLS`.
-        engine: "generate", or "continuous" for transformers' continuous batching.
+        engine: "generate", "continuous" for transformers' continuous batching, or "vllm".
     """
 
     max_new_tokens: int
@@ -59,6 +60,7 @@ def complete(
     decoding: Decoding,
     first: int = 0,
     golds: list[str] | None = None,
+    vllm: Any = None,
 ) -> Iterator[tuple[list[int], list[list[int]]]]:
     """Answer prompts in batches of similar length.
 
@@ -68,6 +70,7 @@ def complete(
         decoding: how.
         first: the number of batches that are passed over.
         golds: the gold answer of each prompt, for the controls that ask for it.
+        vllm: a `ThinkingVLLM` with the model's weights, for that engine; by default one is made, and ended.
 
     Yields:
         The numbers of a batch's prompts, and the ids of each completion, without forced thoughts, up to its end token.
@@ -79,23 +82,30 @@ def complete(
     golds = golds if golds is not None else [""] * len(ids)
     if decoding.control != "live":
         check_control(decoding.control, [[golds[i] for i in batch] for batch in batches])
-    was_training = model.training
-    model.eval()
-    try:
+    with ExitStack() as stack:
+        stack.callback(backend_of(model).set_training, model, model.training)
+        model.eval()
+        if decoding.engine == "vllm" and vllm is None and first < len(batches):
+            from hrpo_patches.models.vllm_engine import engine_of
+
+            longest = max(map(len, ids)) + decoding.max_new_tokens
+            vllm = stack.enter_context(engine_of(model, tokenizer, longest, decoding.batch_size))
         for number, batch in list(enumerate(batches))[first:]:
             if decoding.temperature:
                 set_seed(decoding.seed + number)
             replaced = decoding.control != "live"
             with controlled(model, decoding.control, [golds[i] for i in batch]) if replaced else nullcontext():
-                yield batch, _answered(model, tokenizer, [ids[i] for i in batch], decoding)
-    finally:
-        backend_of(model).set_training(model, was_training)
+                yield batch, _answered(model, tokenizer, [ids[i] for i in batch], decoding, vllm)
 
 
 def _answered(
-    model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], decoding: Decoding
+    model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[list[int]], decoding: Decoding, vllm: Any
 ) -> list[list[int]]:
     """The completions of one batch."""
+    if decoding.engine == "vllm":
+        asked = (decoding.max_new_tokens, decoding.temperature, decoding.thinking, decoding.thoughts)
+        rows = vllm.answers(ids, *asked, seeds=torch.randint(2**31, (len(ids),)).tolist())
+        return [row[decoding.thoughts :] for row in rows]
     options: dict[str, Any] = {"do_sample": False}
     if decoding.temperature:
         options = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
@@ -120,39 +130,60 @@ def _answered(
     return [_up_to_end(row, ends) for row in rows]
 
 
-ENGINES = ("generate", "continuous", "auto")
+# From what everything can be done in to what is fastest on a CPU, where it was measured (docs/performance.md).
+ENGINES = ("generate", "continuous", "vllm")
+CHOICES = (*ENGINES, "auto")
 ENGINE_HELP = (
-    "What makes the completions: generate; continuous, transformers' continuous batching; or auto, the one that was "
-    "measured to be faster here."
+    "What makes the completions: generate; continuous, transformers' continuous batching; vllm; or auto, the fastest "
+    "that is installed and was measured here."
 )
+_TITLES = {"continuous": "continuous batching", "vllm": "vLLM"}
 
 
 def choose_engine(
     asked: str, model: Any, residual: str | None, thoughts: int = 0, control: str = "live"
 ) -> tuple[str, str]:
-    """("generate" or "continuous", why), for what is asked of `model`.
+    """(one of `ENGINES`, why), for what is asked of `model`.
 
     Raises:
-        InputError: continuous batching was asked for, and cannot do it.
+        InputError: another engine than generate was asked for, and cannot do it.
     """
-    obstacle = None
-    if not backend_of(model).packs:
-        obstacle = "unsloth's models do not run in continuous batching"
-    elif residual is None and thoughts:
-        obstacle = "forced thoughts without thinking need generate"
-    elif residual is not None and not RESIDUALS[residual].needs_state:
-        obstacle = f"continuous batching hands over no distribution, which the {residual} residual is made from"
-    elif control in SEVERAL:
-        obstacle = f"the control {control!r} needs the rows of a padded batch"
-    if asked == "continuous" and obstacle is not None:
-        raise InputError(f"--engine continuous cannot be used: {obstacle}.")
     if asked != "auto":
+        try:
+            _check_engine(asked, model, residual, thoughts, control)
+        except InputError as error:
+            raise InputError(f"--engine {asked} cannot be used: {error}") from None
         return asked, "asked for"
-    if obstacle is None and model.device.type != "cpu":
-        obstacle = "which of the two is faster on this device was not measured"
-    return (
-        ("continuous", "nothing else to install, and faster on a CPU") if obstacle is None else ("generate", obstacle)
-    )
+    if model.device.type != "cpu":
+        return "generate", "which engine is fastest on this device was not measured"
+    reasons = []
+    for engine in reversed(ENGINES[1:]):
+        try:
+            _check_engine(engine, model, residual, thoughts, control)
+        except InputError as error:
+            reasons.append(f"not {engine}: {str(error).rstrip('.')}")
+        else:
+            return engine, "; ".join(reasons) or "the fastest on a CPU"
+    return "generate", "; ".join(reasons)
+
+
+def _check_engine(engine: str, model: Any, residual: str | None, thoughts: int, control: str) -> None:
+    """Raise `InputError` if an engine cannot do what is asked of `model`."""
+    if engine == "generate":
+        return
+    title = _TITLES[engine]
+    if engine == "vllm":
+        check_version()
+    if not backend_of(model).packs:
+        raise InputError(f"unsloth's models do not run in {title}.")
+    if residual is None and thoughts:
+        raise InputError("forced thoughts without thinking need generate.")
+    if residual is not None:
+        check_residual(residual, title)
+    if control in SEVERAL:
+        raise InputError(f"the control {control!r} needs the rows of a padded batch.")
+    if engine == "vllm" and control != "live":
+        raise InputError("controls stand between a thought and its blend, which vLLM makes by itself.")
 
 
 def _up_to_end(row: list[int], ends: set[int | None]) -> list[int]:
@@ -166,12 +197,16 @@ def completions(
     prompts: list[Prompt],
     decoding: Decoding,
     title: str = "Answering",
+    vllm: Any = None,
 ) -> list[str]:
-    """The model's completion of each prompt, without special tokens, in the prompts' order; `title` is the bar's."""
+    """The model's completion of each prompt, without special tokens, in the prompts' order.
+
+    `title` is the bar's; the rest as for `complete`.
+    """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     texts = [""] * len(ids)
     steps = -(-len(ids) // decoding.batch_size)
-    for batch, rows in track(complete(model, tokenizer, ids, decoding), description=title, total=steps):
+    for batch, rows in track(complete(model, tokenizer, ids, decoding, vllm=vllm), description=title, total=steps):
         for i, text in zip(batch, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True):
             texts[i] = text
     return texts

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from trl.generation import vllm_generation
@@ -29,6 +31,7 @@ class ThinkingVLLM(VLLMGeneration):
     Attributes:
         thinking: whether completions think; by default where the model can.
         forced: how many forced thoughts each begins with.
+        seeds: of each completion's sampling; without, all are drawn from torch's generator.
         states: of the last `generate`, for each completion the states (C, d) that its tokens were sampled from, forced
             thoughts included; in the engine's dtype, on the CPU.
 
@@ -38,6 +41,7 @@ class ThinkingVLLM(VLLMGeneration):
 
     def __init__(self, model: Any, accelerator: Any, processing_class: Any, *args: Any, **kwargs: Any) -> None:
         self.thinking, self.forced = ThinkingConfig.of(causal_lm(model).config) is not None, 0
+        self.seeds: list[int] = []
         self.states: list[Tensor] = []
         self._asked = 0
         super().__init__(model, accelerator, processing_class, *args, **kwargs)
@@ -114,6 +118,7 @@ class ThinkingVLLM(VLLMGeneration):
                 own = {THINKING: True, THOUGHTS: self.forced, KEY: keys[i]} if keys else {THINKING: False}
                 each.append(sampling_params.clone())
                 each[-1].extra_args = (sampling_params.extra_args or {}) | own
+                each[-1].seed = self.seeds[i] if self.seeds else sampling_params.seed
             return generate(requests, sampling_params=each, **kwargs)
 
         with temporarily(self.llm, generate=ask):
@@ -123,7 +128,44 @@ class ThinkingVLLM(VLLMGeneration):
             self.states = [kept[key][: len(tokens)] for key, tokens in zip(keys, out[1], strict=True)]
         return out
 
+    def answers(
+        self, prompts: list[list[int]], new: int, temperature: float, thinking: bool, forced: int, seeds: list[int]
+    ) -> list[list[int]]:
+        """The completions of prompts, both as token ids, by the model alone, whatever training asks the engine for.
+
+        Args:
+            prompts: token ids.
+            new: where a completion is cut.
+            temperature: of the sampling, over the whole vocabulary; 0 is greedy.
+            thinking: whether they think.
+            forced: how many forced thoughts each begins with; they are of the completion.
+            seeds: of each completion's sampling.
+        """
+        own = {"thinking": thinking, "forced": forced, "seeds": seeds}
+        own |= {"max_completion_length": new, "temperature": temperature, "generation_kwargs": {}}
+        with temporarily(self, **own, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0):
+            completions: list[list[int]] = self.generate(prompts, None, 1)[1]
+        return completions
+
     def weights(self) -> nn.Module:
         """vLLM's own model."""
         model: nn.Module = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
         return model
+
+
+@contextmanager
+def engine_of(model: Any, tokenizer: Any, longest: int, rows: int) -> Iterator[ThinkingVLLM]:
+    """Within, an engine with the weights of a model that no trainer has.
+
+    Args:
+        model, tokenizer: loaded from a folder or the hub.
+        longest: tokens of a prompt and its completion.
+        rows: how many completions may be worked on at once.
+    """
+    accelerator = Accelerator(cpu=model.device.type == "cpu")
+    engine = ThinkingVLLM(model, accelerator, tokenizer, max_model_length=longest, max_num_seqs=rows)
+    try:
+        engine.sync_weights()
+        yield engine
+    finally:
+        engine.llm.llm_engine.engine_core.shutdown()

@@ -132,7 +132,7 @@ class HRPOConfig(GRPOConfig):
                 raise InputError("forced thoughts of a run that does not think need generate; leave thoughts out.")
             check_residual(self.residual, "continuous batching")
         if self.use_vllm:
-            self._check_vllm()
+            self.check_vllm()
         kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
         refused = {
             "use_transformers_paged=True": self.use_transformers_paged,
@@ -145,7 +145,8 @@ class HRPOConfig(GRPOConfig):
                 f"train plain GRPO with residual='none'."
             )
 
-    def _check_vllm(self) -> None:
+    def check_vllm(self) -> None:
+        """Raise `InputError` for rollouts in vLLM that cannot think."""
         if self.residual is None:
             raise InputError("forced thoughts of a run that does not think need generate; leave thoughts out.")
         check_residual(self.residual, "vLLM")
@@ -158,6 +159,13 @@ class HRPOConfig(GRPOConfig):
             raise InputError(
                 f"{wrong[0]} cannot think; rollouts in vLLM need vllm_mode='colocate', one GPU an engine."
             )
+
+    @property
+    def engine(self) -> str:
+        """What makes the completions, by the name that `--engine` has for it."""
+        if self.use_vllm and self.vllm_mode == "colocate":
+            return "vllm"
+        return "continuous" if self.use_transformers_continuous_batching else "generate"
 
     @property
     def chosen(self) -> dict[str, Any]:

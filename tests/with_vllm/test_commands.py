@@ -1,0 +1,141 @@
+"""`--engine vllm` of the commands: evaluations say what `generate` says, and a real model trains on real problems."""
+
+import json
+from collections import Counter
+
+import pytest
+import torch
+from engines import assert_same, big_enough, engine, generated, plain, thought
+from rollouts import assert_same_distribution
+from runs import small_trainer
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hrpo_patches.commands.eval import main as evaluate
+from hrpo_patches.commands.main import train
+from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete
+from hrpo_patches.models.base import open_model
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES
+
+pytestmark = pytest.mark.usefixtures("engines_end")
+MARKER = "a"  # which a random model says now and then
+
+
+@pytest.fixture(scope="module")
+def folder(tokenizer, tmp_path_factory):
+    """A base model, an adapter trained on it, and problems of several lengths."""
+    folder = tmp_path_factory.mktemp("commands")
+    big_enough("llama", thinking=None).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", thinking={"r_min": 0.3, "r_max": 0.6})
+    trainer = small_trainer(folder / "adapter", model=model, answer_start=MARKER, max_steps=2)
+    trainer.train()
+    trainer.save_model()
+    rows = [{"question": f"{i}" * (1 + i % 5) + "?", "answer": f"#### {i}"} for i in range(8)]
+    (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def said(folder, out, *more):
+    data = ["--dataset", str(folder / "problems.jsonl"), "--max_new_tokens", "24", "--batch_size", "5"]
+    results = evaluate(["--adapter", str(folder / "adapter"), *data, "--out", str(out), *more])
+    return [sample for problem in results["problems"] for sample in problem["samples"]], results["settings"]["engine"]
+
+
+@pytest.mark.parametrize("more", [[], ["--no-thinking"], ["--thoughts", "3"]], ids=str)
+def test_an_evaluation_in_vllm_says_what_generate_says(folder, tmp_path, capfd, more):
+    expected, _ = said(folder, tmp_path / "generate.json", *more)
+    found, chosen = said(folder, tmp_path / "vllm.json", "--engine", "auto", *more)
+    assert chosen == "vllm" and "engine: vllm (the fastest on a CPU)" in capfd.readouterr().out
+    assert found == expected and len({sample["completion"] for sample in found}) > 4
+    other, _ = said(folder, tmp_path / "other.json", *(["--no-thinking"] if not more else []))
+    assert [sample["completion"] for sample in other] != [sample["completion"] for sample in found]
+
+
+def test_a_sampled_evaluation_that_is_resumed_is_the_whole_one(folder):
+    model, tokenizer = open_model(str(folder / "adapter"))
+    ids = [tokenizer(text)["input_ids"] for text in ["Hi", "Why?", "abc", "12 + 3", "one", "two"]] * 2
+    way = Decoding(16, True, temperature=1.0, batch_size=4, engine="vllm")
+    whole = list(complete(model, tokenizer, ids, way))
+    assert len(whole) == 3 and list(complete(model, tokenizer, ids, way, first=1)) == whole[1:]
+    texts = [tuple(row) for _, rows in whole for row in rows]
+    assert len(set(texts)) == len(texts)  # of one prompt, too
+    assert list(complete(model, tokenizer, ids, Decoding(**vars(way) | {"seed": 7}))) != whole
+
+
+def test_what_vllm_cannot_do_in_an_evaluation_is_said_and_auto_takes_another(folder):
+    model, _ = open_model(str(folder / "adapter"))
+    for options, why in (
+        (("embedding",), "no distribution"),
+        ((None, 3), "forced thoughts without thinking"),
+        (("projection", 0, "zeroed"), "controls stand between"),
+        (("projection", 0, "swapped"), "needs the rows"),
+    ):
+        with pytest.raises(InputError, match=f"--engine vllm cannot be used: .*{why}"):
+            choose_engine("vllm", model, *options)
+        chosen, reason = choose_engine("auto", model, *options)
+        assert chosen == ("continuous" if "zeroed" in options else "generate") and why in reason
+
+
+@pytest.mark.smollm2
+def test_a_real_model_thinks_as_in_generate(smollm2, tmp_path):
+    real, words = smollm2
+    texts = ["The capital of France is", "What is 3 + 4?", "Once upon a time,", "A chair"]
+    prompts = [words(text)["input_ids"] for text in texts]
+    with engine(real, words, tmp_path, max_num_batched_tokens=16) as llm:
+        found = thought(llm, prompts, new=32)
+        without = plain(llm, prompts, new=32)
+    for one, prompt in zip(found, prompts, strict=True):
+        assert_same(one, generated(real, words, prompt, new=32))
+    assert without == [generated(real, words, prompt, new=32, thinking=False)[0] for prompt in prompts]
+    assert without != [tokens for tokens, *_ in found]
+
+
+@pytest.mark.smollm2
+@pytest.mark.shared_data
+def test_a_real_model_trains_on_real_problems(shared_data, tmp_path):
+    options = {
+        "engine": "vllm",
+        "model_name": "smollm2-135m",
+        "dataset": shared_data / "gsm8k" / "train.jsonl",
+        "output_dir": tmp_path / "run",
+        "max_steps": 3,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "group_size": 4,
+        "max_prompt_length": 256,
+        "max_completion_length": 24,
+        "logging_steps": 1,
+        "eval_problems": 2,
+        "learning_rate": 1e-3,
+        "lr_thinking_projection": 1e-3,
+        "save_steps": 1,
+        "residual_scale": "embedding",
+        "r_min": 0.5,
+        "r_max": 0.9,
+        "format_reward": 0.1,
+    }
+    report = train([f"--{name}={value}" for name, value in options.items()])
+    assert report["before"]["total"] == report["after"]["total"] == 2
+    rows = [json.loads(line) for line in (tmp_path / "run" / "monitor.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    assert len(rows) == 3 and all(0.4 < row["embeds_ratio"] < 0.95 for row in rows)
+    assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in rows)
+    assert all(row["projection/grad_norm"] > 0 for row in rows)
+    first, last = (load_file(tmp_path / "run" / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (1, 3))
+    moved = {name for name in first if not torch.equal(first[name], last[name])}
+    for part in (*MODULES, "lora_A", "lora_B"):
+        assert any(f".{part}." in name for name in moved), part
+
+
+def test_tokens_are_sampled_from_the_distribution_that_generate_samples_from(tokenizer, tmp_path):
+    model = big_enough("llama", thinking={"r_min": 0.3, "r_max": 0.6}, initializer_range=0.1).eval()
+    prompt, count = tokenizer("Hi")["input_ids"], 600
+    torch.manual_seed(0)
+    with engine(model, tokenizer, tmp_path, max_num_seqs=256) as llm:
+        sampling = {"temperature": 1.0, "top_k": 4}
+        found = Counter(tokens[2] for tokens in plain(llm, [prompt] * count, 3, sampling, thinking=True))
+    more = sampling | {"do_sample": True, "max_new_tokens": 3, "pad_token_id": 0}
+    out = model.generate(torch.tensor([prompt] * count), tokenizer=tokenizer, thinking=True, **more)
+    assert_same_distribution(found, Counter(out[:, len(prompt) + 2].tolist()))
