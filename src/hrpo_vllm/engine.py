@@ -93,6 +93,16 @@ def check_request(params: Any) -> None:
         )
 
 
+def refusal(error: InputError) -> InputError:
+    """The same error as one of vLLM's, too, to which a server answers that the request is bad, and why."""
+    from vllm.exceptions import VLLMValidationError
+
+    class RequestError(InputError, VLLMValidationError):
+        parameter = value = None
+
+    return RequestError(str(error))
+
+
 def guard_requests() -> None:
     """Let vLLM refuse, before any work, requests that cannot be thought; others pass as they are."""
     from vllm.v1.engine.input_processor import InputProcessor
@@ -104,7 +114,10 @@ def guard_requests() -> None:
     @wraps(process, assigned=("__name__", "__qualname__", "__doc__"))
     def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
         if is_thinking(self.model_config) and hasattr(params, "extra_args"):
-            check_request(params)
+            try:
+                check_request(params)
+            except InputError as error:
+                raise refusal(error) from None
         return process(self, request_id, prompt, params, *args, **kwargs)
 
     InputProcessor.process_inputs = process_inputs

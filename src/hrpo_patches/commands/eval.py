@@ -17,7 +17,7 @@ from hrpo_patches.evaluation.answers import Questions, answer_all
 from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP, Decoding, batches_of, choose_engine
 from hrpo_patches.evaluation.progress import Progressed
 from hrpo_patches.evaluation.scores import summarise
-from hrpo_patches.files import create
+from hrpo_patches.files import create, listed
 from hrpo_patches.models.base import base_of, open_model
 from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.tasks.base import Problem
@@ -159,8 +159,7 @@ def settings_of(arguments: EvalArguments, prompts: list[Any], problems: list[Pro
     base = base_of(adapter, arguments.model) if adapter is not None else arguments.model
     for name, folder in (("adapter_files", adapter), ("model_files", base)):
         if folder is not None and Path(folder).is_dir():
-            files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-            settings[name] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in files]
+            settings[name] = listed(Path(folder))
     return settings
 
 

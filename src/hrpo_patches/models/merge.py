@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,16 +12,18 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from hrpo_patches.files import whole_or_nothing
+from hrpo_patches.files import listed, whole_or_nothing
 from hrpo_patches.models.adapter import load_adapter
-from hrpo_patches.models.base import base_of, read_adapter_config, tokenizer_of
+from hrpo_patches.models.base import base_of, read_adapter_config, read_config, tokenizer_of
 from hrpo_patches.models.full import mark
-from hrpo_patches.models.hub import adapter_folder
+from hrpo_patches.models.hub import adapter_folder, find_adapter
 from hrpo_patches.models.record import read_thinking, write_thinking
+from hrpo_patches.models.smollm2 import cache_folder
 from hrpo_thinking.config import ThinkingConfig, record_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.modules import make_projection
 from hrpo_thinking.parts import MODULES, PROJECTION, parts_of
+from hrpo_thinking.request import check_residual
 
 _PREFIX = "base_model.model.model."
 
@@ -48,6 +52,41 @@ def merge(adapter: str | Path, destination: Path, base: str | None = None) -> Pa
         tokenizer.save_pretrained(folder)
         mark(folder)
     return destination
+
+
+def merged_for(name: str, base: str | None, engine: str) -> str:
+    """The folder, or the hub id, of a full model that thinks.
+
+    An adapter is merged into a folder of the cache (`cache_folder`), where the next call finds it again, as long as
+    no file of the adapter or of a base in a folder has changed.
+
+    Args:
+        name: a folder or hub id, of an adapter or of a model that was merged or trained whole.
+        base: the adapter's base model, by default the one that it names.
+        engine: that the model is for; it stands in what is refused.
+
+    Raises:
+        InputError: there is no such model, it does not think, or the engine cannot make its residual.
+    """
+    adapter = find_adapter(name)
+    if adapter is None:
+        if base is not None:
+            raise InputError(f"{name} is no adapter, so it has no base model; leave --base out.")
+        config = read_config(name)
+        held, thinking = config.thinking if isinstance(config.thinking, dict) else {}, ThinkingConfig.of(config)
+        if thinking is None or not held.get("in_checkpoint"):
+            raise InputError(f"{name} was not trained to think; {engine} serves it without us.")
+        check_residual(thinking.residual, engine)
+        return name
+    record = read_thinking(adapter)
+    if record is None:
+        raise InputError(f"the adapter {name} does not say how it thinks; convert it, or train it to think.")
+    check_residual(record["residual"], engine)
+    source = str(base_of(adapter, base))
+    known = [listed(adapter), source, listed(Path(source)) if Path(source).is_dir() else []]
+    digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
+    folder = cache_folder() / "served" / f"{adapter.resolve().name}-{digest}"
+    return str(folder if folder.is_dir() else merge(adapter, folder, source))
 
 
 def convert(source: Path, destination: Path, residual: str, answer_start: str = "####", seed: int = 42) -> Path:
