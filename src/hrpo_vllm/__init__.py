@@ -68,11 +68,11 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from hrpo_vllm.engine import ThinkingEngine, config_class
+    from hrpo_vllm import engine
 
     for kind, family in FAMILIES.items():
         name = architecture(f"{family}ForCausalLM")
         if name not in MODELS_CONFIG_MAP:
             ModelRegistry.register_model(name, f"hrpo_vllm.models:{name}")
-            MODELS_CONFIG_MAP[name] = ThinkingEngine
-            AutoConfig.register(kind + NEEDS_US, config_class(kind))
+            MODELS_CONFIG_MAP[name] = engine.ThinkingEngine
+            AutoConfig.register(kind + NEEDS_US, getattr(engine, f"{PREFIX}{family}Config"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import wraps
 from typing import Any
 
-from transformers import AutoConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen3Config
 
 from hrpo_thinking.config import NEEDS_US, ThinkingConfig, scaled_to_embeddings
 from hrpo_thinking.errors import InputError
@@ -13,20 +13,30 @@ from hrpo_thinking.request import check_residual
 from hrpo_vllm import KEY, THINKING, THOUGHTS, architecture, check_version, is_thinking
 
 
-def config_class(kind: str) -> type[Any]:
-    """The config of a merged model, whose type stock transformers refuses, as that of its family."""
-    stock: Any = type(AutoConfig.for_model(kind))
+class ThinkingFamily:
+    """The config of a merged model, whose type stock transformers refuses, as that of its family.
 
-    class ThinkingFamilyConfig(stock):
-        model_type = kind + NEEDS_US
-        architectures: Any
+    Its classes are not made anew in each process: an engine sends a config to the others that it starts.
+    """
 
-        def __init__(self, *args: Any, **kwargs: Any) -> None:
-            super().__init__(*args, **kwargs)
-            if self.architectures:
-                self.architectures = [architecture(name) for name in self.architectures]
+    architectures: Any
 
-    return ThinkingFamilyConfig
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]  # a config's
+        if self.architectures:
+            self.architectures = [architecture(name) for name in self.architectures]
+
+
+class ThinkingLlamaConfig(ThinkingFamily, LlamaConfig):
+    model_type = LlamaConfig.model_type + NEEDS_US
+
+
+class ThinkingQwen2Config(ThinkingFamily, Qwen2Config):
+    model_type = Qwen2Config.model_type + NEEDS_US
+
+
+class ThinkingQwen3Config(ThinkingFamily, Qwen3Config):
+    model_type = Qwen3Config.model_type + NEEDS_US
 
 
 class ThinkingEngine:

@@ -122,16 +122,21 @@ def test_hrpo_serve_merges_an_adapter_and_answers_as_generate_does(folder, token
     assert str(kept) in started[0] and (kept / "config.json").stat().st_mtime_ns == made
 
 
-def test_vllms_own_command_serves_a_merged_model_that_thinks(folder, tokenizer, tmp_path):
+def test_vllms_own_command_serves_a_merged_model_that_thinks_from_several_processes(
+    folder, tokenizer, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROCESSING_METHOD", "spawn")  # as beside a GPU
     model, _ = open_model(str(folder / "merged"))
-    with server([*VLLM, str(folder / "merged")], tmp_path) as client:
+    with server([*VLLM, str(folder / "merged")], tmp_path, "--api-server-count", "2") as client:
         for text in TEXTS[:2]:
             prompt = tokenizer(text)["input_ids"]
-            thought = generated(model, tokenizer, prompt, new=NEW)[0]
-            assert ask(client, prompt) == thought
-            assert (
-                ask(client, prompt, thinking=False) == generated(model, tokenizer, prompt, new=NEW, thinking=False)[0]
-            )
+            for thinking in (True, False):
+                expected = generated(model, tokenizer, prompt, new=NEW, thinking=thinking)[0]
+                assert ask(client, prompt, thinking=thinking) == expected
+            assert ask(client, prompt) != expected
+        for _ in range(6):  # each server has a guard
+            with pytest.raises(BadRequestError, match="below max_tokens"):
+                ask(client, prompt, thoughts=NEW)
 
 
 @pytest.mark.parametrize(
