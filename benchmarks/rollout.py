@@ -1,8 +1,8 @@
 """Completions a second of a GRPO batch by engine, stock and thinking: several prompts, several completions of each.
 
 Prompts have about 200 tokens, completions from 16 to 256, most of them short. `generate` decodes one padded batch to
-the longest completion; continuous batching gives each request its own length. Each measurement has a process of its
-own; engines alternate from round to round, and ratios are taken within a round.
+the longest completion; the others give each request its own length. Each measurement has a process of its own;
+engines alternate from round to round, and ratios are taken within a round. vLLM is measured where it is installed.
 """
 
 import argparse
@@ -14,7 +14,10 @@ import statistics
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
@@ -23,7 +26,8 @@ from rich.table import Table
 
 import hrpo_patches  # noqa: F401 - before transformers
 
-KINDS = ("generate", "generate, thinking", "continuous", "continuous, thinking")
+ENGINES = ("generate", "continuous", *(["vllm"] if find_spec("vllm") else []))
+KINDS = [kind for engine in ENGINES for kind in (engine, f"{engine}, thinking")]
 
 
 def batch(prompts, completions, vocabulary, seed=0):
@@ -74,6 +78,40 @@ def by_continuous_batching(model, tokenizer, rows, lengths, thinking):
     assert sorted(done) == sorted(lengths)
 
 
+def by_vllm(engine, rows, lengths, thinking):
+    """With the states of a thinking batch, which training fetches."""
+    from vllm import SamplingParams
+
+    keys = [str(i) for i in range(len(rows))]
+    each = [
+        SamplingParams(
+            max_tokens=length,
+            ignore_eos=True,
+            temperature=1.0,
+            logprobs=0,
+            extra_args={"thinking_key": key} if thinking else None,
+        )
+        for length, key in zip(lengths, keys, strict=True)
+    ]
+    outputs = engine.llm.generate([{"prompt_token_ids": row} for row in rows], each, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
+    if thinking:
+        states = engine.llm.collective_rpc("take_thoughts", args=(keys,))[0]
+        assert all(len(states[key]) >= length for key, length in zip(keys, lengths, strict=True))
+
+
+@contextmanager
+def started(engine, model, tokenizer, longest, count):
+    """What answers a batch: a function of its prompts, its lengths, and whether it thinks."""
+    if engine != "vllm":
+        yield partial(by_generate if engine == "generate" else by_continuous_batching, model, tokenizer)
+        return
+    from hrpo_patches.models.vllm_engine import engine_of
+
+    with engine_of(model, tokenizer, longest, count) as running:
+        yield partial(by_vllm, running)
+
+
 def measure(kind, arguments):
     """Seconds of one engine's batch, and the process's peak memory in GiB."""
     import torch
@@ -81,15 +119,17 @@ def measure(kind, arguments):
     from hrpo_patches.models.base import load_model
     from hrpo_thinking.config import ThinkingConfig
 
-    model, tokenizer = load_model(arguments.model_name, ThinkingConfig(), dtype=torch.float32)
+    engine, thinking = kind.partition(",")[0], kind.endswith("thinking")
+    own = ThinkingConfig() if thinking or engine != "vllm" else None  # vLLM's own model, if it is not to think
+    model, tokenizer = load_model(arguments.model_name, own, dtype=torch.float32)
     model.eval()
     rows, lengths = batch(arguments.prompts, arguments.completions, model.config.vocab_size)
-    engine = by_generate if kind.startswith("generate") else by_continuous_batching
-    with torch.no_grad():
-        engine(model, tokenizer, rows[:2], [3, 3], "thinking" in kind)  # a warm engine, and the marker's table
-        started = time.perf_counter()
-        engine(model, tokenizer, rows, lengths, "thinking" in kind)
-    seconds = time.perf_counter() - started
+    longest = max(map(len, rows)) + max(lengths)
+    with torch.no_grad(), started(engine, model, tokenizer, longest, len(rows)) as answer:
+        answer(rows[-2:], [3, 3], thinking)  # a warm engine, and the marker's table
+        begun = time.perf_counter()
+        answer(rows, lengths, thinking)
+        seconds = time.perf_counter() - begun
     return {"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
