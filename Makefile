@@ -24,7 +24,7 @@ OLDEST_VENV := .venv-oldest
 CORE := tests/patching tests/thinking tests/maths tests/training tests/monitor/test_callback.py \
 	$(addprefix tests/models/test_,adapter.py full.py merge.py older_files.py)
 
-.PHONY: train test test-oldest test-other-machines test-unsloth test-vllm test-gpu lint patch-matrix install wheel clean
+.PHONY: train test test-oldest test-other-machines test-unsloth test-vllm test-gpu bench lint patch-matrix install wheel clean
 
 train: install
 	$(BIN)/python scripts/hrpo_gsm8k.py --config configs/quickstart.yaml
@@ -50,6 +50,14 @@ test-unsloth: $(UNSLOTH_VENV)/.installed
 test-vllm: $(VLLM_VENV)/.installed
 	OMP_NUM_THREADS=2 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
 		$(VLLM_VENV)/bin/python -m pytest $(MARKS) --confcutdir tests/with_vllm tests/with_vllm
+
+# The tables of docs/performance.md, some two hours; the first is that of rollouts, vLLM's among them.
+bench: install $(VLLM_VENV)/.installed
+	VLLM_LOGGING_LEVEL=ERROR $(VLLM_VENV)/bin/python benchmarks/rollout.py
+	$(VLLM_VENV)/bin/python benchmarks/rollout.py --floor
+	$(BIN)/python benchmarks/decode.py
+	$(BIN)/python benchmarks/passes.py --thoughts 16
+	$(BIN)/python benchmarks/passes.py --thoughts 128 --rounds 3
 
 # Needs a GPU, and the environment that docs/unsloth.md names; writes what it saw under benchmarks/results/.
 test-gpu:

@@ -133,6 +133,35 @@ def measure(kind, arguments):
     return {"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
+def floors(arguments):
+    """Seconds that no engine can do without here: the weights read once a step, and the products of all tokens."""
+    import torch
+
+    from hrpo_patches.models.base import load_model
+
+    model, _ = load_model(arguments.model_name, None, dtype=torch.float32)
+    rows, lengths = batch(arguments.prompts, arguments.completions, model.config.vocab_size)
+    weights = sum(weight.numel() for weight in model.parameters())
+    tokens = sum(map(len, rows[:: arguments.completions])) + sum(lengths)  # each prompt once
+    read, square = torch.ones(2**28), torch.ones(4096, 4096)
+
+    def fastest(work):
+        times = []
+        for _ in range(5):
+            begun = time.perf_counter()
+            work()
+            times.append(time.perf_counter() - begun)
+        return min(times)
+
+    bandwidth = read.numel() * 4 / fastest(read.sum)
+    products = 2 * 4096**3 / fastest(lambda: square @ square)
+    return (
+        f"{max(lengths)} steps of {weights * 4 / 1e6:.0f} MB at {bandwidth / 1e9:.1f} GB/s: "
+        f"{max(lengths) * weights * 4 / bandwidth:.1f} s. {tokens} tokens of {2 * weights / 1e6:.0f} MFLOP at "
+        f"{products / 1e9:.0f} GFLOP/s: {tokens * 2 * weights / products:.1f} s."
+    )
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model_name", default="smollm2-135m", help="hub id, folder, or smollm2-135m")
@@ -140,11 +169,15 @@ def main(argv=None):
     parser.add_argument("--completions", type=int, default=8, help="completions of each")
     parser.add_argument("--rounds", type=int, default=3, help="rounds, each with every kind")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="what is measured")
+    parser.add_argument("--floor", action="store_true", help="only say what no engine can do without here")
     parser.add_argument("--one", choices=KINDS, help="measure this one here, and print a JSON object")
     parser.add_argument("--out", type=Path, help="also write the numbers to this JSON file")
     arguments = parser.parse_args(argv)
     if arguments.one:
         print(json.dumps(measure(arguments.one, arguments)))
+        return
+    if arguments.floor:
+        print(floors(arguments))
         return
     same = [f"--{name}={getattr(arguments, name)}" for name in ("model_name", "prompts", "completions")]
     kinds, rounds = list(arguments.kinds), []
