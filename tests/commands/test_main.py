@@ -25,7 +25,7 @@ def test_status_after_loading_says_applied():
     for patch in overlay.all_patches():
         if overlay.installed_version(patch.package) is not None:
             __import__(patch.module)
-            assert maintain.state_of(patch) == "applied"
+            assert overlay.state_of(patch) == "applied"
 
 
 def test_a_module_that_cannot_be_imported_is_a_line_and_not_a_traceback(monkeypatch, capsys):
@@ -41,7 +41,7 @@ def test_status_says_what_is_refused_and_fails(monkeypatch, capsys):
     patch = next(p for p in overlay.all_patches() if p.package == "transformers")
     old = patch._replace(target="transformers/models/gpt2/modeling_gpt2.py")
     monkeypatch.setattr(overlay, "all_patches", lambda: (old,))
-    assert maintain.state_of(old).startswith("refused: hrpo_patches cannot patch transformers")
+    assert overlay.state_of(old).startswith("refused: hrpo_patches cannot patch transformers")
     assert cli.main(["status"]) == 1
     assert "refused" in capsys.readouterr().out
 

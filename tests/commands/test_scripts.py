@@ -2,15 +2,13 @@
 
 import json
 import runpy
-from pathlib import Path
 
 import pytest
-from runs import parse
+from runs import SCRIPTS, assert_smollm2_learns_gsm8k, parse
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_thinking.errors import InputError
 
-SCRIPTS = Path(__file__).parents[2] / "scripts"
 ROWS = {
     "gsm8k": {"question": "What is {i} + 1?", "answer": "#### 2"},
     "math": {"problem": "What is ${i}$?", "solution": "It is \\boxed{{2}}."},
@@ -51,6 +49,13 @@ def test_a_script_trains_on_its_task(name, base, tmp_path):
         runpy.run_path(str(SCRIPTS / f"hrpo_{name}.py"))["main"](
             [*flags, "--task", "svamp", "--output_dir", str(other)]
         )
+
+
+@pytest.mark.smollm2
+@pytest.mark.shared_data
+@pytest.mark.parametrize("engine", ["generate", "continuous"])
+def test_a_real_model_trains_on_real_problems(shared_data, tmp_path, engine):
+    assert_smollm2_learns_gsm8k(engine, shared_data, tmp_path / "run")
 
 
 def test_the_reward_for_the_format_is_small_optional_and_reported_apart(base, tmp_path):

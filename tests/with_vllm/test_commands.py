@@ -7,16 +7,13 @@ import pytest
 import torch
 from engines import assert_same, big_enough, engine, generated, plain, thought
 from rollouts import assert_same_distribution
-from runs import small_trainer
-from safetensors.torch import load_file
+from runs import assert_smollm2_learns_gsm8k, small_trainer
 from transformers import AutoModelForCausalLM
 
 from hrpo_patches.commands.eval import main as evaluate
-from hrpo_patches.commands.main import train
 from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete
 from hrpo_patches.models.base import open_model
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.parts import MODULES
 
 pytestmark = pytest.mark.usefixtures("engines_end")
 MARKER = "a"  # which a random model says now and then
@@ -95,38 +92,7 @@ def test_a_real_model_thinks_as_in_generate(smollm2, tmp_path):
 @pytest.mark.smollm2
 @pytest.mark.shared_data
 def test_a_real_model_trains_on_real_problems(shared_data, tmp_path):
-    options = {
-        "engine": "vllm",
-        "model_name": "smollm2-135m",
-        "dataset": shared_data / "gsm8k" / "train.jsonl",
-        "output_dir": tmp_path / "run",
-        "max_steps": 3,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "group_size": 4,
-        "max_prompt_length": 256,
-        "max_completion_length": 24,
-        "logging_steps": 1,
-        "eval_problems": 2,
-        "learning_rate": 1e-3,
-        "lr_thinking_projection": 1e-3,
-        "save_steps": 1,
-        "residual_scale": "embedding",
-        "r_min": 0.5,
-        "r_max": 0.9,
-        "format_reward": 0.1,
-    }
-    report = train([f"--{name}={value}" for name, value in options.items()])
-    assert report["before"]["total"] == report["after"]["total"] == 2
-    rows = [json.loads(line) for line in (tmp_path / "run" / "monitor.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if "loss" in row]
-    assert len(rows) == 3 and all(0.4 < row["embeds_ratio"] < 0.95 for row in rows)
-    assert all(row["sampling/sampling_logp_difference/max"] < 1e-3 for row in rows)
-    assert all(row["projection/grad_norm"] > 0 for row in rows)
-    first, last = (load_file(tmp_path / "run" / f"checkpoint-{n}" / "adapter_model.safetensors") for n in (1, 3))
-    moved = {name for name in first if not torch.equal(first[name], last[name])}
-    for part in (*MODULES, "lora_A", "lora_B"):
-        assert any(f".{part}." in name for name in moved), part
+    assert_smollm2_learns_gsm8k("vllm", shared_data, tmp_path / "run")
 
 
 def test_tokens_are_sampled_from_the_distribution_that_generate_samples_from(tokenizer, tmp_path):

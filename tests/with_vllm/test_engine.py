@@ -5,7 +5,7 @@ import random
 import psutil
 import pytest
 import torch
-from engines import NEW, assert_same, big_enough, engine, generated, mask_of, plain, thought
+from engines import NEW, THINKING, assert_same, big_enough, engine, generated, mask_of, plain, thought
 from vllm import SamplingParams
 
 from hrpo_patches import replay_forward
@@ -60,6 +60,24 @@ def test_forced_thoughts_come_first_and_think(thinker, tokenizer):
         assert_same(found, expected)
         assert found[0][:3] == [filler] * 3 and found[0][3:] != generated(model, tokenizer, prompt)[0][:-3]
         assert torch.equal(mask_of(model, tokenizer, found[0], forced=3), expected[2])
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {"projection_layers": 2, "projection_hidden": 48},
+        {"projection_norm": True, "residual_scale": "embedding"},
+        {"projection_dropout": 0.5},  # of training alone
+    ],
+    ids=str,
+)
+def test_every_variant_of_the_projection_is_the_same_in_both(tokenizer, tmp_path, variant):
+    model = big_enough("qwen2", thinking=THINKING | variant).eval()
+    prompts = prompts_of(tokenizer, TEXTS[:3])
+    expected = [generated(model, tokenizer, prompt) for prompt in prompts]
+    with engine(model, tokenizer, tmp_path) as llm:
+        for found, one in zip(thought(llm, prompts), expected, strict=True):
+            assert_same(found, one)
 
 
 def test_plain_requests_beside_thinking_ones_are_as_without_us(thinker, tokenizer):

@@ -1,13 +1,15 @@
-"""The commands that are a parser and a call: `think`, `report`, `info`, `lm_eval`, `merge`, `convert`; do no work."""
+"""The commands that are a parser and a call, `think`, `doctor`, `merge` and others; do no work."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from textwrap import shorten
 
 from rich.console import Console
+from rich.markup import escape
 
 from hrpo_patches.commands.flags import Written, add_thinking_flags, plain_parser
 from hrpo_patches.extras import require
@@ -86,6 +88,32 @@ def _think_parser() -> argparse.ArgumentParser:
     parser.add_argument("--base", help="the base model, if not the one that the adapter names")
     parser.add_argument("--png", type=Path, help="draw it into this file, too; must not exist")
     return parser
+
+
+def doctor(argv: Written) -> int:
+    """Look whether all of it works together; returns 1 if something does not."""
+    from hrpo_patches.evaluation.doctor import Examination
+
+    parser = plain_parser("hrpo doctor", "Look whether machine, model, data and engine can think together.")
+    parser.add_argument("model", nargs="?", help="an adapter, a merged model, any base, or smollm2-135m, to be tried")
+    parser.add_argument("--base", help="the base model, if not the one that the adapter names")
+    parser.add_argument("--task", help="a task, whose problems are tried; by default gsm8k where there is a --dataset")
+    parser.add_argument("--dataset", help="hub id, .jsonl file or folder of the task's problems")
+    parser.add_argument("--engine", default="auto", help="generate, continuous, vllm or auto")
+    parser.add_argument("--json", action="store_true", help="print JSON, for a report of a bug")
+    given = parser.parse_args(argv)
+    console, findings = _console(), []
+    for finding in Examination(given.model, given.base, given.task, given.dataset, given.engine):
+        findings.append(finding)
+        if not given.json:
+            mark = {True: "[green]ok  [/]", False: "[red]BAD [/]", None: "[dim]-   [/]"}[finding.fine]
+            console.print(f"{mark} {finding.what}: {escape(finding.says)}", highlight=False)
+    bad = [finding.what for finding in findings if finding.fine is False]
+    if given.json:
+        print(json.dumps({"healthy": not bad, "findings": [vars(finding) for finding in findings]}, indent=1))
+    else:
+        console.print(f"{len(bad)} of {len(findings)} looks found something: {', '.join(bad)}." if bad else "Healthy.")
+    return int(bool(bad))
 
 
 def lm_eval(argv: Written) -> int:

@@ -44,6 +44,7 @@ COMMANDS: dict[str, tuple[Callable[[Written], Any], str]] = {
     "train": (train, "train a model to think, by GRPO"),
     "eval": (evaluate, "let a model answer a task's problems, and grade them"),
     "think": (_in("calls", "think"), "show one completion: each token's a, its residual's nearest words, the entropy"),
+    "doctor": (_in("calls", "doctor"), "look whether machine, model, data and engine can think together"),
     "report": (_in("calls", "report"), "draw runs side by side into a PNG, and put them into a Markdown table"),
     "info": (_in("calls", "info"), "show what thinking adds to a model: parameters, multiply-adds a token"),
     "merge": (_in("calls", "merge"), "make a full model, which thinks by default, of an adapter and its base"),

@@ -11,20 +11,6 @@ from rich.table import Table
 
 from hrpo_patches.commands.flags import Written, plain_parser
 from hrpo_patches.patching import export, overlay
-from hrpo_thinking.errors import PatchError
-
-
-def state_of(patch: overlay.Patch) -> str:
-    """One of: applied; not yet imported; refused, and why; not installed."""
-    if overlay.installed_version(patch.package) is None or overlay.site_of(patch.package) is None:
-        return "package not installed"
-    if patch in overlay.APPLIED:
-        return "applied"
-    try:
-        overlay.patched_source(patch, overlay.installed_source(patch))
-    except PatchError as error:
-        return f"refused: {error}"
-    return "not yet imported (fits)"
 
 
 def load_patched() -> dict[str, str]:
@@ -46,7 +32,7 @@ def status(argv: Written) -> int:
     table = Table(title="hrpo_patches")
     for column in ("package", "installed", "patch", "target", "state"):
         table.add_column(column, overflow="fold")
-    states = [(patch, failed.get(patch.module) or state_of(patch)) for patch in overlay.all_patches()]
+    states = [(patch, failed.get(patch.module) or overlay.state_of(patch)) for patch in overlay.all_patches()]
     for patch, state in states:
         installed = overlay.installed_version(patch.package) or "-"
         table.add_row(patch.package, installed, patch.name, patch.target, state)

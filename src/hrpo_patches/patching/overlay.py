@@ -131,6 +131,19 @@ def patched_source(patch: Patch, original: str) -> str:
         raise cannot_patch(patch.package, f"{patch.name} {misfit} {where}") from None
 
 
+def state_of(patch: Patch) -> str:
+    """One of: applied; not yet imported; refused, and why; not installed."""
+    if installed_version(patch.package) is None or site_of(patch.package) is None:
+        return "package not installed"
+    if patch in APPLIED:
+        return "applied"
+    try:
+        patched_source(patch, installed_source(patch))
+    except PatchError as error:
+        return f"refused: {error}"
+    return "not yet imported (fits)"
+
+
 class PatchedLoader(SourceFileLoader):
     """Loads a module from its patched source. `inspect`, tracebacks and pdb show the patched lines."""
 
