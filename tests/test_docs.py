@@ -1,0 +1,71 @@
+"""Commands in the documents exist, with the flags that they are shown with."""
+
+import io
+import re
+import runpy
+import shlex
+import sys
+from contextlib import redirect_stdout, suppress
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from hrpo_patches.commands.main import main as cli
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+OTHERS = {"pip", "git", "cd", "curl", "vllm", "for", "pre-commit"}  # commands that are not ours
+
+
+def commands():
+    """(page, words) of each command in a console block, its comment left out."""
+    for page in PAGES:
+        for line in re.findall(r"^\$ ((?:.*\\\n)*.*)$", page.read_text(), re.M):
+            for part in re.split(r" && | \| ", re.sub(r"\\\n\s*", " ", line)):
+                if words := shlex.split(part, comments=True):
+                    yield page.name, words
+
+
+@cache
+def help_of(*command):
+    """What a command's help prints."""
+    said, program = io.StringIO(), str(ROOT / command[0])
+    whole = "--help_all" if command[0].startswith("scripts/") or command == ("hrpo", "train") else "--help"
+    with redirect_stdout(said), suppress(SystemExit), pytest.MonkeyPatch.context() as patch:
+        if command[0] == "hrpo":
+            cli([*command[1:], whole])
+        else:
+            patch.setattr(sys, "argv", [program, whole])
+            patch.syspath_prepend(str(Path(program).parent))
+            runpy.run_path(program, run_name="__main__")
+    return said.getvalue()
+
+
+def test_each_page_of_commands_is_read():
+    pages = {page for page, _ in commands()}
+    assert pages >= {"README.md", "CONTRIBUTING.md", "training.md", "evaluation.md", "vllm.md", "results.md", "use.md"}
+    assert sum(1 for _ in commands()) > 50
+
+
+@pytest.mark.parametrize(("page", "words"), commands(), ids=lambda value: value if isinstance(value, str) else None)
+def test_a_command_exists_with_its_flags(page, words):
+    program, *rest = words
+    flags = [word.partition("=")[0] for word in rest if word.startswith("--")]
+    if program in OTHERS or program.startswith("."):
+        return
+    if program == "make":
+        assert set(rest) <= set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)), words
+        return
+    if program == "python":
+        known = help_of(rest[0])
+    else:
+        assert program == "hrpo", words
+        known = help_of(program, *rest[:1]) if rest else help_of(program)
+    if rest[:1] != ["serve"]:  # the rest of its flags are vLLM's
+        missing = [flag for flag in flags if not re.search(rf"{re.escape(flag)}\b", known)]
+        assert known and not missing, missing
+    for word in rest:
+        assert (
+            not word.startswith(("configs/", "scripts/", "benchmarks/")) or ".json" in word or (ROOT / word).exists()
+        )
