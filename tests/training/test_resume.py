@@ -18,11 +18,11 @@ import hrpo_patches, os, signal, sys
 from hrpo_patches import HRPOTrainer
 from hrpo_patches.commands.main import train
 when, step = sys.argv[1], int(sys.argv[2])
-name = {"between": "training_step", "saving": "_save_rng_state"}[when]
-original = getattr(HRPOTrainer, name)
+name = {"between": "training_step", "told": "training_step", "saving": "_save_rng_state"}[when]
+original, sent = getattr(HRPOTrainer, name), []
 def method(self, *arguments, **options):
-    if self.state.global_step == step:
-        os.kill(os.getpid(), signal.SIGKILL)
+    if self.state.global_step == step and not sent:
+        sent.append(os.kill(os.getpid(), signal.SIGTERM if when == "told" else signal.SIGKILL))
     return original(self, *arguments, **options)
 setattr(HRPOTrainer, name, method)
 train(sys.argv[3:])
@@ -89,10 +89,26 @@ def test_a_killed_run_goes_on_as_if_it_had_not_been(options, whole, tmp_path, wh
     resumed = run(RUN, *options, "--output_dir", folder, "--resume_from_checkpoint", "latest")
     assert resumed.returncode == 0, resumed.stderr
     assert (f"checkpoint-{step} is incomplete" in resumed.stdout) == (when == "saving")
+    assert_same_run(folder, whole)
+
+
+def assert_same_run(folder, whole):
     ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (folder, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
     assert log_of(folder)[:STEPS] == log_of(whole)[:STEPS]
+
+
+def test_a_run_that_is_told_to_end_saves_its_step_says_so_and_goes_on_as_if_it_had_not_been(options, whole, tmp_path):
+    folder = tmp_path / "run"
+    told = run(KILLED, "told", 3, *options, "--save_steps", 100, "--output_dir", folder)
+    assert told.returncode == 143, told.stderr  # 128 + SIGTERM
+    assert "told to end: saved after step 4; resume by --resume_from_checkpoint latest." in told.stdout
+    assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
+    assert not (folder / "report.json").exists()
+    resumed = run(RUN, *options, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    assert resumed.returncode == 0, resumed.stderr
+    assert_same_run(folder, whole)
 
 
 def test_a_run_that_goes_on_from_an_adapter_resumes_with_its_forced_thoughts_and_with_no_others(options, tmp_path):

@@ -28,6 +28,7 @@ from hrpo_patches.tasks.prompts import examples_of, prompt_of, uses_chat, with_p
 from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
 from hrpo_patches.thinking.continuous import cache_size
 from hrpo_patches.training.config import HRPOConfig
+from hrpo_patches.training.ending import STATUS, EndWhenTold
 from hrpo_patches.training.trainer import HRPOTrainer
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
@@ -152,6 +153,7 @@ def main(
 
     Raises:
         InputError: before any training, if the run cannot work.
+        SystemExit: with `ending.STATUS`, after SIGTERM; a checkpoint of the last step is saved.
     """
     run = parse(words, task, backend, prog)
     trainer, chosen, held_out = make_trainer(run)
@@ -161,7 +163,12 @@ def main(
     record: dict[str, Any] = {"title": ", ".join(dict.fromkeys(filter(None, parts))), "arguments": run.record()}
     if held_out:
         record["before"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering before")
+    ending = EndWhenTold(trainer.accelerator)
+    trainer.add_callback(ending)
     trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)
+    if ending.told:
+        print(f"told to end: saved after step {trainer.state.global_step}; resume by --resume_from_checkpoint latest.")
+        raise SystemExit(STATUS)
     trainer.save_model()
     if held_out:
         record["after"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering after")

@@ -1,0 +1,43 @@
+"""Lets a run that is told to end save first; knows a signal and the trainer's control, nothing of models."""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+STATUS = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM has ended
+
+
+class EndWhenTold(TrainerCallback):
+    """Upon SIGTERM, the step that is under way is finished and saved, and training stops; a second one ends at once.
+
+    Args:
+        accelerator: the trainer's; of several processes, all end when one was told.
+
+    Attributes:
+        told: whether the signal has come.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator, self.told = accelerator, False
+        self._before: Any = signal.SIG_DFL
+
+    def _tell(self, number: int, frame: Any) -> None:
+        self.told = True
+        signal.signal(number, self._before)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        self._before = signal.signal(signal.SIGTERM, self._tell)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.accelerator.num_processes > 1:
+            told = torch.tensor(float(self.told), device=self.accelerator.device)
+            self.told = bool(self.accelerator.reduce(told, reduction="sum"))
+        if self.told:
+            control.should_save = control.should_training_stop = True
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        signal.signal(signal.SIGTERM, self._before)
