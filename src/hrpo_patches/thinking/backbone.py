@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -51,6 +52,11 @@ def patched_backbone(model: Any) -> ThinkingMixin:
     if not hasattr(backbone, "blend_thinking"):
         raise InputError(f"{type(base).__name__} cannot think: hrpo_patches has patches for {NAMES} only.")
     return backbone
+
+
+def hands_over_states(model: Any) -> bool:
+    """Whether the forward of a causal language model takes `output_last_hidden_state`."""
+    return "output_last_hidden_state" in signature(type(model).forward).parameters
 
 
 def thinking_backbone(model: Any) -> ThinkingMixin:

@@ -25,7 +25,7 @@ from hrpo_patches.models.backends import backend_of
 from hrpo_patches.models.record import save_pauses, save_thinking
 from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.monitor.nonfinite import keep
-from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
+from hrpo_patches.thinking.backbone import causal_lm, hands_over_states, temporarily, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.passes import Passes
 from hrpo_patches.thinking.replay import Rollout, passes_inputs
@@ -46,6 +46,7 @@ from hrpo_patches.training.prepare import (
 from hrpo_patches.training.reference import StartReference, without_reference
 from hrpo_patches.training.released import released
 from hrpo_patches.training.rollouts import Made, by_batches, by_generate, by_vllm, engines_that_think
+from hrpo_patches.training.scores import scores
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 
@@ -303,16 +304,16 @@ class HRPOTrainer(GRPOTrainer):
     def _score_plain(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
+        inner, tokens = causal_lm(self.accelerator.unwrap_model(model)), input_ids[:, -width:]
+        whole = not (hands_over_states(inner) and backend_of(inner).fused_head)
+        kept = {"logits_to_keep": width + 1} if whole else {"logits_to_keep": 1, "output_last_hidden_state": True}
         with self.accelerator.autocast():
-            outputs = model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                logits_to_keep=width + 1,
-                use_cache=False,
-                **thinking,
-            )
+            outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kept, **thinking)
+            if not whole:
+                states, vocabulary = outputs.last_hidden_state[:, -width - 1 : -1], inner.config.vocab_size
+                return scores(inner.get_output_embeddings(), states, tokens, self.temperature, vocabulary)
         logits = outputs.logits[:, :-1].float() / self.temperature
-        return selective_log_softmax(logits, input_ids[:, -width:]), entropy_from_logits(logits)
+        return selective_log_softmax(logits, tokens), entropy_from_logits(logits)
 
     # --- optimizer, metrics, save ----------------------------------------------------------------------------------
 

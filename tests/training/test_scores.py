@@ -1,0 +1,58 @@
+"""The loss holds no logits of all tokens at once, and has the values and gradients of one that does."""
+
+import pytest
+import torch
+from runs import small_trainer
+from tiny import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+from hrpo_patches.training import scores as module
+from hrpo_patches.training.scores import scores
+
+
+class Largest(TorchDispatchMode):
+    """Remembers how many elements the largest memory of a tensor has that is made or looked at within."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        made = out if isinstance(out, (tuple, list)) else (out,)
+        for one in made:
+            if isinstance(one, torch.Tensor):
+                self.elements = max(self.elements, one.untyped_storage().nbytes() // one.element_size())
+        return out
+
+
+@pytest.mark.parametrize("logits", [1, 100, 10**6], ids=["token by token", "in pieces", "at once"])
+def test_values_and_gradients_are_those_of_all_logits(monkeypatch, logits):
+    monkeypatch.setattr(module, "LOGITS", logits)
+    torch.manual_seed(0)
+    head, states = torch.nn.Linear(8, 30), torch.randn(3, 5, 8, requires_grad=True)
+    tokens, wanted = torch.randint(0, 30, (3, 5)), torch.randn(3, 5)
+    found = scores(head, states, tokens, 0.7, 30)
+    whole = head(states) / 0.7
+    expected = selective_log_softmax(whole, tokens), entropy_from_logits(whole)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+    wrt = [states, *head.parameters()]
+    ours, theirs = (torch.autograd.grad((logps * wanted).sum(), wrt) for logps in (found[0], expected[0]))
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("passes", [1, "all"])
+def test_nothing_in_a_loss_and_its_gradient_has_the_size_of_all_tokens_times_the_vocabulary(tmp_path, passes):
+    length, vocabulary = 16, 9000
+    model = tiny_model("llama", thinking={}, vocab_size=vocabulary)
+    trainer = small_trainer(tmp_path, model=model, max_completion_length=length, replay_passes=str(passes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "LOGITS", 2 * vocabulary)
+        with Largest() as seen:
+            trainer.train()
+    rows = trainer.args.per_device_train_batch_size
+    table = vocabulary * model.config.hidden_size
+    assert table <= seen.elements < rows * length * vocabulary / 2, (seen.elements, table)
