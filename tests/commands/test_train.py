@@ -174,7 +174,7 @@ def test_a_run_trains_saves_and_reports(base, data, tmp_path, residual, capsys):
 def test_a_run_trains_on_rollouts_of_continuous_batching(base, data, tmp_path, capsys):
     arguments = ["--model_name", base, "--dataset", data, "--output_dir", str(tmp_path / "run"), *TINY]
     record = main([*arguments, "--engine", "auto", "--eval_problems", "3", "--max_steps", "2"])
-    assert "engine: continuous (nothing else to install, and faster on a CPU)" in capsys.readouterr().out
+    assert "engine: continuous (not vllm: vLLM is not installed" in capsys.readouterr().out
     assert record["log"][0]["projection/grad_norm"] > 0 and record["arguments"]["engine"] == "auto"
     assert record["after"]["total"] == 3
     refused = ["--engine", "continuous", "--residual", "embedding", "--output_dir", str(tmp_path / "other")]
