@@ -44,6 +44,18 @@ def test_values_and_gradients_are_those_of_all_logits(monkeypatch, logits):
         torch.testing.assert_close(one, other)
 
 
+def test_a_run_in_pieces_has_the_losses_and_gradients_of_one_at_once(tmp_path, monkeypatch):
+    found = []
+    for logits in (module.LOGITS, 500):  # two tokens of the tiny vocabulary
+        monkeypatch.setattr(module, "LOGITS", logits)
+        torch.manual_seed(0)
+        trainer = small_trainer(tmp_path / str(logits), max_steps=1)
+        trainer.train()
+        (row,) = [row for row in trainer.state.log_history if "loss" in row]
+        found.append([row[name] for name in ("loss", "grad_norm", "kl", "entropy", "projection/grad_norm")])
+    torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("passes", [1, "all"])
 def test_nothing_in_a_loss_and_its_gradient_has_the_size_of_all_tokens_times_the_vocabulary(tmp_path, passes):
     length, vocabulary = 16, 9000

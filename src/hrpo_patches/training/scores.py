@@ -9,7 +9,12 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-LOGITS = 2**22  # that exist at once, whatever the vocabulary; in float32 16 MiB, of which a softmax holds several
+LOGITS = 2**24  # that exist at once, whatever the vocabulary; in float32 64 MiB, of which a softmax holds several
+
+
+def fits(rows: int, width: int, vocabulary: int) -> bool:
+    """Whether the logits of `rows` of `width` tokens may all exist at once, which is faster."""
+    return rows * width * vocabulary <= LOGITS
 
 
 def scores(

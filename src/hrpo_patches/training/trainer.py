@@ -46,7 +46,7 @@ from hrpo_patches.training.prepare import (
 from hrpo_patches.training.reference import StartReference, without_reference
 from hrpo_patches.training.released import released
 from hrpo_patches.training.rollouts import Made, by_batches, by_generate, by_vllm, engines_that_think
-from hrpo_patches.training.scores import scores
+from hrpo_patches.training.scores import fits, scores
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 
@@ -305,7 +305,8 @@ class HRPOTrainer(GRPOTrainer):
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         inner, tokens = causal_lm(self.accelerator.unwrap_model(model)), input_ids[:, -width:]
-        whole = not (hands_over_states(inner) and backend_of(inner).fused_head)
+        pieces = hands_over_states(inner) and backend_of(inner).fused_head
+        whole = not pieces or fits(len(tokens), width, inner.config.vocab_size)
         kept = {"logits_to_keep": width + 1} if whole else {"logits_to_keep": 1, "output_last_hidden_state": True}
         with self.accelerator.autocast():
             outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kept, **thinking)
