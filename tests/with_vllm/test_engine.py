@@ -74,9 +74,10 @@ def test_forced_thoughts_come_first_and_think(thinker, tokenizer):
 def test_every_variant_of_the_projection_is_the_same_in_both(tokenizer, tmp_path, variant):
     model = big_enough("qwen2", thinking=THINKING | variant).eval()
     prompts = prompts_of(tokenizer, TEXTS[:3])
-    expected = [generated(model, tokenizer, prompt) for prompt in prompts]
+    # A few tokens: a residual as long as an embedding feeds rounding back into a random model, ten times every four.
+    expected = [generated(model, tokenizer, prompt, new=6) for prompt in prompts]
     with engine(model, tokenizer, tmp_path) as llm:
-        for found, one in zip(thought(llm, prompts), expected, strict=True):
+        for found, one in zip(thought(llm, prompts, new=6), expected, strict=True):
             assert_same(found, one)
 
 
