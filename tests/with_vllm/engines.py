@@ -6,7 +6,9 @@ from functools import partial
 
 import torch
 from rollouts import alone
+from runs import small_trainer
 from tiny import tiny_model
+from transformers import AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
 from hrpo_patches.models.full import mark
@@ -23,6 +25,16 @@ SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32}  # vLLM h
 def big_enough(family, **options):
     """A tiny model whose heads are as wide as vLLM wants them."""
     return tiny_model(family, **SIZES | {"thinking": dict(THINKING)} | options)
+
+
+def trained(folder, tokenizer, **options):
+    """Put a plain base model into `folder`, and an adapter that was trained on it for two steps."""
+    big_enough("llama", thinking=None).save_pretrained(folder / "base")
+    tokenizer.save_pretrained(folder / "base")
+    model = AutoModelForCausalLM.from_pretrained(folder / "base", thinking={"r_min": 0.3, "r_max": 0.6})
+    trainer = small_trainer(folder / "adapter", model=model, max_steps=2, **options)
+    trainer.train()
+    trainer.save_model()
 
 
 @contextmanager

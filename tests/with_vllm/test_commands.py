@@ -5,10 +5,9 @@ from collections import Counter
 
 import pytest
 import torch
-from engines import assert_same, big_enough, engine, generated, plain, thought
+from engines import assert_same, big_enough, engine, generated, plain, thought, trained
 from rollouts import assert_same_distribution
-from runs import assert_smollm2_learns_gsm8k, small_trainer
-from transformers import AutoModelForCausalLM
+from runs import assert_smollm2_learns_gsm8k
 
 from hrpo_patches.commands.eval import main as evaluate
 from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete
@@ -23,12 +22,7 @@ MARKER = "a"  # which a random model says now and then
 def folder(tokenizer, tmp_path_factory):
     """A base model, an adapter trained on it, and problems of several lengths."""
     folder = tmp_path_factory.mktemp("commands")
-    big_enough("llama", thinking=None).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", thinking={"r_min": 0.3, "r_max": 0.6})
-    trainer = small_trainer(folder / "adapter", model=model, answer_start=MARKER, max_steps=2)
-    trainer.train()
-    trainer.save_model()
+    trained(folder, tokenizer, answer_start=MARKER)
     rows = [{"question": f"{i}" * (1 + i % 5) + "?", "answer": f"#### {i}"} for i in range(8)]
     (folder / "problems.jsonl").write_text("\n".join(map(json.dumps, rows)))
     return folder

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from engines import big_enough, generated
+from engines import generated, trained
 from openai import BadRequestError, OpenAI
 from runs import small_trainer
 from transformers import AutoModelForCausalLM
@@ -35,12 +35,7 @@ OPTIONS = ["--dtype", "float32", "--max-model-len", "256", "--enforce-eager", "-
 def folder(tokenizer, tmp_path_factory):
     """A base model, an adapter trained on it, and the two merged."""
     folder = tmp_path_factory.mktemp("serving")
-    big_enough("llama", thinking=None).save_pretrained(folder / "base")
-    tokenizer.save_pretrained(folder / "base")
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", thinking={"r_min": 0.3, "r_max": 0.6})
-    trainer = small_trainer(folder / "adapter", model=model, max_steps=2)
-    trainer.train()
-    trainer.save_model()
+    trained(folder, tokenizer)
     merge(folder / "adapter", folder / "merged")
     return folder
 
