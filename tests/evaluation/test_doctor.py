@@ -175,6 +175,7 @@ def test_a_planted_fault_is_found_alone_and_what_to_do_is_said(folder, monkeypat
 
 def test_a_damaged_adapter_and_an_engine_that_is_not_there_are_found_too(folder):
     assert "vLLM is not installed; pip install" in examined(folder, "adapter", engine="vllm")["engine"]
+    assert "has to be one of generate, continuous, vllm, auto" in examined(folder, engine="fast")["engine"]
     weights = folder / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert list(examined(folder, "adapter")) == ["model"]

@@ -163,9 +163,9 @@ def main(
     record: dict[str, Any] = {"title": ", ".join(dict.fromkeys(filter(None, parts))), "arguments": run.record()}
     if held_out:
         record["before"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering before")
-    ending = EndWhenTold(trainer.accelerator)
-    trainer.add_callback(ending)
-    trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)
+    with EndWhenTold(trainer.accelerator) as ending:
+        trainer.add_callback(ending)
+        trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)
     if ending.told:
         print(f"told to end: saved after step {trainer.state.global_step}; resume by --resume_from_checkpoint latest.")
         raise SystemExit(STATUS)

@@ -293,9 +293,11 @@ class Examination:
 
     def chooses(self) -> str:
         """Which engine is taken and why, and whether it says what generate says."""
-        from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete
+        from hrpo_patches.evaluation.generate import CHOICES, Decoding, choose_engine, complete
         from hrpo_patches.thinking.backbone import causal_lm
 
+        if self.asked not in CHOICES:
+            raise InputError(f"--engine has to be one of {', '.join(CHOICES)}, not {self.asked!r}.")
         model, ids = self._seen(), [self._asked()]
         engine, why = choose_engine(self.asked, model, self.residual)
         if engine == "generate":

@@ -14,6 +14,8 @@ STATUS = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM has
 class EndWhenTold(TrainerCallback):
     """Upon SIGTERM, the step that is under way is finished and saved, and training stops; a second one ends at once.
 
+    It listens within its `with` block, also where training fails.
+
     Args:
         accelerator: the trainer's; of several processes, all end when one was told.
 
@@ -29,8 +31,12 @@ class EndWhenTold(TrainerCallback):
         self.told = True
         signal.signal(number, self._before)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def __enter__(self) -> EndWhenTold:
         self._before = signal.signal(signal.SIGTERM, self._tell)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGTERM, self._before)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.accelerator.num_processes > 1:
@@ -38,6 +44,3 @@ class EndWhenTold(TrainerCallback):
             self.told = bool(self.accelerator.reduce(told, reduction="sum"))
         if self.told:
             control.should_save = control.should_training_stop = True
-
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        signal.signal(signal.SIGTERM, self._before)
