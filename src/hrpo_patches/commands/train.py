@@ -167,7 +167,9 @@ def main(
         trainer.add_callback(ending)
         trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)
     if ending.told:
-        print(f"told to end: saved after step {trainer.state.global_step}; resume by --resume_from_checkpoint latest.")
+        if trainer.accelerator.is_main_process:
+            step = trainer.state.global_step
+            print(f"told to end: saved after step {step}; resume by --resume_from_checkpoint latest.")
         raise SystemExit(STATUS)
     trainer.save_model()
     if held_out:

@@ -24,11 +24,8 @@ GIB = 2**30
 ROOM = 1 * GIB  # of disk that a run wants at the least
 NEW = 16  # tokens of the completion that is tried
 QUESTION = "What is 3 + 4?"
-TOLERANCE = {
-    "torch.float32": 1e-3,
-    "torch.bfloat16": 0.5,
-    "torch.float16": 0.1,
-}  # of log-probabilities, rollout against replay
+# Of log-probabilities, rollout against replay.
+TOLERANCE = {"torch.float32": 1e-3, "torch.bfloat16": 0.5, "torch.float16": 0.1}
 
 
 @dataclass
