@@ -29,6 +29,7 @@ from hrpo_patches.monitor.measures import (
 )
 from hrpo_patches.monitor.nonfinite import refuse_nonfinite, refuse_spoilt
 from hrpo_patches.thinking.backbone import causal_lm
+from hrpo_patches.thinking.shards import head_of, in_shards, whole
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 from hrpo_thinking.parts import is_thinking_parameter, spelled
@@ -77,7 +78,7 @@ class ThinkingMonitor(TrainerCallback):
         base = causal_lm(model)
         self.model = model
         self.backbone: Any = getattr(base, getattr(base, "base_model_prefix", ""), base)
-        self.head = base.get_output_embeddings()
+        self.base = base
         self.thinks = any(is_thinking_parameter(n) and p.requires_grad for n, p in model.named_parameters())
         self.start = {n: p.clone() for n, p in projection_weights(self.backbone).items()} if self.thinks else {}
         self.estimate_marker = estimate_marker
@@ -130,7 +131,7 @@ class ThinkingMonitor(TrainerCallback):
         if args.logging_strategy == "epoch":
             every = max(1, math.ceil(state.max_steps / max(1, state.num_train_epochs)))
         logged = args.logging_strategy != "no" and (step % every == 0 or (args.logging_first_step and step == 1))
-        self._sampling = bool(logged and self.thinks and state.is_world_process_zero)
+        self._sampling = bool(logged and self.thinks and (state.is_world_process_zero or in_shards(self.model)))
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         started = time.perf_counter()
@@ -141,12 +142,18 @@ class ThinkingMonitor(TrainerCallback):
         started = time.perf_counter()
         self._refuse_nonfinite(args, state)
         if self._sampling:
-            values = gradient_norms(self.model) | measure_weights(self.backbone, self.start)
-            if self._first is not None and self._first.get("thinking_states") is not None:
-                values |= {"marker_rate": marker_rate(self._first)} if self.estimate_marker else {}
-                values |= measure_blend(self.backbone, self.head, self._first, getattr(args, "temperature", 1.0))
+            values = gradient_norms(self.model)
+            with whole(self.model):
+                values |= self._measured(getattr(args, "temperature", 1.0))
             self._values = _numbers(values)
         self.seconds += time.perf_counter() - started
+
+    def _measured(self, temperature: float) -> dict[str, Tensor]:
+        values = measure_weights(self.backbone, self.start)
+        if self._first is not None and self._first.get("thinking_states") is not None:
+            values |= {"marker_rate": marker_rate(self._first)} if self.estimate_marker else {}
+            values |= measure_blend(self.backbone, head_of(self.base), self._first, temperature)
+        return values
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         started = time.perf_counter()

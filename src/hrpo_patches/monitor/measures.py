@@ -5,6 +5,7 @@ Every function works on a sample, without gradients, and leaves the random state
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
 from hrpo_patches.thinking.mixin import ThinkingMixin
+from hrpo_patches.thinking.shards import plain
 from hrpo_thinking.blend import EPS
 from hrpo_thinking.modules import ThinkingLinear
 from hrpo_thinking.parts import RESIDUALS, embedding_residual, group_of
@@ -41,7 +43,7 @@ def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is not None:
             groups.setdefault(group_of(name), []).append(parameter.grad)
-    return {f"{group}/grad_norm": nn.utils.get_total_norm(grads) for group, grads in groups.items()}
+    return {f"{group}/grad_norm": plain(nn.utils.get_total_norm(grads)) for group, grads in groups.items()}
 
 
 @torch.no_grad()
@@ -76,7 +78,7 @@ def projection_weights(backbone: ThinkingMixin) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def measure_blend(
-    backbone: ThinkingMixin, head: nn.Module | None, inputs: dict[str, Any], temperature: float = 1.0
+    backbone: ThinkingMixin, head: Callable[[Tensor], Tensor] | None, inputs: dict[str, Any], temperature: float = 1.0
 ) -> dict[str, Tensor]:
     """Gates and residuals at a sample of the thinking positions of one forward.
 
@@ -111,8 +113,8 @@ def measure_blend(
     residual = RESIDUALS[kind].make(backbone, state).float()
     values["cosine/token"] = cosine_similarity(residual, e[few], eps=EPS).mean()
     if RESIDUALS[kind].needs_state and head is not None:
-        logits = head(state.to(next(head.parameters()).dtype)).float()
         table: Any = backbone.get_input_embeddings().weight
+        logits = head(state.to(table.dtype)).float()
         other = embedding_residual((logits / temperature).softmax(-1), table)
         values["cosine/embedding"] = cosine_similarity(residual, other.float(), eps=EPS).mean()
     return values

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from hrpo_patches.thinking.shards import plain
 from hrpo_thinking.errors import NonFiniteError
 
 
@@ -27,7 +28,7 @@ def refuse_nonfinite(model: nn.Module, inputs: dict[str, Any], folder: Path, ste
         NonFiniteError: the norm of the gradients is NaN or infinite.
     """
     gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    if gradients and not nn.utils.get_total_norm(gradients).isfinite():
+    if gradients and not plain(nn.utils.get_total_norm(gradients)).isfinite():
         kept = keep(model, inputs, folder, step, rank)
         raise NonFiniteError(
             f"the gradient of step {step} is not finite, so the step was not taken and no checkpoint was touched; "
@@ -42,7 +43,7 @@ def refuse_spoilt(model: nn.Module, inputs: dict[str, Any], folder: Path, step: 
     Args and errors are those of `refuse_nonfinite`.
     """
     weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
-    if weights and not nn.utils.get_total_norm(weights).isfinite():
+    if weights and not plain(nn.utils.get_total_norm(weights)).isfinite():
         kept = keep(model, inputs, folder, step, rank)
         raise NonFiniteError(
             f"step {step} left weights that are not finite; they were not saved, and no checkpoint was touched; what "
@@ -59,10 +60,10 @@ def keep(model: nn.Module, inputs: dict[str, Any], folder: Path, step: int, rank
         kept / "inputs.safetensors",
     )
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    spoilt = [name for name, p in named if p.grad is not None and not p.grad.isfinite().all()]
+    spoilt = [name for name, p in named if p.grad is not None and not plain(p.grad).isfinite().all()]
     record = {
         "step": step,
-        "weights": [name for name, parameter in named if not parameter.isfinite().all()],
+        "weights": [name for name, parameter in named if not plain(parameter).isfinite().all()],
         "gradients": spoilt
         if len(spoilt) < len(named)
         else "all: clipping spreads one that is not finite to the others",

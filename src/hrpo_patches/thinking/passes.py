@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.cache_utils import Cache, DynamicLayer
 
 from hrpo_patches.thinking.backbone import temporarily
+from hrpo_patches.thinking.shards import anywhere, in_shards
 from hrpo_thinking.errors import InputError
 
 if TYPE_CHECKING:  # transformers is importing this module
@@ -127,13 +128,16 @@ def one_by_one(
         residual: how.
     """
     length, width = embeds.shape[1], mask.shape[1]
-    columns = mask.any(0).nonzero().flatten().tolist() or [0]  # DDP wants every weight used, also if nobody thinks
+    columns = anywhere(backbone, mask.any(0)).nonzero().flatten().tolist()
+    columns = columns or [0]  # DDP wants every weight used, also if nobody thinks
     first, last = length - width + columns[0], length - width + columns[-1]
     if position_ids is None:
         position_ids = torch.arange(length, device=embeds.device).unsqueeze(0)
     ends = [*range(STRETCH, first, STRETCH), *range(first, last + 2), *range(last + 1 + STRETCH, length, STRETCH)]
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
     recomputed = last - first >= KEPT or checkpointed
+    if head is not None and in_shards(backbone):
+        head = partial(_again, head)  # by the time of its backward, the weights that it read have been given back
     past: list[Stretch] = []
     hidden: list[Tensor] = []
     start = 0

@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.thinking.passes import Head, Passes, check_passes, live_states
+from hrpo_patches.thinking.shards import head_of, weight_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import RESIDUALS, ResidualKind
 
@@ -58,17 +59,17 @@ class DistributionHead:
 
     def __init__(self, model: Any, kind: ResidualKind, temperature: float = 1.0) -> None:
         self.kind = kind
-        self.head, self.temperature = model.get_output_embeddings(), temperature
+        self.head, self.temperature = head_of(model), temperature
         self.table = model.get_input_embeddings()
         self.vocabulary = model.config.vocab_size
 
     def __call__(self, states: Tensor) -> Tensor:
         logits = self.head(states)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
-        return self.kind.observe(states, logits, self.table.weight)
+        return self.kind.observe(states, logits, weight_of(self.table))
 
 
-def head_of(model: Any, residual: str, temperature: float) -> Head | None:
+def distribution_head(model: Any, residual: str, temperature: float) -> Head | None:
     """What makes residuals of live states, where the state alone does not do."""
     kind = RESIDUALS[residual]
     return None if kind.needs_state else DistributionHead(model, kind, temperature)
@@ -83,7 +84,7 @@ def passes_inputs(model: Any, passes: Passes, residual: str, temperature: float 
     check_passes(passes)
     if passes == 1:
         return {}
-    return {"thinking_passes": passes, "thinking_head": head_of(model, residual, temperature)}
+    return {"thinking_passes": passes, "thinking_head": distribution_head(model, residual, temperature)}
 
 
 def replay_forward(
@@ -159,5 +160,5 @@ def thinking_roll(
         output_last_hidden_state=True,
         logits_to_keep=1,
     )
-    head = head_of(inner, residual, temperature)
+    head = distribution_head(inner, residual, temperature)
     return live_states(out.last_hidden_state, thinking_mask.shape[1], head)

@@ -9,9 +9,11 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hrpo_patches.thinking.backbone import temporarily
+from hrpo_patches.thinking.shards import give_back, like
 from hrpo_thinking.errors import InputError
 
 START_FILE = "reference_start.safetensors"
@@ -44,10 +46,15 @@ class StartReference(TrainerCallback):
 
     def _swap(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Make these the model's weights; returns the ones that they replace."""
+        give_back(self.model)
         replaced = {}
         for name, value in weights.items():
             parameter = self.model.get_parameter(name)
-            replaced[name], parameter.data = parameter.data, value.to(parameter.device)
+            if isinstance(parameter, DTensor):  # its unit reads the memory that it began with
+                replaced[name] = parameter.detach().clone()
+                parameter.detach().copy_(value)
+            else:
+                replaced[name], parameter.data = parameter.data, value.to(parameter.device)
         return replaced
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -57,6 +64,7 @@ class StartReference(TrainerCallback):
             save_file({name: weight.cpu().contiguous() for name, weight in self.weights.items()}, file)
         elif state.global_step:
             self._read(file)
+        self.weights = {name: like(value, self.model.get_parameter(name).detach()) for name, value in self.weights.items()}
 
     def _read(self, file: Path) -> None:
         if not file.is_file():

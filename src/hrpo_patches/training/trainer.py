@@ -29,6 +29,7 @@ from hrpo_patches.thinking.backbone import causal_lm, hands_over_states, tempora
 from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.passes import Passes
 from hrpo_patches.thinking.replay import Rollout, passes_inputs
+from hrpo_patches.thinking.shards import head_of, whole
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.epoch_order import EpochOrder
 from hrpo_patches.training.optim import regroup
@@ -47,6 +48,7 @@ from hrpo_patches.training.reference import StartReference, without_reference
 from hrpo_patches.training.released import released
 from hrpo_patches.training.rollouts import Made, by_batches, by_generate, by_vllm, engines_that_think
 from hrpo_patches.training.scores import fits, scores
+from hrpo_patches.training.several import InShards, as_long_as_any
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 
@@ -54,7 +56,7 @@ GRPOTrainer: Any = released("trl.trainer.grpo_trainer", "GRPOTrainer")
 POSITIONAL = [*signature(GRPOTrainer.__init__).parameters][4:]  # after self, model, reward_funcs and args
 
 
-class HRPOTrainer(GRPOTrainer):
+class HRPOTrainer(InShards, GRPOTrainer):
     """GRPO with hybrid latent reasoning (arXiv 2505.18454); `args.residual=None` trains plain GRPO.
 
     Takes what `trl.GRPOTrainer` takes. With `peft_config`, the thinking modules are added to `modules_to_save`.
@@ -184,7 +186,7 @@ class HRPOTrainer(GRPOTrainer):
                     self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
                 ) as model,
                 torch.no_grad(),
-                self._dist.summon_full_params(self.model_wrapped, recurse=False),
+                whole(self.model),
             ):
                 given = (model, self._tokenizer, prompt_ids, self.generation_config)
                 if self.args.use_transformers_continuous_batching:
@@ -264,7 +266,8 @@ class HRPOTrainer(GRPOTrainer):
         compute_entropy: bool = False,
     ) -> tuple[Tensor, Tensor | None, None]:
         """Log-probabilities and entropies (B, C), a few rows at once, thinking in so many `passes`."""
-        rollout = self._rollout
+        rollout, own = self._rollout, logits_to_keep
+        input_ids, attention_mask, logits_to_keep = as_long_as_any(self.model, input_ids, attention_mask, own)
         if rollout is not None:
             rollout = None if self._is_reference(model) else rollout.aligned(len(self._fillers) + logits_to_keep)
         size = batch_size or len(input_ids)
@@ -275,8 +278,8 @@ class HRPOTrainer(GRPOTrainer):
             thinking = rollout.model_inputs(rows) | again if rollout is not None else {}
             score = self._score_fused if self._has_fused_head(model) else self._score_plain
             logp, entropy = score(model, input_ids[rows], attention_mask[rows], logits_to_keep, thinking)
-            logps.append(logp)
-            entropies.append(entropy)
+            logps.append(logp[:, :own])
+            entropies.append(entropy[:, :own])
         return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
 
     def _on_triton(self) -> bool:
@@ -312,7 +315,7 @@ class HRPOTrainer(GRPOTrainer):
             outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kept, **thinking)
             if not whole:
                 states, vocabulary = outputs.last_hidden_state[:, -width - 1 : -1], inner.config.vocab_size
-                return scores(inner.get_output_embeddings(), states, tokens, self.temperature, vocabulary)
+                return scores(head_of(inner), states, tokens, self.temperature, vocabulary)
         logits = outputs.logits[:, :-1].float() / self.temperature
         return selective_log_softmax(logits, tokens), entropy_from_logits(logits)
 

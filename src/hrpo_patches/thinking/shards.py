@@ -1,0 +1,116 @@
+"""Weights that several processes hold in shards (torch's FSDP2): how they are sharded, and whole for a while.
+
+It knows modules and torch's units, nothing of trainers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed import fsdp
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import linear
+
+from hrpo_patches.thinking.backbone import temporarily
+from hrpo_thinking.modules import ThinkingModule
+
+
+def in_shards(model: nn.Module) -> bool:
+    """Whether no process holds the weights whole, so that all have to call the same modules in the same order."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+@contextmanager
+def thinking_stays_float32() -> Iterator[None]:
+    """Within, `fully_shard` makes each thinking module a unit of its own, in float32 whatever the others compute in."""
+    stock = fsdp.fully_shard
+
+    def shard(module: Any, **options: Any) -> Any:
+        modules = module if isinstance(module, (list, tuple)) else [module]
+        for part in [part for given in modules for part in given.modules()]:
+            if isinstance(part, ThinkingModule) and not isinstance(part, FSDPModule):
+                stock(part, **options | {"mp_policy": MixedPrecisionPolicy(), "reshard_after_forward": False})
+        made = stock(module, **options)
+        for given in modules:
+            given._gives_back = bool(options.get("reshard_after_forward"))  # a root that is not told keeps its weights
+        return made
+
+    with temporarily(fsdp, fully_shard=shard):
+        yield
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Within, each process holds all weights, and its forwards wait for no other's; every process has to enter.
+
+    Without it, a process whose completions end early would leave the others waiting for its shards.
+    """
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        give_back(model)
+        for unit in units:
+            unit.set_reshard_after_forward(getattr(unit, "_gives_back", False), recurse=False)
+
+
+def plain(tensor: Tensor) -> Tensor:
+    """A tensor, also one in shards, as an ordinary one on every process; every process has to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def weight_of(module: Any) -> Tensor:
+    """A module's weight within a forward; whole until the backward where its unit had given it back already."""
+    if isinstance(module.weight, DTensor):
+        module.unshard()
+    return module.weight
+
+
+def head_of(model: Any) -> Any:
+    """What makes logits (..., V) of states (..., d), also outside of a forward.
+
+    In shards, a linear head is asked for its weight instead of called: its unit, which is also the last norm's, would
+    wait for that norm's forward.
+    """
+    head = model.get_output_embeddings()
+    if not (isinstance(head, FSDPModule) and isinstance(head, nn.Linear)):
+        return head
+    return lambda states: linear(states, weight_of(head), head.bias)
+
+
+def like(value: Tensor, other: Tensor) -> Tensor:
+    """An ordinary tensor that all processes have, in shards as `other` is, if it is."""
+    value = value.to(other.device, other.dtype)
+    if not isinstance(other, DTensor):
+        return value
+    return distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None)
+
+
+def give_back(model: nn.Module) -> None:
+    """Leave each process its shards alone; what it held whole might be of before a change."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            gives_back = getattr(module, "_gives_back", False)
+            module.set_reshard_after_forward(True, recurse=False)  # or a unit of which a part was called would not
+            module.reshard()
+            module.set_reshard_after_forward(gives_back, recurse=False)
+
+
+def anywhere(model: nn.Module, flags: Tensor) -> Tensor:
+    """Flags (n,) that are set in any process, where the processes of `model` have to do the same; else `flags`."""
+    return largest(flags.int()).bool() if in_shards(model) else flags
+
+
+def largest(values: Tensor) -> Tensor:
+    """The largest of each value over all processes."""
+    values = values.clone()
+    distributed.all_reduce(values, distributed.ReduceOp.MAX)
+    return values

@@ -1,0 +1,114 @@
+"""What a trainer does otherwise where weights are in shards (FSDP2); knows files and shards, nothing of thinking.
+
+Its checkpoints are those that one process writes, so that a run is resumed with as many processes as there are, in
+shards or not.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import get_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import Trainer
+
+from hrpo_patches.thinking.backbone import temporarily
+from hrpo_patches.thinking.shards import in_shards, largest, like, plain, thinking_stays_float32
+from hrpo_thinking.errors import InputError
+
+
+class InShards(Trainer):
+    """A `Trainer` whose model may be in shards.
+
+    Raises:
+        InputError: it is told to use FSDP's first version.
+    """
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if plugin is None:
+            return
+        if plugin.fsdp_version != 2:
+            raise InputError("a model that thinks is sharded by FSDP2; set fsdp_version: 2 (configs/accelerate).")
+        prepare = self.accelerator.prepare
+
+        def prepare_thinking(*args: Any, **kwargs: Any) -> Any:
+            with thinking_stays_float32():
+                return prepare(*args, **kwargs)
+
+        self.accelerator.prepare = prepare_thinking  # type: ignore[method-assign]
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        if not in_shards(self.model):
+            return super().save_model(output_dir, _internal_call)
+        state = {name: plain(value).cpu() for name, value in self.model.state_dict().items()}
+        if self.args.should_save:
+            self._save(output_dir, state_dict=state)
+        self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not in_shards(self.model):
+            return super()._save_optimizer_and_scheduler(output_dir)
+        state = _each(self.optimizer.state_dict(), lambda value: plain(value).cpu())
+        with temporarily(self, is_fsdp_enabled=False), temporarily(self.optimizer, state_dict=lambda: state):
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not in_shards(self.model):
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        load = self.optimizer.load_state_dict
+
+        def load_in_shards(state: dict[str, Any]) -> None:
+            for index, kept in state["state"].items():
+                for name, value in kept.items():
+                    if value.shape == parameters[index].shape:
+                        kept[name] = like(value, parameters[index].detach())
+            load(state)
+
+        with temporarily(self, is_fsdp_enabled=False), temporarily(self.optimizer, load_state_dict=load_in_shards):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if not in_shards(self.model):
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        peft = is_peft_model(self.model)
+        files = sorted(Path(resume_from_checkpoint).glob("adapter_model.safetensors" if peft else "model*.safetensors"))
+        held = {name: value for file in files for name, value in load_file(file).items()}
+        own = get_peft_model_state_dict(self.model) if peft else self.model.state_dict()
+        tied = {name for name in own if name not in held and own[name].data_ptr() in {own[k].data_ptr() for k in held}}
+        if other := sorted(held.keys() ^ (own.keys() - tied)):
+            raise InputError(f"{resume_from_checkpoint} is not of this model: {other[0]} is in one of them only.")
+        with torch.no_grad():
+            for name, value in held.items():
+                own[name].copy_(like(value, own[name]))
+
+
+def _each(thing: Any, change: Any) -> Any:
+    """A state dict with each tensor in it changed."""
+    if isinstance(thing, Tensor):
+        return change(thing)
+    if isinstance(thing, dict):
+        return {name: _each(value, change) for name, value in thing.items()}
+    return [_each(value, change) for value in thing] if isinstance(thing, list) else thing
+
+
+def as_long_as_any(model: Any, input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[Tensor, Tensor, int]:
+    """A batch (B, L) and its mask, padded to the longest prompt and the longest completion of any process's.
+
+    Args:
+        model: in shards, or what is given comes back.
+        input_ids, attention_mask: (B, L), completions in the last `width` columns.
+        width: of the completions.
+    """
+    if not in_shards(model):
+        return input_ids, attention_mask, width
+    own = torch.tensor([input_ids.shape[1] - width, width], device=input_ids.device)
+    more = tuple((largest(own) - own).tolist())
+    return pad(input_ids, more), pad(attention_mask, more), width + more[1]

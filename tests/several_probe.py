@@ -1,0 +1,134 @@
+"""Run as a program by each of several processes: trains the cases of a job, and saves what became of them.
+
+`python several_probe.py JOB.json`; see `Case` in training/test_several.py for what a case may say.
+"""
+
+import faulthandler
+import json
+import os
+import sys
+from pathlib import Path
+
+import hrpo_patches  # isort: skip - before transformers
+
+import accelerate.state
+import runs
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file, save_file
+from tiny import tiny_model
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PrinterCallback, TrainerCallback
+
+from hrpo_patches.thinking import passes
+from hrpo_patches.thinking.replay import Rollout
+from hrpo_patches.thinking.shards import plain
+from hrpo_patches.training import scores
+from hrpo_patches.training.rollouts import Made
+
+assert hrpo_patches.__version__
+HANGS = 120  # seconds
+
+
+def shard_on_a_cpu_too():
+    """accelerate leaves FSDP out where there are no GPUs; torch does not, so what follows is accelerate's own way."""
+    stock = accelerate.state.AcceleratorState.__init__
+
+    def init(self, *args, **kwargs):
+        fresh = not accelerate.state.AcceleratorState._shared_state
+        stock(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin")
+        if fresh and plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
+            accelerate.state.PartialState._shared_state["distributed_type"] = self.distributed_type
+
+    accelerate.state.AcceleratorState.__init__ = init
+
+
+def whole(tensor):
+    return plain(tensor.detach()).clone().cpu().contiguous()
+
+
+class KeepsGradients(TrainerCallback):
+    """The gradients of each step, of all processes together, by step and name."""
+
+    def __init__(self):
+        self.gradients = {}
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        for name, parameter in model.named_parameters():
+            if parameter.grad is not None:
+                self.gradients[f"{state.global_step + 1}.{name.removeprefix('module.')}"] = whole(parameter.grad)
+
+
+class Recorded(runs.HRPOTrainer):
+    """Takes each process's own rows of rollouts from `record`, or keeps those that it makes in `kept`."""
+
+    record, kept = None, None
+
+    def _made(self, prompt_ids, *args, **kwargs):
+        step = self.state.global_step
+        if self.record is None:
+            made = super()._made(prompt_ids, *args, **kwargs)
+            tokens = pad_sequence([torch.tensor(ids) for ids in made.completions], True, -1)
+            rollout = {"states": made.rollout.states, "mask": made.rollout.mask, "ratio": made.ratio, "tokens": tokens}
+            if self.kept is not None:
+                self.kept |= {f"{step}.{name}": value.contiguous() for name, value in rollout.items()}
+            return made
+        first = len(prompt_ids) * self.accelerator.process_index
+        own = {name: self.record[f"{step}.{name}"][first : first + len(prompt_ids)] for name in _ROLLOUT}
+        completions = [[token for token in row.tolist() if token >= 0] for row in own["tokens"]]
+        width = max(map(len, completions))
+        states, mask, ratio = (own[name][:, :width] for name in ("states", "mask", "ratio"))
+        return Made(Rollout(states, mask, self.args.residual), ratio, completions)
+
+
+_ROLLOUT = ("states", "mask", "ratio", "tokens")
+
+
+def run(case, out):
+    name = case["name"]
+    passes.KEPT = case.get("kept_thoughts", 32)
+    scores.LOGITS = case.get("logits", 2**24)
+    thinking = {"r_min": 0.5, "r_max": 0.9} | case.get("thinking", {})
+    shape = {"initializer_range": 0.1} | case.get("model", {})  # livelier ones amplify rounding through their thoughts
+    model = tiny_model(case["family"], thinking=thinking, **shape)
+    options = {"num_generations": 8, "beta": 0.0, "max_grad_norm": 1e9, "disable_tqdm": True} | case["options"]
+    runs.HRPOTrainer = Recorded
+    trainer = runs.small_trainer(out / name, model=model, peft_config="lora" if case["lora"] else None, **options)
+    trainer.record = load_file(case["record"]) if "record" in case else None
+    trainer.kept = {} if "keep" in case else None
+    keeps = KeepsGradients()
+    trainer.add_callback(keeps)
+    trainer.remove_callback(PrinterCallback)
+    trainer.train(resume_from_checkpoint=case.get("resume"))
+    trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+    weights = {f"weight.{name.removeprefix('module.')}": whole(p) for name, p in trained}
+    trainer.save_model()
+    if trainer.accelerator.is_main_process:
+        losses = {"losses": torch.tensor([row["loss"] for row in trainer.state.log_history if "loss" in row])}
+        gradients = {f"gradient.{name}": value for name, value in keeps.gradients.items()}
+        save_file(gradients | weights | losses, out / f"{name}.safetensors")
+        (out / f"{name}.json").write_text(json.dumps(trainer.state.log_history))
+        if "keep" in case:
+            save_file(trainer.kept, case["keep"])
+
+
+def main(job):
+    out = Path(job["out"])
+    out.mkdir(exist_ok=True)
+    torch.set_num_threads(1)
+    shard_on_a_cpu_too()
+    for case in job["cases"]:
+        faulthandler.dump_traceback_later(HANGS, exit=True)
+        run(case, out)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # what counts is saved, and a gloo thread that is still there now and then aborts an orderly exit
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

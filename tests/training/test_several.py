@@ -1,0 +1,141 @@
+"""Two processes, DDP and FSDP2, train as one process does: losses, gradients, checkpoints; on a CPU, with gloo."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
+from safetensors.torch import load_file, save_file
+
+TESTS = Path(__file__).parents[1]
+PRESETS = TESTS.parent / "configs" / "accelerate"
+
+
+def case(name, lora, residual, passes, **more):
+    rates = {"learning_rate": 1e-3, "lr_thinking_projection": 1e-3}
+    options = rates | {"residual": residual, "replay_passes": passes, "max_steps": 2, "optim": "sgd"}
+    options |= more.pop("options", {})
+    return {"name": name, "lora": lora, "family": "llama", "options": options} | more
+
+
+MATRIX = [
+    case(f"{'lora' if lora else 'full'}-{residual}-{passes}", lora, residual, passes)
+    for lora in (True, False)
+    for residual in ("projection", "embedding")
+    for passes in ("1", "all")
+]
+FURTHER = [
+    case("two-passes", True, "projection", "2"),
+    case("two-passes-of-distributions", False, "embedding", "2", family="qwen3"),
+    case("tied", False, "projection", "1", model={"tie_word_embeddings": True}),
+    case("tied-all", False, "embedding", "all", model={"tie_word_embeddings": True}, family="qwen2"),
+    case("in-pieces", False, "projection", "1", logits=2000),
+    case("in-pieces-tied", False, "projection", "all", logits=2000, model={"tie_word_embeddings": True}),
+    case("many-thoughts", False, "projection", "all", kept_thoughts=2),
+    case("many-thoughts-of-distributions", False, "embedding", "all", kept_thoughts=2),
+    case("checkpointed", True, "projection", "all", options={"gradient_checkpointing": True}),
+    case("reference-base", True, "projection", "1", options={"beta": 0.5}),
+    case("reference-start", False, "projection", "1", options={"beta": 0.5, "reference": "start"}),
+    case("reference-start-of-distributions", True, "embedding", "1", options={"beta": 0.5, "reference": "start"}),
+    case("two-layers", False, "projection", "1", thinking={"projection_layers": 2, "projection_norm": True}),
+    case("forced", True, "projection", "1", thinking={"thoughts": 3}),
+    case("four-groups", True, "projection", "all", options={"num_generations": 2}),
+    case("accumulated", False, "projection", "1", options={"gradient_accumulation_steps": 2, "steps_per_generation": 2}),
+    case("twice", True, "projection", "1", options={"num_iterations": 2}),
+]
+CASES = MATRIX + FURTHER
+
+
+def environment(preset, processes):
+    """What `accelerate launch --config_file PRESET` tells its processes."""
+    words = ["--config_file", str(PRESETS / f"{preset}.yaml"), "--num_processes", str(processes), "script.py"]
+    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*words]))
+    args.main_process_port = 0
+    return prepare_multi_gpu_env(args)
+
+
+def launch(folder, name, cases, preset=None):
+    """Run cases in one process, or in two with a preset; returns where their results are."""
+    processes = 1 if preset is None else 2
+    job = folder / f"{name}.job.json"
+    job.write_text(json.dumps({"out": str(folder / name), "cases": cases}))
+    shared = dict(os.environ) if preset is None else environment(preset, processes)
+    shared |= {"PYTHONPATH": str(TESTS), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    started = []
+    for rank in range(processes):
+        own = where | {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"} if preset else {}
+        with (folder / f"{name}.{rank}.log").open("w") as log:
+            command = [sys.executable, str(TESTS / "several_probe.py"), str(job)]
+            started.append(subprocess.Popen(command, env=shared | own, stdout=log, stderr=subprocess.STDOUT))
+    try:
+        codes = [process.wait(timeout=600) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(codes), [(folder / f"{name}.{rank}.log").read_text()[-4000:] for rank in range(processes)]
+    return folder / name
+
+
+def uneven(record):
+    """The second process's completions end early, and one of all does not think: its shapes are others."""
+    for name, tokens in record.items():
+        if name.endswith(".tokens"):
+            mask, half = record[name.replace("tokens", "mask")], len(tokens) // 2
+            for row in range(half, len(tokens)):
+                tokens[row, 3 + row % 3 :] = -1
+                mask[row, 3 + row % 3 :] = False
+            mask[half] = False
+    return record
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("several")
+
+
+def half(case):
+    size = case["options"].get("per_device_train_batch_size", 8) // 2
+    return case | {"options": case["options"] | {"per_device_train_batch_size": size}}
+
+
+@pytest.fixture(scope="module")
+def recorded(folder):
+    """The cases with rollouts that one process made, and where it trained with them."""
+    kept = {case["name"]: folder / f"{case['name']}.record" for case in CASES}
+    launch(folder, "first", [case | {"keep": str(kept[case["name"]])} for case in CASES])
+    for file in kept.values():
+        save_file(uneven(load_file(file)), file)
+    cases = [case | {"record": str(kept[case["name"]])} for case in CASES]
+    return cases, launch(folder, "one", cases)
+
+
+@pytest.fixture(scope="module")
+def ddp(folder, recorded):
+    return launch(folder, "ddp", list(map(half, recorded[0])), "ddp")
+
+
+@pytest.fixture(scope="module")
+def fsdp2(folder, recorded):
+    return launch(folder, "fsdp2", list(map(half, recorded[0])), "fsdp2")
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in CASES])
+@pytest.mark.parametrize("preset", ["ddp", "fsdp2"])
+def test_two_processes_have_the_losses_and_gradients_of_one(preset, name, recorded, request):
+    two, one = (load_file(path / f"{name}.safetensors") for path in (request.getfixturevalue(preset), recorded[1]))
+    assert two.keys() == one.keys()
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=1e-5)
+    kinds = {key.partition(".")[0] for key in one}
+    assert kinds == {"losses", "gradient", "weight"}
+    for key, value in one.items():
+        error = (two[key] - value).norm() / value.norm().clamp(min=1e-6)
+        assert error < 1e-5, (key, error)
