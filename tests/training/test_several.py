@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -46,7 +47,7 @@ FURTHER = [
     case("two-layers", False, "projection", "1", thinking={"projection_layers": 2, "projection_norm": True}),
     case("forced", True, "projection", "1", thinking={"thoughts": 3}),
     case("four-groups", True, "projection", "all", options={"num_generations": 2}),
-    case("accumulated", False, "projection", "1", options={"gradient_accumulation_steps": 2, "steps_per_generation": 2}),
+    case("accumulated", False, "projection", "1", options={"gradient_accumulation_steps": 2}),
     case("twice", True, "projection", "1", options={"num_iterations": 2}),
 ]
 CASES = MATRIX + FURTHER
@@ -139,3 +140,53 @@ def test_two_processes_have_the_losses_and_gradients_of_one(preset, name, record
     for key, value in one.items():
         error = (two[key] - value).norm() / value.norm().clamp(min=1e-6)
         assert error < 1e-5, (key, error)
+
+
+STEPS = {"max_steps": 3, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1}
+SAVED = [
+    case("saved-lora", True, "projection", "1", options=STEPS),
+    case("saved-full", False, "embedding", "1", options=STEPS),
+    case("saved-tied", False, "projection", "1", options=STEPS, model={"tie_word_embeddings": True}),
+    case("saved-with-its-start", False, "projection", "1", options=STEPS | {"beta": 0.5, "reference": "start"}),
+]
+
+
+def of(preset, cases):
+    """The cases with a batch for so many processes as the preset has."""
+    return cases if preset is None else list(map(half, cases))
+
+
+@pytest.fixture(scope="module")
+def saved(folder):
+    """Three steps of AdamW by one process and by two, each saved, with the same rollouts; by preset."""
+    kept = {case["name"]: folder / f"{case['name']}.record" for case in SAVED}
+    launch(folder, "first-saved", [case | {"keep": str(kept[case["name"]])} for case in SAVED])
+    cases = [case | {"record": str(kept[case["name"]])} for case in SAVED]
+    wholes = {name: launch(folder, f"{name}-saved", of(name, cases), name) for name in (None, "ddp", "fsdp2")}
+    return cases, wholes
+
+
+def files_of(checkpoint):
+    return sorted(path.name for path in checkpoint.iterdir() if not path.name.startswith("rng_state"))
+
+
+CHANGES = [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "fsdp2"), (None, "fsdp2"), ("fsdp2", None)]
+
+
+@pytest.mark.parametrize(("begun", "resumed"), CHANGES)
+def test_a_run_is_resumed_by_other_processes_as_if_it_had_not_been_interrupted(begun, resumed, saved, folder):
+    cases, wholes = saved
+    further, after = folder / f"{begun}-to-{resumed}", []
+    for case in cases:
+        shutil.copytree(wholes[begun] / case["name"], further / case["name"])
+        shutil.rmtree(further / case["name"] / "checkpoint-3")
+        after.append(case | {"resume": str(further / case["name"] / "checkpoint-2")})
+    launch(folder, further.name, of(resumed, after), resumed)
+    for name in (case["name"] for case in cases):
+        there, whole = load_file(further / f"{name}.safetensors"), load_file(wholes[begun] / f"{name}.safetensors")
+        compared = [key for key in whole if key.startswith(("weight.", "gradient.3."))]
+        assert {key.partition(".")[0] for key in compared} == {"weight", "gradient"}
+        for key in compared:
+            error = (there[key] - whole[key]).norm() / whole[key].norm().clamp(min=1e-6)
+            assert error < 1e-5, (name, key, error)
+        assert files_of(further / name / "checkpoint-3") == files_of(wholes[None] / name / "checkpoint-3")

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
 from rich.console import Console
@@ -27,6 +28,7 @@ from hrpo_patches.tasks.problems import find_task, load_problems, split_held_out
 from hrpo_patches.tasks.prompts import examples_of, prompt_of, uses_chat, with_prompts
 from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
 from hrpo_patches.thinking.continuous import cache_size
+from hrpo_patches.thinking.shards import whole
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.ending import STATUS, EndWhenTold
 from hrpo_patches.training.trainer import HRPOTrainer
@@ -125,7 +127,10 @@ def _with_adapter(model: Any, run: Run) -> tuple[Any, PeftConfig | None]:
 
 
 def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: int, title: str) -> dict[str, Any]:
-    """Greedy accuracy of the trainer's model, thinking as it is trained to: right, total, mean, standard_error."""
+    """Greedy accuracy of the trainer's model, thinking as it is trained to: right, total, mean, standard_error.
+
+    Of several processes, each answers its share.
+    """
     args = trainer.args
     thinking = args.residual is not None
     decoding = Decoding(args.max_completion_length, thinking, batch_size=batch_size, thoughts=args.thoughts)
@@ -133,9 +138,14 @@ def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: 
     vllm = trainer.vllm_generation if decoding.engine == "vllm" else None
     if vllm is not None:
         vllm.sync_weights()
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    texts = completions(model, trainer._tokenizer, [row["prompt"] for row in held_out], decoding, title, vllm)
-    verdicts = [grade(task, row, text, args.answer_start) for row, text in zip(held_out, texts, strict=True)]
+    accelerator = trainer.accelerator
+    model, shown = accelerator.unwrap_model(trainer.model), accelerator.is_main_process
+    own = held_out[accelerator.process_index :: accelerator.num_processes]
+    with whole(model):
+        prompts = [row["prompt"] for row in own]
+        texts = completions(model, trainer._tokenizer, prompts, decoding, title if shown else None, vllm)
+    graded = [grade(task, row, text, args.answer_start) for row, text in zip(own, texts, strict=True)]
+    verdicts = gather_object(graded)
     counts = {"right": int(sum(verdicts)), "total": len(verdicts)}
     return counts | {"mean": sum(verdicts) / len(verdicts), "standard_error": standard_error(verdicts)}
 

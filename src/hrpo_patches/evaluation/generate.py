@@ -196,17 +196,18 @@ def completions(
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     decoding: Decoding,
-    title: str = "Answering",
+    title: str | None = "Answering",
     vllm: Any = None,
 ) -> list[str]:
     """The model's completion of each prompt, without special tokens, in the prompts' order.
 
-    `title` is the bar's; the rest as for `complete`.
+    `title` is the bar's, None for no bar; the rest as for `complete`.
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     texts = [""] * len(ids)
     steps = -(-len(ids) // decoding.batch_size)
-    for batch, rows in track(complete(model, tokenizer, ids, decoding, vllm=vllm), description=title, total=steps):
+    done = complete(model, tokenizer, ids, decoding, vllm=vllm)
+    for batch, rows in track(done, description=title or "", total=steps, disable=title is None):
         for i, text in zip(batch, tokenizer.batch_decode(rows, skip_special_tokens=True), strict=True):
             texts[i] = text
     return texts

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, distributed, nn
 from torch.distributed import fsdp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
@@ -27,7 +26,7 @@ def in_shards(model: nn.Module) -> bool:
 
 @contextmanager
 def thinking_stays_float32() -> Iterator[None]:
-    """Within, `fully_shard` makes each thinking module a unit of its own, in float32 whatever the others compute in."""
+    """Within, `fully_shard` makes each thinking module a unit of its own, which computes in float32."""
     stock = fsdp.fully_shard
 
     def shard(module: Any, **options: Any) -> Any:

@@ -64,7 +64,8 @@ class StartReference(TrainerCallback):
             save_file({name: weight.cpu().contiguous() for name, weight in self.weights.items()}, file)
         elif state.global_step:
             self._read(file)
-        self.weights = {name: like(value, self.model.get_parameter(name).detach()) for name, value in self.weights.items()}
+        for name, weight in self.weights.items():
+            self.weights[name] = like(weight, self.model.get_parameter(name).detach())
 
     def _read(self, file: Path) -> None:
         if not file.is_file():

@@ -21,8 +21,10 @@ from hrpo_patches.thinking.backbone import temporarily
 from hrpo_patches.thinking.shards import in_shards, largest, like, plain, thinking_stays_float32
 from hrpo_thinking.errors import InputError
 
+_Trainer: Any = Trainer
 
-class InShards(Trainer):
+
+class InShards(_Trainer):
     """A `Trainer` whose model may be in shards.
 
     Raises:
@@ -42,12 +44,14 @@ class InShards(Trainer):
             with thinking_stays_float32():
                 return prepare(*args, **kwargs)
 
-        self.accelerator.prepare = prepare_thinking  # type: ignore[method-assign]
+        self.accelerator.prepare = prepare_thinking
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not in_shards(self.model):
             return super().save_model(output_dir, _internal_call)
-        state = {name: plain(value).cpu() for name, value in self.model.state_dict().items()}
+        weights = self.model.state_dict(keep_vars=True)
+        made = {id(weight): plain(weight.detach()).cpu() for weight in weights.values()}  # those that are tied, once
+        state = {name: made[id(weight)] for name, weight in weights.items()}
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
         self.accelerator.wait_for_everyone()
@@ -79,15 +83,16 @@ class InShards(Trainer):
         if not in_shards(self.model):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         peft = is_peft_model(self.model)
-        files = sorted(Path(resume_from_checkpoint).glob("adapter_model.safetensors" if peft else "model*.safetensors"))
+        named = "adapter_model.safetensors" if peft else "model*.safetensors"
+        files = sorted(Path(resume_from_checkpoint).glob(named))
         held = {name: value for file in files for name, value in load_file(file).items()}
-        own = get_peft_model_state_dict(self.model) if peft else self.model.state_dict()
-        tied = {name for name in own if name not in held and own[name].data_ptr() in {own[k].data_ptr() for k in held}}
+        own = get_peft_model_state_dict(self.model) if peft else self.model.state_dict(keep_vars=True)
+        tied = {name for name in own.keys() - held.keys() if any(own[name] is own.get(other) for other in held)}
         if other := sorted(held.keys() ^ (own.keys() - tied)):
             raise InputError(f"{resume_from_checkpoint} is not of this model: {other[0]} is in one of them only.")
         with torch.no_grad():
             for name, value in held.items():
-                own[name].copy_(like(value, own[name]))
+                own[name].copy_(like(value, own[name].detach()))
 
 
 def _each(thing: Any, change: Any) -> Any:

@@ -272,15 +272,13 @@ class HRPOTrainer(InShards, GRPOTrainer):
             rollout = None if self._is_reference(model) else rollout.aligned(len(self._fillers) + logits_to_keep)
         size = batch_size or len(input_ids)
         again = passes_inputs(self._base_model(), passes, self.args.residual, self.temperature) if rollout else {}
-        logps: list[Tensor] = []
-        entropies: list[Any] = []
+        made = []
         for rows in (slice(start, start + size) for start in range(0, len(input_ids), size)):
             thinking = rollout.model_inputs(rows) | again if rollout is not None else {}
             score = self._score_fused if self._has_fused_head(model) else self._score_plain
-            logp, entropy = score(model, input_ids[rows], attention_mask[rows], logits_to_keep, thinking)
-            logps.append(logp[:, :own])
-            entropies.append(entropy[:, :own])
-        return torch.cat(logps), torch.cat(entropies) if compute_entropy else None, None
+            made.append(score(model, input_ids[rows], attention_mask[rows], logits_to_keep, thinking))
+        logps, entropies = (torch.cat(column)[:, :own] for column in zip(*made, strict=True))
+        return logps, entropies if compute_entropy else None, None
 
     def _on_triton(self) -> bool:
         return self.accelerator.device.type == "cuda" and trl_utils._ChunkedLogProbFunction is not None
@@ -294,7 +292,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
 
     def _score_fused(
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor]:
         labels = input_ids.masked_fill(attention_mask == 0, -100)
         labels[:, :-width] = -100
         with self.accelerator.autocast():
@@ -343,7 +341,10 @@ class HRPOTrainer(InShards, GRPOTrainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        folder = str(output_dir or self.args.output_dir)
         if self.args.residual is not None:
-            save_thinking(self.accelerator.unwrap_model(self.model), output_dir or self.args.output_dir)
+            save_thinking(self.accelerator.unwrap_model(self.model), folder)
         elif self._fillers and is_peft_model(self.model):  # a full model's own file says so already
-            save_pauses(len(self._fillers), self._fillers[0], output_dir or self.args.output_dir)
+            save_pauses(len(self._fillers), self._fillers[0], folder)
