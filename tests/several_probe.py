@@ -6,6 +6,7 @@
 import faulthandler
 import json
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -20,34 +21,47 @@ from tiny import tiny_model
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PrinterCallback, TrainerCallback
 
+from hrpo_patches.commands.main import run as hrpo
 from hrpo_patches.thinking import passes
 from hrpo_patches.thinking.replay import Rollout
 from hrpo_patches.thinking.shards import plain
-from hrpo_patches.training import scores
+from hrpo_patches.training import ending, scores
 from hrpo_patches.training.rollouts import Made
+from hrpo_thinking.modules import ThinkingModule
 
 assert hrpo_patches.__version__
 HANGS = 120  # seconds
 
 
 def shard_on_a_cpu_too():
-    """accelerate leaves FSDP out where there are no GPUs; torch does not, so what follows is accelerate's own way."""
+    """accelerate shards on GPUs alone; torch and DeepSpeed do not mind, so what follows is accelerate's own way."""
     stock = accelerate.state.AcceleratorState.__init__
 
     def init(self, *args, **kwargs):
         fresh = not accelerate.state.AcceleratorState._shared_state
         stock(self, *args, **kwargs)
-        plugin = kwargs.get("fsdp_plugin")
-        if fresh and plugin is not None and self.distributed_type == DistributedType.MULTI_CPU:
+        if not fresh or self.distributed_type != DistributedType.MULTI_CPU:
+            return
+        if (plugin := kwargs.get("fsdp_plugin")) is not None:
             self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
             if self._mixed_precision != "no":
                 plugin.set_mixed_precision(self._mixed_precision)
-            accelerate.state.PartialState._shared_state["distributed_type"] = self.distributed_type
+        if (plugin := kwargs.get("deepspeed_plugin")) is not None:
+            self.distributed_type, self.deepspeed_plugins = DistributedType.DEEPSPEED, plugin
+            plugin.set_mixed_precision(self._mixed_precision)
+            plugin.select(_from_accelerator_state=True)
+            self._mixed_precision = "no"
+        accelerate.state.PartialState._shared_state["distributed_type"] = self.distributed_type
 
     accelerate.state.AcceleratorState.__init__ = init
 
 
 def whole(tensor):
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     return plain(tensor.detach()).clone().cpu().contiguous()
 
 
@@ -60,7 +74,7 @@ class KeepsGradients(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
         for name, parameter in model.named_parameters():
             if parameter.grad is not None:
-                self.gradients[f"{state.global_step + 1}.{name.removeprefix('module.')}"] = whole(parameter.grad)
+                self.gradients[f"{state.global_step + 1}.{name}"] = whole(parameter.grad)
 
 
 class Recorded(runs.HRPOTrainer):
@@ -85,6 +99,20 @@ class Recorded(runs.HRPOTrainer):
         return Made(Rollout(states, mask, self.args.residual), ratio, completions)
 
 
+def watch(backbone):
+    """The dtypes that the weights of some modules have while these compute, by name."""
+    seen = {}
+
+    def note(module, args):
+        weight = next(module.parameters(recurse=False))
+        seen[type(module).__name__.removeprefix("FSDP")] = str(weight.dtype)
+
+    for module in (backbone.norm, *backbone.modules()):
+        if module is backbone.norm or isinstance(module, ThinkingModule):
+            module.register_forward_pre_hook(note)
+    return seen
+
+
 _ROLLOUT = ("states", "mask", "ratio", "tokens")
 
 
@@ -100,20 +128,45 @@ def run(case, out):
     trainer = runs.small_trainer(out / name, model=model, peft_config="lora" if case["lora"] else None, **options)
     trainer.record = load_file(case["record"]) if "record" in case else None
     trainer.kept = {} if "keep" in case else None
-    keeps = KeepsGradients()
+    keeps, trained = KeepsGradients(), [name for name, p in trainer.model.named_parameters() if p.requires_grad]
+    start = {f"start.{name}": trainer.model.get_parameter(name).detach().clone() for name in trained}
     trainer.add_callback(keeps)
     trainer.remove_callback(PrinterCallback)
+    seen = watch(trainer._base_model().model)
     trainer.train(resume_from_checkpoint=case.get("resume"))
-    trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
-    weights = {f"weight.{name.removeprefix('module.')}": whole(p) for name, p in trained}
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    weights = {f"weight.{name}": whole(model.get_parameter(name)) for name in trained}
     trainer.save_model()
     if trainer.accelerator.is_main_process:
         losses = {"losses": torch.tensor([row["loss"] for row in trainer.state.log_history if "loss" in row])}
         gradients = {f"gradient.{name}": value for name, value in keeps.gradients.items()}
-        save_file(gradients | weights | losses, out / f"{name}.safetensors")
-        (out / f"{name}.json").write_text(json.dumps(trainer.state.log_history))
+        save_file(start | gradients | weights | losses, out / f"{name}.safetensors")
+        (out / f"{name}.json").write_text(json.dumps({"log": trainer.state.log_history, "dtypes": seen}))
         if "keep" in case:
             save_file(trainer.kept, case["keep"])
+
+
+def told(rank, step):
+    """Let one of the processes be told to end in a step, as by a scheduler."""
+    stock, sent = runs.HRPOTrainer.training_step, []
+
+    def training_step(self, *args, **kwargs):
+        if self.state.global_step == step and self.accelerator.process_index == rank and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+        return stock(self, *args, **kwargs)
+
+    runs.HRPOTrainer.training_step = training_step
+
+
+def command(job):
+    """`hrpo train`, with the arguments of a job; returns its exit status."""
+    if "told" in job:
+        told(*job["told"])
+    sys.argv = ["hrpo", *job["train"]]
+    try:
+        return hrpo()
+    except SystemExit as end:
+        return end.code
 
 
 def main(job):
@@ -121,13 +174,17 @@ def main(job):
     out.mkdir(exist_ok=True)
     torch.set_num_threads(1)
     shard_on_a_cpu_too()
+    faulthandler.dump_traceback_later(HANGS, exit=True)
+    status = command(job) if "train" in job else 0
     for case in job["cases"]:
         faulthandler.dump_traceback_later(HANGS, exit=True)
         run(case, out)
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and status in (0, None, ending.STATUS):
         torch.distributed.barrier()
     sys.stdout.flush()
-    os._exit(0)  # what counts is saved, and a gloo thread that is still there now and then aborts an orderly exit
+    sys.stderr.flush()
+    # What counts is saved, and a gloo thread that is still there now and then aborts an orderly exit.
+    os._exit(status or 0)
 
 
 if __name__ == "__main__":

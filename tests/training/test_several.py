@@ -1,6 +1,7 @@
 """Two processes, DDP and FSDP2, train as one process does: losses, gradients, checkpoints; on a CPU, with gloo."""
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -11,8 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file, save_file
+from tiny import byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM
+
+from hrpo_patches import load_adapter
 
 TESTS = Path(__file__).parents[1]
 PRESETS = TESTS.parent / "configs" / "accelerate"
@@ -56,18 +61,22 @@ CASES = MATRIX + FURTHER
 def environment(preset, processes):
     """What `accelerate launch --config_file PRESET` tells its processes."""
     words = ["--config_file", str(PRESETS / f"{preset}.yaml"), "--num_processes", str(processes), "script.py"]
-    args, *_ = _validate_launch_command(launch_command_parser().parse_args([*words]))
+    args, preset, _ = _validate_launch_command(launch_command_parser().parse_args(words))
     args.main_process_port = 0
+    if args.use_deepspeed:
+        args.deepspeed_fields_from_accelerate_config = ",".join(preset.deepspeed_config)
+        return prepare_deepspeed_cmd_env(args)[1]
     return prepare_multi_gpu_env(args)
 
 
-def launch(folder, name, cases, preset=None):
+def launch(folder, name, cases, preset=None, status=0, **more):
     """Run cases in one process, or in two with a preset; returns where their results are."""
     processes = 1 if preset is None else 2
     job = folder / f"{name}.job.json"
-    job.write_text(json.dumps({"out": str(folder / name), "cases": cases}))
+    job.write_text(json.dumps({"out": str(folder / name), "cases": cases} | more))
     shared = dict(os.environ) if preset is None else environment(preset, processes)
     shared |= {"PYTHONPATH": str(TESTS), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    shared |= more.pop("environment", {})
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -82,7 +91,7 @@ def launch(folder, name, cases, preset=None):
     finally:
         for process in started:
             process.kill()
-    assert not any(codes), [(folder / f"{name}.{rank}.log").read_text()[-4000:] for rank in range(processes)]
+    assert set(codes) == {status}, [(folder / f"{name}.{rank}.log").read_text()[-4000:] for rank in range(processes)]
     return folder / name
 
 
@@ -190,3 +199,82 @@ def test_a_run_is_resumed_by_other_processes_as_if_it_had_not_been_interrupted(b
             error = (there[key] - whole[key]).norm() / whole[key].norm().clamp(min=1e-6)
             assert error < 1e-5, (name, key, error)
         assert files_of(further / name / "checkpoint-3") == files_of(wholes[None] / name / "checkpoint-3")
+
+
+def test_thinking_modules_compute_in_float32_where_the_others_do_in_bfloat16(folder):
+    cases = [case("half", False, "projection", "all", options={"bf16": True, "max_steps": 1})]
+    seen = json.loads((launch(folder, "half", of("fsdp2", cases), "fsdp2") / "half.json").read_text())
+    assert seen["dtypes"] == {
+        "LlamaRMSNorm": "torch.bfloat16",
+        "ThinkingLinear": "torch.float32",
+        "ThinkingLambda": "torch.float32",
+    }
+    assert seen["log"][0]["projection/grad_norm"] > 0 and math.isfinite(seen["log"][0]["loss"])
+
+
+def test_fsdp_of_the_first_version_is_refused_by_name(folder):
+    cases = [case("first", True, "projection", "1", options={"max_steps": 1})]
+    launch(folder, "fsdp1", of("fsdp2", cases), "fsdp2", status=1, environment={"FSDP_VERSION": "1"})
+    assert "set fsdp_version: 2" in (folder / "fsdp1.0.log").read_text()
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def words(folder):
+    tiny_model("qwen2", thinking=False).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    rows = [{"question": f"{a}+{b}?", "answer": f"#### {a + b}"} for a in range(5) for b in range(5)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "model_name": folder / "base",
+        "dataset": folder / "sums.jsonl",
+        "prompt": "plain",
+        "group_size": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "max_completion_length": 24,
+        "lora_rank": 4,
+        "lr": 1e-3,
+        "temperature": 1,
+        "max_steps": 4,
+        "save_steps": 1,
+        "eval_problems": 5,
+    }
+    return ["train", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+
+
+def train(folder, name, words, preset, **more):
+    launch(folder, name, [], preset, train=[*words, "--output_dir", str(folder / name / "run")], **more)
+    return folder / name / "run"
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp2"])
+def trained(request, folder, words):
+    return request.param, train(folder, f"train-{request.param}", words, request.param)
+
+
+def test_the_command_trains_in_two_processes_and_says_everything_once(trained, folder):
+    preset, out = trained
+    report = json.loads((out / "report.json").read_text())
+    assert report["before"]["total"] == report["after"]["total"] == 5
+    rows = [json.loads(line) for line in (out / "monitor.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
+    logs = [(folder / f"train-{preset}.{rank}.log").read_text() for rank in (0, 1)]
+    assert "adapter in" in logs[0] and "backend:" in logs[0]
+    assert not any(text in logs[1] for text in ("adapter in", "backend:", "Answering"))
+    base = AutoModelForCausalLM.from_pretrained(folder / "base")
+    assert load_adapter(base, out).generation_config.thinking
+
+
+def test_a_run_of_which_one_process_is_told_to_end_goes_on_as_if_it_had_not_been(trained, folder, words):
+    preset, whole = trained
+    name = f"told-{preset}"
+    out = train(folder, name, [*words, "--save_steps", "100"], preset, status=143, told=[1, 2])
+    assert [path.name for path in out.glob("checkpoint-*")] == ["checkpoint-3"]
+    train(folder, name, [*words, "--resume_from_checkpoint", "latest"], preset)
+    ours, theirs = (load_file(path / "adapter_model.safetensors") for path in (out, whole))
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=0)

@@ -5,8 +5,10 @@ So that a version that cannot be patched is a sentence, and unsloth can be impor
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack, redirect_stdout
 from importlib import import_module
 from typing import Any
 
@@ -28,9 +30,12 @@ def train(argv: Written | None = None, task: str = "gsm8k", prog: str = "hrpo tr
         InputError: before any training, if the run cannot work.
     """
     backend, words = split_backend(with_config(sys.argv[1:] if argv is None else argv))
-    if not {"-h", "--help", "--help_all"} & set(words):
-        backend = start_backend(backend)
-    report: dict[str, Any] = import_module("hrpo_patches.commands.train").main(words, task, backend, prog)
+    with ExitStack() as stack:
+        if int(os.environ.get("RANK", 0)):  # of several processes, the first speaks
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+        if not {"-h", "--help", "--help_all"} & set(words):
+            backend = start_backend(backend)
+        report: dict[str, Any] = import_module("hrpo_patches.commands.train").main(words, task, backend, prog)
     return report
 
 

@@ -29,7 +29,7 @@ from hrpo_patches.monitor.measures import (
 )
 from hrpo_patches.monitor.nonfinite import refuse_nonfinite, refuse_spoilt
 from hrpo_patches.thinking.backbone import causal_lm
-from hrpo_patches.thinking.shards import head_of, in_shards, whole
+from hrpo_patches.thinking.shards import head_of, in_units, partitioned, whole
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 from hrpo_thinking.parts import is_thinking_parameter, spelled
@@ -131,7 +131,8 @@ class ThinkingMonitor(TrainerCallback):
         if args.logging_strategy == "epoch":
             every = max(1, math.ceil(state.max_steps / max(1, state.num_train_epochs)))
         logged = args.logging_strategy != "no" and (step % every == 0 or (args.logging_first_step and step == 1))
-        self._sampling = bool(logged and self.thinks and (state.is_world_process_zero or in_shards(self.model)))
+        asked = (state.is_world_process_zero or in_units(self.model)) and not partitioned(self.model)
+        self._sampling = bool(logged and self.thinks and asked)
 
     def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         started = time.perf_counter()

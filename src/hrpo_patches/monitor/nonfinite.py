@@ -42,7 +42,8 @@ def refuse_spoilt(model: nn.Module, inputs: dict[str, Any], folder: Path, step: 
 
     Args and errors are those of `refuse_nonfinite`.
     """
-    weights = [parameter.detach() for parameter in model.parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    weights = [getattr(parameter, "ds_tensor", parameter).detach() for parameter in trained]  # ZeRO-3's own shards
     if weights and not plain(nn.utils.get_total_norm(weights)).isfinite():
         kept = keep(model, inputs, folder, step, rank)
         raise NonFiniteError(

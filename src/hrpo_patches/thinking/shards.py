@@ -19,9 +19,19 @@ from hrpo_patches.thinking.backbone import temporarily
 from hrpo_thinking.modules import ThinkingModule
 
 
+def in_units(model: nn.Module) -> bool:
+    """Whether the weights are in shards by FSDP2."""
+    return any(isinstance(module, FSDPModule) for module in model.modules())
+
+
+def partitioned(model: nn.Module) -> bool:
+    """Whether the weights are in shards by DeepSpeed's ZeRO-3."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def in_shards(model: nn.Module) -> bool:
     """Whether no process holds the weights whole, so that all have to call the same modules in the same order."""
-    return any(isinstance(module, FSDPModule) for module in model.modules())
+    return in_units(model) or partitioned(model)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from torch.nn.functional import pad
 from transformers import Trainer
 
 from hrpo_patches.thinking.backbone import temporarily
-from hrpo_patches.thinking.shards import in_shards, largest, like, plain, thinking_stays_float32
+from hrpo_patches.thinking.shards import in_shards, in_units, largest, like, plain, thinking_stays_float32
 from hrpo_thinking.errors import InputError
 
 _Trainer: Any = Trainer
@@ -47,7 +47,7 @@ class InShards(_Trainer):
         self.accelerator.prepare = prepare_thinking
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        if not in_shards(self.model):
+        if not in_units(self.model):
             return super().save_model(output_dir, _internal_call)
         weights = self.model.state_dict(keep_vars=True)
         made = {id(weight): plain(weight.detach()).cpu() for weight in weights.values()}  # those that are tied, once
@@ -57,14 +57,14 @@ class InShards(_Trainer):
         self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        if not in_shards(self.model):
+        if not in_units(self.model):
             return super()._save_optimizer_and_scheduler(output_dir)
         state = _each(self.optimizer.state_dict(), lambda value: plain(value).cpu())
         with temporarily(self, is_fsdp_enabled=False), temporarily(self.optimizer, state_dict=lambda: state):
             super()._save_optimizer_and_scheduler(output_dir)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        if not in_shards(self.model):
+        if not in_units(self.model):
             return super()._load_optimizer_and_scheduler(checkpoint)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         load = self.optimizer.load_state_dict
@@ -80,7 +80,7 @@ class InShards(_Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        if not in_shards(self.model):
+        if not in_units(self.model):
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
         peft = is_peft_model(self.model)
         named = "adapter_model.safetensors" if peft else "model*.safetensors"
