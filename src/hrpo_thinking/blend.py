@@ -15,7 +15,7 @@ from torch.nn.functional import dropout
 
 from hrpo_thinking.config import scaled_to_embeddings
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.modules import ThinkingLambda
+from hrpo_thinking.modules import ThinkingLambda, wide
 from hrpo_thinking.parts import RESIDUALS
 
 Control = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # (s, e, mask) -> (s, mask)
@@ -48,7 +48,7 @@ class Blend:
         """a = exp(-c softplus(-Λ) σ(W_r e + b_r)), from embeddings e (..., d); the share of e that a blend keeps."""
         with torch.autocast(embeds.device.type, enabled=False):
             gate = self.thinking_residual_gate_r(embeds.to(self.thinking_residual_Lambda.Lambda.dtype))
-            return self.thinking_residual_Lambda(torch.sigmoid(gate))
+            return self.thinking_residual_Lambda(torch.sigmoid(wide(gate)))
 
     def thinking_residual(self, embeds: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """ê = a ⊙ e + sqrt(1 - a² + 1e-8) ⊙ (i ⊙ s), with i = σ(W_i e + b_i).
@@ -63,7 +63,8 @@ class Blend:
         with torch.autocast(embeds.device.type, enabled=False):
             a = self.thinking_decay(embeds)
             e = embeds.to(a.dtype)
-            gated = torch.sigmoid(self.thinking_residual_gate_i(e)) * residual.to(a.dtype)
+            gate = self.thinking_residual_gate_i(embeds.to(self.thinking_residual_Lambda.Lambda.dtype))
+            gated = torch.sigmoid(wide(gate)) * residual.to(a.dtype)
             blended = a * e + torch.sqrt(1 - a.square() + EPS) * gated
         return blended.to(embeds.dtype), a
 
@@ -71,7 +72,7 @@ class Blend:
         """s (..., d) in float32, from hidden states (..., d); with dropout only where a gradient is wanted."""
         thinking = self.config.thinking
         with torch.autocast(states.device.type, enabled=False):
-            projected = self.thinking_projection(states.to(self.thinking_residual_Lambda.Lambda.dtype))
+            projected = wide(self.thinking_projection(states.to(self.thinking_residual_Lambda.Lambda.dtype)))
             rate = thinking.get("projection_dropout", 0.0)
             if rate and self.training and torch.is_grad_enabled():
                 projected = dropout(projected, rate)

@@ -14,6 +14,11 @@ from hrpo_thinking.parts import GATE_I, GATE_R, LAMBDA, MODULES, PROJECTION
 DECAY_SCALE = 8.0  # c in a = exp(-c * softplus(-Lambda) * r)
 
 
+def wide(values: Tensor) -> Tensor:
+    """Values in float32 at least: 1 - a² of an a in 16 bits, which DeepSpeed makes of float32, is noise near a = 1."""
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
 def initial_lambda(uniform: Tensor, r_min: float, r_max: float) -> Tensor:
     """Λ such that a = λ^r, with λ the point `uniform` (in (0, 1)) of the range from r_min to r_max; float64."""
     inset = 1e-4 + (1 - 2e-4) * uniform.double()  # float32 rounding must not push λ over an edge of the range
@@ -161,11 +166,11 @@ class ThinkingLambda(ThinkingModule):
             self.fresh = {name: _sample(value)}
 
     def forward(self, r: Tensor) -> Tensor:
-        return torch.exp(-DECAY_SCALE * nn.functional.softplus(-self.Lambda) * r)
+        return torch.exp(-DECAY_SCALE * nn.functional.softplus(-wide(self.Lambda)) * wide(r))
 
     def decay(self) -> Tensor:
         """λ (d,), the share of an embedding that is left at a fully open gate: a = λ^r."""
-        return torch.exp(-DECAY_SCALE * nn.functional.softplus(-self.Lambda))
+        return torch.exp(-DECAY_SCALE * nn.functional.softplus(-wide(self.Lambda)))
 
 
 def thinking_modules(config: Any, thinking: ThinkingConfig) -> dict[str, nn.Module]:

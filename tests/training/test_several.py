@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,9 +19,15 @@ from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
 from hrpo_patches import load_adapter
+from hrpo_patches.training.several import check_sharding
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import MODULES
 
+pytestmark = pytest.mark.xdist_group("several")  # its processes and theirs are one load
 TESTS = Path(__file__).parents[1]
 PRESETS = TESTS.parent / "configs" / "accelerate"
+DEEPSPEED = Path(sys.prefix) / "deepspeed"  # see the Makefile
+ZERO = {"PYTHONPATH": f"{TESTS}{os.pathsep}{DEEPSPEED}", "DS_ACCELERATOR": "cpu"}
 
 
 def case(name, lora, residual, passes, **more):
@@ -76,7 +83,7 @@ def launch(folder, name, cases, preset=None, status=0, **more):
     job.write_text(json.dumps({"out": str(folder / name), "cases": cases} | more))
     shared = dict(os.environ) if preset is None else environment(preset, processes)
     shared |= {"PYTHONPATH": str(TESTS), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    shared |= more.pop("environment", {})
+    shared |= ZERO if (preset or "").startswith("zero") else {}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
@@ -212,10 +219,80 @@ def test_thinking_modules_compute_in_float32_where_the_others_do_in_bfloat16(fol
     assert seen["log"][0]["projection/grad_norm"] > 0 and math.isfinite(seen["log"][0]["loss"])
 
 
-def test_fsdp_of_the_first_version_is_refused_by_name(folder):
-    cases = [case("first", True, "projection", "1", options={"max_steps": 1})]
-    launch(folder, "fsdp1", of("fsdp2", cases), "fsdp2", status=1, environment={"FSDP_VERSION": "1"})
-    assert "set fsdp_version: 2" in (folder / "fsdp1.0.log").read_text()
+def test_fsdp_of_the_first_version_and_a_swapped_reference_under_zero_3_are_refused():
+    args = SimpleNamespace(reference="start", beta=0.1)
+    check_sharding(args, SimpleNamespace(fsdp_version=2), None)
+    with pytest.raises(InputError, match="set fsdp_version: 2"):
+        check_sharding(args, SimpleNamespace(fsdp_version=1), None)
+    check_sharding(args, None, SimpleNamespace(zero_stage=2))
+    check_sharding(SimpleNamespace(reference="base", beta=0.1), None, SimpleNamespace(zero_stage=3))
+    with pytest.raises(InputError, match="ZeRO-2 or FSDP2"):
+        check_sharding(args, None, SimpleNamespace(zero_stage=3))
+
+
+# --- DeepSpeed -------------------------------------------------------------------------------------------------------
+
+
+BIG = {"learning_rate": 1e-2, "lr_thinking_projection": 1e-1, "lr_residual_gate": 1.0, "lr_residual_Lambda": 1.0}
+STEPPED = [
+    one | {"options": one["options"] | BIG | {"max_steps": 1}}  # steps that are large beside a weight's last digit
+    for one in [*MATRIX, *(one for one in FURTHER if one["name"] in ("tied", "in-pieces", "many-thoughts"))]
+]
+
+
+@pytest.fixture(scope="module", params=["zero2", "zero3"])
+def zero(request, folder, recorded):
+    """What DeepSpeed's processes, and one without it, make of the cases."""
+    records = {one["name"]: one["record"] for one in recorded[0]}
+    cases = [one | {"record": records[one["name"]]} for one in STEPPED]
+    alone = folder / "one-step"
+    return launch(folder, request.param, of(request.param, cases), request.param), (
+        alone if alone.exists() else launch(folder, alone.name, cases)
+    )
+
+
+@pytest.mark.parametrize("name", [case["name"] for case in STEPPED])
+def test_deepspeed_takes_the_step_that_one_process_takes(name, zero):
+    two, one = (load_file(path / f"{name}.safetensors") for path in zero)
+    torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=1e-5)
+    weights = [key for key in one if key.startswith("weight.")]
+    assert any("thinking_residual_Lambda" in key for key in weights)
+    for key in weights:  # DeepSpeed hands no gradients out; plain gradient descent shows them
+        step = one[key] - one[key.replace("weight.", "start.", 1)]
+        error = (two[key] - one[key]).norm() / step.norm()
+        assert error < 1e-3, (key, error)
+
+
+@pytest.mark.parametrize("preset", ["zero2", "zero3"])
+def test_deepspeed_resumes_its_own_checkpoints_and_writes_files_that_one_process_loads(preset, saved, folder):
+    cases = [one for one in saved[0] if one["name"] != "saved-with-its-start"]
+    whole = launch(folder, f"{preset}-saved", of(preset, cases), preset)
+    further, after = folder / f"{preset}-further", []
+    for one in cases:
+        shutil.copytree(whole / one["name"], further / one["name"])
+        shutil.rmtree(further / one["name"] / "checkpoint-3")
+        after.append(one | {"resume": str(further / one["name"] / "checkpoint-2")})
+    launch(folder, further.name, of(preset, after), preset)
+    for name in (one["name"] for one in cases):
+        there, then = (load_file(path / f"{name}.safetensors") for path in (further, whole))
+        alone = load_file(saved[1][None] / f"{name}.safetensors")
+        for key in (key for key in then if key.startswith("weight.")):
+            torch.testing.assert_close(there[key], then[key], rtol=0, atol=0)
+            assert (then[key] - alone[key]).norm() < 1e-4 * alone[key].norm(), key
+        file = "adapter_model.safetensors" if "lora" in name else "model.safetensors"
+        ours, theirs = (load_file(path / name / file) for path in (whole, saved[1][None]))
+        assert ours.keys() - theirs.keys() <= {"lm_head.weight"}  # of tied weights ZeRO-3 writes both
+        assert all((ours[key] - value).norm() <= 1e-4 * value.norm() for key, value in theirs.items())
+
+
+@pytest.mark.parametrize("preset", ["zero2", "zero3"])
+def test_deepspeed_in_bfloat16_trains_thinking_weights_that_compute_in_it(preset, folder):
+    cases = [case("half", True, "projection", "1", options={"bf16": True, "max_steps": 2, "optim": "adamw_torch"})]
+    out = launch(folder, f"{preset}-half", of(preset, cases), preset)
+    assert set(json.loads((out / "half.json").read_text())["dtypes"].values()) == {"torch.bfloat16"}
+    held = load_file(out / "half.safetensors")
+    moved = {key for key in held if key.startswith("weight.") and not torch.equal(held[key], held[f"start.{key[7:]}"])}
+    assert all(any(part in key for key in moved) for part in (*MODULES, "lora_A", "lora_B"))
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

@@ -28,16 +28,16 @@ class InShards(_Trainer):
     """A `Trainer` whose model may be in shards.
 
     Raises:
-        InputError: it is told to use FSDP's first version.
+        InputError: it is told to use FSDP's first version, or ZeRO-3 with the reference `start`.
     """
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if plugin is None:
+        state = self.accelerator.state
+        fsdp, deepspeed = getattr(state, "fsdp_plugin", None), getattr(state, "deepspeed_plugin", None)
+        check_sharding(self.args, fsdp, deepspeed)
+        if fsdp is None:
             return
-        if plugin.fsdp_version != 2:
-            raise InputError("a model that thinks is sharded by FSDP2; set fsdp_version: 2 (configs/accelerate).")
         prepare = self.accelerator.prepare
 
         def prepare_thinking(*args: Any, **kwargs: Any) -> Any:
@@ -93,6 +93,20 @@ class InShards(_Trainer):
         with torch.no_grad():
             for name, value in held.items():
                 own[name].copy_(like(value, own[name].detach()))
+
+
+def check_sharding(args: Any, fsdp: Any, deepspeed: Any) -> None:
+    """Raise `InputError` for a run that cannot be done in shards as accelerate's two plug-ins say, None each."""
+    if fsdp is not None and fsdp.fsdp_version != 2:
+        raise InputError(
+            f"FSDP's version {fsdp.fsdp_version} was asked for, and thinking modules are sharded by FSDP2; set "
+            f"fsdp_version: 2, as in configs/accelerate/fsdp2.yaml."
+        )
+    if deepspeed is not None and deepspeed.zero_stage == 3 and args.reference == "start" and args.beta:
+        raise InputError(
+            "reference='start' puts other weights in place of today's for a while, which ZeRO-3 does not allow; use "
+            "ZeRO-2 or FSDP2, or reference='base'."
+        )
 
 
 def _each(thing: Any, change: Any) -> Any:
