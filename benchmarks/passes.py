@@ -97,10 +97,15 @@ def resident(field: str) -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
 
 
-def measure(trainer: HRPOTrainer, batch: dict) -> tuple[float, float]:
-    """Seconds and peak memory (GiB, over what was there before) of one loss with its backward."""
+def settle() -> None:
+    """Give back what was freed, and let the peak of the resident memory begin here."""
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
+
+
+def measure(trainer: HRPOTrainer, batch: dict) -> tuple[float, float]:
+    """Seconds and peak memory (GiB, over what was there before) of one loss with its backward."""
+    settle()
     before, started = resident("VmRSS"), time.perf_counter()
     trainer.compute_loss(trainer.model, batch).backward()
     seconds, peak = time.perf_counter() - started, resident("VmHWM") - before

@@ -306,7 +306,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         inner, tokens = causal_lm(self.accelerator.unwrap_model(model)), input_ids[:, -width:]
-        pieces = hands_over_states(inner) and backend_of(inner).fused_head
+        pieces = hands_over_states(inner)
         whole = not pieces or fits(len(tokens), width, inner.config.vocab_size)
         kept = {"logits_to_keep": width + 1} if whole else {"logits_to_keep": 1, "output_last_hidden_state": True}
         with self.accelerator.autocast():
