@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from hrpo_thinking.errors import InputError
+
+LOCK = ".lock"  # of the folder that a run writes to
 
 
 def replace(path: Path, write: str | Callable[[Path], object]) -> None:
@@ -37,6 +41,29 @@ def create(path: Path, text: str) -> None:
     building.unlink()
 
 
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Within, no other process enters with the same folder, which is made if need be; after a kill, anyone may.
+
+    Raises:
+        InputError: another process is in.
+    """
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise InputError(f"another run is writing to {folder}; wait for its end, or give another folder.") from None
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
+        if made and not any(folder.iterdir()):
+            folder.rmdir()
+
+
 def listed(folder: Path) -> list[list[object]]:
     """Name, size and time of each file in a folder: two lists are equal while nobody has changed one."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
@@ -48,6 +75,9 @@ def append(path: Path, line: str) -> None:
     file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:
         os.write(file, (line + "\n").encode())
+    except OSError as error:
+        error.filename = str(path)  # which a write does not know
+        raise
     finally:
         os.close(file)
 

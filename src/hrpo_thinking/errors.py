@@ -1,4 +1,4 @@
-"""The three errors that reach a user on purpose; knows nothing else."""
+"""The four errors that reach a user on purpose; knows nothing else."""
 
 
 class InputError(ValueError):
@@ -7,6 +7,10 @@ class InputError(ValueError):
 
 class PatchError(ImportError):
     """An upstream package cannot be patched; the message names package, version, file, hunk and the remedy."""
+
+
+class SaveError(RuntimeError):
+    """A checkpoint could not be written; those before it are whole."""
 
 
 class NonFiniteError(FloatingPointError):

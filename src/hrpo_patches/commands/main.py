@@ -5,6 +5,7 @@ So that a version that cannot be patched is a sentence, and unsloth can be impor
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 from collections.abc import Callable
@@ -12,10 +13,14 @@ from contextlib import ExitStack, redirect_stdout
 from importlib import import_module
 from typing import Any
 
+from tqdm import tqdm
+
 from hrpo_patches import __version__
 from hrpo_patches.commands.flags import Written, split_backend, with_config
 from hrpo_patches.models.backends import start_backend
-from hrpo_thinking.errors import InputError, NonFiniteError, PatchError
+from hrpo_thinking.errors import InputError, NonFiniteError, PatchError, SaveError
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def train(argv: Written | None = None, task: str = "gsm8k", prog: str = "hrpo train") -> dict[str, Any]:
@@ -91,8 +96,13 @@ def said(entry: Callable[[Written], Any], argv: Written | None = None) -> int:
     """Run `entry` for a person: what they can mend is one sentence and exit status 2, not a traceback."""
     try:
         status = entry(sys.argv[1:] if argv is None else argv)
-    except (InputError, NonFiniteError, PatchError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, NonFiniteError, PatchError, SaveError) as error:
+        tqdm.write(f"error: {error}", file=sys.stderr)  # which makes room beside a bar
+        return 2
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        tqdm.write(f"error: {error.filename or 'a file'} could not be written: {error.strerror}.", file=sys.stderr)
         return 2
     return status if isinstance(status, int) else 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hrpo_patches.commands.flags import Written
 from hrpo_patches.commands.train_flags import Run, parse
 from hrpo_patches.evaluation.generate import Decoding, choose_engine, completions
 from hrpo_patches.evaluation.scores import standard_error
+from hrpo_patches.files import alone
 from hrpo_patches.models.adapter import load_adapter
 from hrpo_patches.models.backends import backend_named
 from hrpo_patches.models.base import load_model
@@ -166,6 +168,13 @@ def main(
         SystemExit: with `ending.STATUS`, after SIGTERM; a checkpoint of the last step is saved.
     """
     run = parse(words, task, backend, prog)
+    first = run.config.process_index == 0
+    with alone(Path(str(run.config.output_dir))) if first else nullcontext():
+        return trained(run)
+
+
+def trained(run: Run) -> dict[str, Any]:
+    """Do what `main` does, with a run that was parsed."""
     trainer, chosen, held_out = make_trainer(run)
     started = time.monotonic()
     source = (run.about.dataset or "").partition("?")[0]

@@ -23,6 +23,7 @@ from hrpo_patches.commands.flags import (
 )
 from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP
 from hrpo_patches.extras import require
+from hrpo_patches.files import LOCK
 from hrpo_patches.models.backends import BACKENDS
 from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.models.record import check_same_pauses, check_same_thinking, read_thinking
@@ -187,7 +188,7 @@ class Run:
         folder = Path(str(self.config.output_dir))
         if folder.is_file():
             raise InputError(f"--output_dir {folder} is a file.")
-        holds = folder.is_dir() and any(folder.iterdir())
+        holds = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
         resumed = self.config.resume_from_checkpoint
         if holds and resumed is None:
             raise InputError(

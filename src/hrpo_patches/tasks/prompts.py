@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from rich.progress import track
+
 from hrpo_patches.tasks.base import Problem, Task
 from hrpo_thinking.errors import InputError
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
 Prompt = str | list[dict[str, str]]
 MARKER = "{marker}"  # where the answer marker goes in a task's texts
 PROMPTS = ("auto", "chat", "plain")
+MANY = 20_000  # problems whose counting takes seconds
 
 
 def examples_of(task: Task, marker: str, shots: int, own: list[str]) -> list[str]:
@@ -91,7 +94,8 @@ def with_prompts(
         InputError: every prompt is longer.
     """
     rows: list[dict[str, Any]] = [{**problem, "prompt": ask(problem["question"])} for problem in problems]
-    fitting = [row for row in rows if len(prompt_ids(tokenizer, row["prompt"])) <= longest]
+    shown = track(rows, "Counting tokens", disable=len(rows) < MANY)
+    fitting = [row for row in shown if len(prompt_ids(tokenizer, row["prompt"])) <= longest]
     if rows and not fitting:
         raise InputError(f"every prompt is longer than --max_prompt_length {longest} tokens.")
     if len(fitting) < len(rows):

@@ -34,6 +34,13 @@ class Made:
     completions: list[list[int]]
     logprobs: list[list[float]] | None = None
 
+    def shares(self) -> Tensor:
+        """Over the positions that think: the sums of a and of sqrt(1 - a²), and how many there are; (3,)."""
+        mask = self.rollout.mask
+        a = torch.where(mask, self.ratio, 0.0)
+        hidden = torch.where(mask, torch.sqrt(1 - a.square()), 0.0)
+        return torch.stack([a.sum(), hidden.sum(), mask.sum().float()])
+
 
 def by_generate(
     model: Any, tokenizer: Any, prompts: list[list[int]], generation_config: Any, ends: list[int], forced: int

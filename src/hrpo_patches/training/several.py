@@ -1,4 +1,4 @@
-"""What a trainer does otherwise where weights are in shards (FSDP2); knows files and shards, nothing of thinking.
+"""What a trainer does otherwise where weights are in shards, and where a save fails; knows nothing of thinking.
 
 Its checkpoints are those that one process writes, so that a run is resumed with as many processes as there are, in
 shards or not.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from peft import get_peft_model_state_dict
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import pad
@@ -19,7 +20,7 @@ from transformers import Trainer
 
 from hrpo_patches.thinking.backbone import temporarily
 from hrpo_patches.thinking.shards import in_shards, in_units, largest, like, plain, thinking_stays_float32
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, SaveError
 
 _Trainer: Any = Trainer
 
@@ -29,6 +30,7 @@ class InShards(_Trainer):
 
     Raises:
         InputError: it is told to use FSDP's first version, or ZeRO-3 with the reference `start`.
+        SaveError: in training, if a checkpoint cannot be written.
     """
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -45,6 +47,16 @@ class InShards(_Trainer):
                 return prepare(*args, **kwargs)
 
         self.accelerator.prepare = prepare_thinking
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (OSError, RuntimeError, SafetensorError) as error:
+            name, why = f"checkpoint-{self.state.global_step}", " ".join(str(error).split())
+            raise SaveError(
+                f"{name} could not be written to {self.args.output_dir} ({why}); those before it are whole: make "
+                f"room, and resume from the last one (--resume_from_checkpoint latest)."
+            ) from error
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not in_units(self.model):

@@ -32,6 +32,7 @@ from hrpo_patches.thinking.replay import Rollout, passes_inputs
 from hrpo_patches.thinking.shards import head_of, whole
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.epoch_order import EpochOrder
+from hrpo_patches.training.judged import judged
 from hrpo_patches.training.optim import regroup
 from hrpo_patches.training.prepare import (
     ALREADY,
@@ -97,7 +98,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
                 stack.enter_context(unsaid(ALREADY))
             if args.use_vllm and args.vllm_mode == "colocate":
                 stack.enter_context(engines_that_think(sys.modules[GRPOTrainer.__module__]))
-            super().__init__(model, reward_funcs, args, **kwargs)
+            super().__init__(model, judged(reward_funcs), args, **kwargs)
         self.add_callback(self._epoch_order)
         freeze_unused(self.model, args)
         if args.residual is not None:
@@ -170,7 +171,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
                 f"forward returns no last_hidden_state."
             )
         self._rollout = made.rollout
-        self._record_ratios(made.ratio, made.rollout.mask)
+        self._record_ratios(made.shares())
         return made.completions, made.logprobs
 
     def _made(self, prompt_ids: list, *args: Any, **kwargs: Any) -> Made:
@@ -328,11 +329,9 @@ class HRPOTrainer(InShards, GRPOTrainer):
         self._epoch_order.sampler = super()._get_train_sampler(dataset)
         return self._epoch_order.sampler
 
-    def _record_ratios(self, ratio: Tensor, mask: Tensor) -> None:
+    def _record_ratios(self, shares: Tensor) -> None:
         """embeds_ratio: mean a; hidden_ratio: mean sqrt(1 - a²); over thinking positions, a averaged over d."""
-        a = torch.where(mask, ratio, 0.0)
-        hidden = torch.where(mask, torch.sqrt(1 - a.square()), 0.0)
-        totals = self.accelerator.reduce(torch.stack([a.sum(), hidden.sum(), mask.sum().float()]), reduction="sum")
+        totals = self.accelerator.reduce(shares, reduction="sum")
         self._record("embeds_ratio", totals[0] / totals[2].clamp(min=1))
         self._record("hidden_ratio", totals[1] / totals[2].clamp(min=1))
 

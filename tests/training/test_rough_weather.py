@@ -1,0 +1,264 @@
+"""What a run does when the world is not as it should be: what a person reads, and that checkpoints are whole."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from runs import small_trainer
+from safetensors.torch import load_file
+from tiny import END, byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM
+
+from hrpo_patches import load_adapter
+from hrpo_patches.commands.main import train
+from hrpo_patches.tasks.prompts import with_prompts
+from hrpo_patches.training.judged import judged
+from hrpo_thinking.errors import InputError
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+LIMITED = """
+import hrpo_patches, resource, sys
+from hrpo_patches import HRPOTrainer
+from hrpo_patches.commands.main import main
+step, room = int(sys.argv[1]), int(sys.argv[2])
+training_step = HRPOTrainer.training_step
+def limited(self, *arguments, **options):
+    if self.state.global_step == step:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
+    return training_step(self, *arguments, **options)
+HRPOTrainer.training_step = limited
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rough")
+    tiny_model("qwen2", thinking=False).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    rows = [{"question": f"{a}+{b}?", "answer": f"#### {a + b}"} for a in range(4) for b in range(4)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    options = {
+        "model_name": folder / "base",
+        "dataset": folder / "sums.jsonl",
+        "prompt": "plain",
+        "group_size": 2,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_completion_length": 8,
+        "lora_rank": 4,
+        "temperature": 1,
+        "save_steps": 1,
+        "max_steps": 4,
+    }
+    return ["train", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+
+
+def program(code, *arguments):
+    return [sys.executable, "-c", code, *map(str, arguments)]
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+def assert_resumes_to_the_end(words, folder, last, tmp_path):
+    """The checkpoint loads, and the run that is resumed from it is the one that nothing befell."""
+    base = AutoModelForCausalLM.from_pretrained(words[words.index("--model_name") + 1])
+    load_adapter(base, folder / f"checkpoint-{last}")
+    train([*words[1:], "--output_dir", str(folder), "--resume_from_checkpoint", "latest"])
+    train([*words[1:], "--output_dir", str(tmp_path / "whole")])
+    ours, theirs = weights(folder), weights(tmp_path / "whole")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], value) for name, value in theirs.items())
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt"])
+def test_a_disk_that_is_full_is_a_sentence_and_the_run_resumes_when_there_is_room(words, file, tmp_path):
+    train([*words[1:], "--max_steps", "1", "--output_dir", str(tmp_path / "one")])
+    sizes = sorted(path.stat().st_size for path in (tmp_path / "one" / "checkpoint-1").iterdir())
+    room = (tmp_path / "one" / "checkpoint-1" / file).stat().st_size - 1
+    assert room < sizes[-1]
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        program(LIMITED, 2, room, *words, "--output_dir", folder), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
+    assert sentence.startswith(f"error: checkpoint-3 could not be written to {folder} (")
+    assert "Traceback" not in done.stderr and "make room, and resume from the last one" in sentence
+    assert_resumes_to_the_end(words, folder, 2, tmp_path)
+
+
+def test_a_log_that_finds_no_room_is_a_sentence_too(words, tmp_path):
+    done = subprocess.run(
+        program(LIMITED, 0, 100, *words, "--save_steps", 9, "--output_dir", tmp_path / "run"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    log = tmp_path / "run" / "monitor.jsonl"
+    assert done.returncode == 2 and f"error: {log} could not be written: File too large." in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+SLOW = """
+import hrpo_patches, sys, time
+from pathlib import Path
+from hrpo_patches.commands import train
+from hrpo_patches.commands.main import main
+make_trainer = train.make_trainer
+def waiting(run):
+    Path(sys.argv[1]).touch()
+    while not Path(sys.argv[2]).exists():
+        time.sleep(0.05)
+    return make_trainer(run)
+train.make_trainer = waiting
+sys.exit(main(sys.argv[3:]))
+"""
+
+
+def test_a_run_that_is_started_twice_in_one_folder_is_refused_and_the_first_goes_on(words, tmp_path):
+    began, go, folder = tmp_path / "began", tmp_path / "go", tmp_path / "run"
+    first = subprocess.Popen(program(SLOW, began, go, *words, "--output_dir", folder))
+    try:
+        until = time.monotonic() + 120
+        while not began.exists() and time.monotonic() < until and first.poll() is None:
+            time.sleep(0.05)
+        with pytest.raises(InputError, match="another run is writing to"):
+            train([*words[1:], "--output_dir", str(folder)])
+        go.touch()
+        assert first.wait(timeout=120) == 0
+    finally:
+        first.kill()
+    train([*words[1:], "--output_dir", str(tmp_path / "whole")])
+    ours, theirs = weights(folder), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert not (folder / ".lock").exists()
+
+
+def test_a_run_that_is_refused_leaves_no_folder_behind(words, tmp_path):
+    with pytest.raises(InputError, match="too few"):
+        train([*words[1:], "--per_device_train_batch_size", "400", "--output_dir", str(tmp_path / "run")])
+    assert not (tmp_path / "run").exists()
+
+
+# --- rewards ---------------------------------------------------------------------------------------------------------
+
+
+def giving(change):
+    def reward(completions, **_):
+        return change([float(i % 3) for i in range(len(completions))])
+
+    return reward
+
+
+BAD = [
+    (lambda good: [*good[:-1], math.nan], "gave nan for completion 7; give a finite number"),
+    (lambda good: [math.inf, *good[1:]], "gave inf for completion 0"),
+    (lambda good: ["one", *good[1:]], "gave 'one' for completion 0"),
+    (lambda good: good[:-1], "gave 7 rewards for 8 completions; give one for each"),
+    (lambda good: [*good, 0.0], "gave 9 rewards for 8 completions"),
+    (lambda good: 1.0, "gave 1.0; give a list"),
+]
+
+
+@pytest.mark.parametrize(("change", "sentence"), BAD)
+def test_a_reward_that_is_none_stops_the_run_by_its_name_before_a_step_is_taken(change, sentence, tmp_path):
+    calls = []
+
+    def later(good):
+        calls.append(1)
+        return change(good) if len(calls) == 2 else good
+
+    trainer = small_trainer(tmp_path, reward=giving(later), max_steps=3, save_strategy="steps", save_steps=1)
+    with pytest.raises(InputError, match=f"the reward function reward {sentence}"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+    assert_next_steps_follow(tmp_path, giving(lambda good: good))
+
+
+def assert_next_steps_follow(folder, reward):
+    """A run in this folder is resumed from its first checkpoint."""
+    again = small_trainer(folder, reward=reward, max_steps=3, save_strategy="steps", save_steps=1)
+    again.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
+    assert again.state.global_step == 3
+
+
+def test_a_reward_function_that_raises_shows_its_own_error_and_the_checkpoint_is_whole(tmp_path):
+    calls = []
+
+    def reward(completions, **_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyError("answer")
+        return [float(i % 3) for i in range(len(completions))]
+
+    trainer = small_trainer(tmp_path, reward=reward, max_steps=3, save_strategy="steps", save_steps=1)
+    with pytest.raises(KeyError, match="answer"):
+        trainer.train()
+    assert_next_steps_follow(tmp_path, reward)
+
+
+def test_a_reward_function_may_judge_some_completions_only_and_be_a_coroutine_or_a_tensor(tmp_path):
+    async def later(completions, **_):
+        return [None, *map(float, range(len(completions) - 1))]
+
+    def tensor(completions, **_):
+        return torch.arange(len(completions)).float()
+
+    assert judged("a/model") == "a/model" and judged([later])[0].__name__ == "later"
+    trainer = small_trainer(tmp_path, reward=[later, tensor])
+    trainer.train()
+    assert "rewards/later/mean" in trainer.state.log_history[0]
+
+
+def test_equal_rewards_teach_nothing_and_break_nothing(tmp_path):
+    trainer = small_trainer(tmp_path, reward=giving(lambda good: [1.0] * len(good)), beta=0.0, max_steps=2)
+    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    trainer.train()
+    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
+    assert [row["loss"] for row in trainer.state.log_history if "loss" in row] == [0.0, 0.0]
+
+
+# --- prompts, completions, tokenizers --------------------------------------------------------------------------------
+
+
+def speaks(model, token):
+    """Let a model say one token, whatever it reads."""
+    with torch.no_grad():
+        model.lm_head.weight.zero_()
+        model.lm_head.bias = torch.nn.Parameter(torch.zeros(len(model.lm_head.weight)), requires_grad=False)
+        model.lm_head.bias[token] = 100.0
+    return model
+
+
+def test_completions_that_are_empty_train(tmp_path, tokenizer):
+    model = speaks(tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9}), tokenizer.convert_tokens_to_ids(END))
+    trainer = small_trainer(tmp_path, model=model, reward=giving(lambda good: good), max_steps=2)
+    trainer.train()
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert [row["completions/max_length"] for row in rows] == [1, 1]
+    assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
+
+
+@pytest.mark.parametrize("options", [{}, {"replay_passes": "all"}])
+def test_a_run_whose_completions_never_think_trains(tmp_path, tokenizer, options):
+    marker = tokenizer.convert_tokens_to_ids("####")
+    model = speaks(tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9}), marker)
+    trainer = small_trainer(tmp_path, model=model, reward=giving(lambda good: good), max_steps=2, **options)
+    trainer.train()
+    assert trainer.state.log_history[0]["embeds_ratio"] == 0.0  # of no position
+    assert math.isfinite(trainer.state.log_history[0]["grad_norm"])
+
+
+def test_a_hundred_thousand_problems_are_counted_with_a_bar(tokenizer, capsys):
+    problems = [{"question": f"{i}?", "answer": "1"} for i in range(100_000)]
+    rows = with_prompts(problems, lambda question: question, tokenizer, 5)
+    assert len(rows) == 10_000 and rows[-1]["prompt"] == "9999?"
+    said = capsys.readouterr().out
+    assert "90000 of 100000 problems have prompts over 5 tokens: left out." in said and "Counting tokens" in said
