@@ -101,7 +101,9 @@ def assert_smollm2_learns_gsm8k(engine, shared_data, folder):
         assert any(f".{part}." in name for name in moved), part
 
 
-def small_trainer(folder, family="llama", model=None, peft_config="lora", reward=lengths_differ, **options):
+def small_trainer(
+    folder, family="llama", model=None, peft_config="lora", reward=lengths_differ, tokenizer=None, **options
+):
     if model is None:
         model = tiny_model(family, thinking={"r_min": 0.5, "r_max": 0.9})
     data = Dataset.from_dict({"prompt": PROMPTS * 8})
@@ -110,6 +112,6 @@ def small_trainer(folder, family="llama", model=None, peft_config="lora", reward
         reward,
         config(folder, **options),
         data,
-        processing_class=byte_tokenizer(),
+        processing_class=tokenizer or byte_tokenizer(),
         peft_config=lora() if peft_config == "lora" else peft_config,
     )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -9,11 +10,12 @@ import time
 import pytest
 import torch
 from runs import small_trainer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import END, byte_tokenizer, tiny_model
-from transformers import AutoModelForCausalLM
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from hrpo_patches import load_adapter
+from hrpo_patches import HRPOTrainer, load_adapter
 from hrpo_patches.commands.main import train
 from hrpo_patches.tasks.prompts import with_prompts
 from hrpo_patches.training.judged import judged
@@ -108,7 +110,6 @@ def test_a_log_that_finds_no_room_is_a_sentence_too(words, tmp_path):
 
 SLOW = """
 import hrpo_patches, sys, time
-from pathlib import Path
 from hrpo_patches.commands import train
 from hrpo_patches.commands.main import main
 make_trainer = train.make_trainer
@@ -262,3 +263,145 @@ def test_a_hundred_thousand_problems_are_counted_with_a_bar(tokenizer, capsys):
     assert len(rows) == 10_000 and rows[-1]["prompt"] == "9999?"
     said = capsys.readouterr().out
     assert "90000 of 100000 problems have prompts over 5 tokens: left out." in said and "Counting tokens" in said
+
+
+def sentence_piece():
+    """A unigram tokenizer as SentencePiece makes them: words begin with ▁, and rare characters are bytes."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("<pad>", 0.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
+    words = ["▁", "▁#", "##", "###", "####", "▁####", "#", "#7", "▁a", "e", "t", "▁What", "is", "▁3", "7", "+", "?"]
+    backend = Tokenizer(models.Unigram([*pieces, *((word, -3.0) for word in words)], unk_id=0, byte_fallback=True))
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Metaspace()])
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
+
+
+def unpadded():
+    tokenizer = byte_tokenizer()
+    tokenizer.pad_token = None
+    return tokenizer
+
+
+def added(special):
+    tokenizer = byte_tokenizer()
+    new = ["<answer>", "####!"] if not special else ["<|im_end|>"]
+    tokenizer.add_tokens([AddedToken(token, special=special, normalized=False) for token in new])
+    return tokenizer
+
+
+TOKENIZERS = {
+    "without a pad token": unpadded,
+    "with added tokens": lambda: added(special=False),
+    "with several end tokens": lambda: added(special=True),
+    "of SentencePiece": sentence_piece,
+}
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_a_model_thinks_up_to_the_marker_whatever_its_tokenizer(kind, tied, tmp_path, monkeypatch):
+    tokenizer = TOKENIZERS[kind]()
+    ends = [tokenizer.eos_token_id, *([len(tokenizer) - 1] if "end" in kind else [])]
+    size = {"vocab_size": len(tokenizer) + 3, "eos_token_id": ends, "pad_token_id": tokenizer.pad_token_id}
+    model = tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9}, tie_word_embeddings=tied, **size)
+    model.generation_config.eos_token_id = ends
+    vocabulary = tokenizer.get_vocab()
+    likely = [token for text, token in vocabulary.items() if "#" in text] + ends
+    model.lm_head.register_forward_hook(lambda module, args, logits: logits.index_add(-1, *biased(likely, logits)))
+    made = []
+    stock = HRPOTrainer._made
+    monkeypatch.setattr(HRPOTrainer, "_made", lambda *args, **more: made.append(stock(*args, **more)) or made[-1])
+    trainer = small_trainer(
+        tmp_path, model=model, tokenizer=tokenizer, max_completion_length=12, max_steps=4, temperature=1.0
+    )
+    trainer.train()
+    answered = ended = 0
+    for one in made:
+        for tokens, mask in zip(one.completions, one.rollout.mask.tolist(), strict=True):
+            said = ["####" in tokenizer.decode(tokens[: n + 1], skip_special_tokens=False) for n in range(len(tokens))]
+            alive = len(tokens) - (tokens[-1] in ends)
+            assert mask[:alive] == [not seen for seen in said[:alive]]
+            answered, ended = answered + any(said), ended + (tokens[-1] in ends)
+            assert not set(tokens[:-1]) & set(ends)
+    assert answered > 5 and ended > 0
+    last = trainer.state.log_history[-2]
+    assert math.isfinite(last["loss"]) and last["projection/grad_norm"] > 0
+    again = load_adapter(
+        tiny_model("llama", thinking=None, tie_word_embeddings=tied, **size), saved(trainer, tmp_path)
+    )
+    assert again.generation_config.thinking
+
+
+def biased(tokens, logits):
+    """What `index_add` needs to make these tokens likely."""
+    return torch.tensor(tokens), torch.full((*logits.shape[:-1], len(tokens)), 2.0)
+
+
+def saved(trainer, folder):
+    trainer.save_model(str(folder / "saved"))
+    return folder / "saved"
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def cut(folder):
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def no_json(folder):
+    (folder / "adapter_config.json").write_text("{")
+
+
+def renamed(folder):
+    held = weights(folder)
+    moved = {name.replace("layers.0", "layers.7"): value for name, value in held.items()}
+    save_file(moved, folder / "adapter_model.safetensors")
+
+
+def resized(folder):
+    held = weights(folder)
+    name = next(name for name in held if "thinking_projection" in name)
+    save_file(held | {name: torch.zeros(3, 3)}, folder / "adapter_model.safetensors")
+
+
+def lora_resized(folder):
+    held = weights(folder)
+    name = next(name for name in held if "lora_A" in name)
+    save_file(held | {name: torch.zeros(3, 3)}, folder / "adapter_model.safetensors")
+
+
+def no_record(folder):
+    (folder / "thinking_config.json").write_text("[1, 2]")
+
+
+def escaping(folder):
+    record = json.loads((folder / "thinking_config.json").read_text())
+    (folder / "thinking_config.json").write_text(json.dumps(record | {"residual": "../../elsewhere"}))
+
+
+DAMAGE = [
+    (cut, "damaged"),
+    (no_json, "adapter_config.json"),
+    (renamed, "lacks|no place for"),
+    (resized, "this base model needs"),
+    (lora_resized, "another base model|damaged"),
+    (no_record, "damaged"),
+    (escaping, "asks for what is not there"),
+]
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapter")
+    return saved(small_trainer(folder), folder)
+
+
+@pytest.mark.parametrize(("damage", "sentence"), DAMAGE)
+def test_a_damaged_adapter_is_refused_in_a_sentence(damage, sentence, adapter, tmp_path):
+    folder = tmp_path / "adapter"
+    shutil.copytree(adapter, folder)
+    damage(folder)
+    with pytest.raises(InputError, match=sentence) as refused:
+        load_adapter(tiny_model("llama", thinking=None), folder)
+    assert str(folder) in str(refused.value)

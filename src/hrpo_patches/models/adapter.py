@@ -10,18 +10,34 @@ from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hrpo_patches.models.backends import backend_of, refuse_stranger
-from hrpo_patches.models.hub import adapter_folder
+from hrpo_patches.models.hub import CONFIG, adapter_folder
 from hrpo_patches.models.record import GENERATION_FILE, THINKING_FILE, read_thinking
 from hrpo_patches.thinking.backbone import patched_backbone
 from hrpo_thinking.config import OPTIONS, ThinkingConfig, about_parts
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import FALLBACK, MODULES, PROJECTION, RESIDUALS, is_thinking_parameter, parts_of
+
+
+def weights_of(folder: Path) -> dict[str, Tensor]:
+    """The weights in an adapter's folder, by name; an `InputError` if their file is damaged."""
+    try:
+        return load_file(folder / "adapter_model.safetensors")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / 'adapter_model.safetensors'} is damaged or cannot be read: {error}.") from None
+
+
+def config_of(folder: Path) -> Any:
+    """What PEFT wrote of an adapter, a `PeftConfig`; an `InputError` if it is damaged."""
+    try:
+        return PeftConfig.from_pretrained(str(folder))
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{folder / CONFIG} is damaged: {error}.") from None
 
 
 def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -40,7 +56,7 @@ def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str
 
 def check_same_base(folder: Path, model: PreTrainedModel) -> None:
     """Raise `InputError` if PEFT's config says that an adapter belongs to a model of another class."""
-    config = PeftConfig.from_pretrained(str(folder))
+    config = config_of(folder)
     wanted = (config.auto_mapping or {}).get("base_model_class")
     if wanted is not None and wanted not in {kind.__name__ for kind in type(model).__mro__}:
         raise InputError(f"{folder} is an adapter for {wanted}, not for {type(model).__name__}.")
@@ -58,7 +74,7 @@ def load_plain_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
     except RuntimeError as error:
         raise InputError(f"{folder} belongs to another base model: {' '.join(str(error).split())}") from None
-    held = set(load_file(folder / "adapter_model.safetensors"))
+    held = set(weights_of(folder))
     if other := sorted(held ^ set(get_peft_model_state_dict(peft_model))):
         where = "that this base model has no place for" if other[0] in held else "missing"
         raise InputError(f"{folder} belongs to another base model: {other[0]} is {where}.")
@@ -106,7 +122,7 @@ def load_adapter(
     folder = adapter_folder(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder} holds no adapter: adapter_model.safetensors is missing.")
-    weights = load_file(folder / "adapter_model.safetensors")
+    weights = weights_of(folder)
     held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
     if not held:
         raise InputError(f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter.")
@@ -147,11 +163,14 @@ def load_adapter(
         weights |= {key: value.detach().clone() for key, value in expected.items() if f".{PROJECTION}." in key}
     _check_complete(folder, weights, expected)
 
-    config = PeftConfig.from_pretrained(str(folder))
+    config = config_of(folder)
     config.modules_to_save = sorted((set(config.modules_to_save or []) - {PROJECTION}) | set(modules))
     config.inference_mode = not is_trainable
     peft_model = get_peft_model(model, config)
-    result: Any = set_peft_model_state_dict(peft_model, weights)
+    try:
+        result: Any = set_peft_model_state_dict(peft_model, weights)
+    except RuntimeError as error:
+        raise InputError(f"{folder} belongs to another base model: {' '.join(str(error).split())}") from None
     if result.unexpected_keys:
         raise InputError(f"{folder} holds {result.unexpected_keys[0]}, which this base model has no place for.")
     if lost := [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]:

@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from hrpo_patches.models.adapter import holds_thinking, load_adapter, load_plain_adapter
+from hrpo_patches.models.adapter import config_of, holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.models.backends import backend_named
-from hrpo_patches.models.hub import CONFIG, adapter_folder, find_adapter
+from hrpo_patches.models.hub import adapter_folder, find_adapter
 from hrpo_patches.models.smollm2 import SMOLLM2, smollm2_folder
 from hrpo_thinking.config import FORCED, ThinkingConfig, check_same_kind
 from hrpo_thinking.errors import InputError
@@ -89,22 +88,13 @@ def load_model(
     return model, tokenizer
 
 
-def read_adapter_config(adapter: Path) -> PeftConfig:
-    """PEFT's config of the adapter in a folder; an `InputError` if there is none."""
-    adapter = adapter_folder(adapter)
-    try:
-        return PeftConfig.from_pretrained(str(adapter))
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{adapter / CONFIG} is damaged: {error}.") from None
-
-
 def base_of(adapter: Path, base: str | None = None) -> Any:
     """Where to load an adapter's base model from: `base`, or else the one that the adapter names.
 
     Raises:
         InputError: no adapter there, it names no base, or the base cannot be loaded.
     """
-    source: Any = base or read_adapter_config(adapter).base_model_name_or_path
+    source: Any = base or config_of(adapter_folder(adapter)).base_model_name_or_path
     if not source:
         raise InputError(f"{adapter} does not say which base model it belongs to; name it with --base.")
     source = smollm2_folder() if source == SMOLLM2 else source

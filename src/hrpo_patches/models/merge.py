@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hrpo_patches.files import listed, whole_or_nothing
-from hrpo_patches.models.adapter import load_adapter
-from hrpo_patches.models.base import base_of, read_adapter_config, read_config, tokenizer_of
+from hrpo_patches.models.adapter import config_of, load_adapter, weights_of
+from hrpo_patches.models.base import base_of, read_config, tokenizer_of
 from hrpo_patches.models.full import mark
 from hrpo_patches.models.hub import adapter_folder, find_adapter
 from hrpo_patches.models.record import read_thinking, write_thinking
@@ -102,7 +102,7 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
     Raises:
         InputError: the destination exists, weights are missing or pickled, or the adapter already says how it thinks.
     """
-    config: Any = read_adapter_config(source)
+    config = config_of(source)
     thinking = ThinkingConfig(residual, answer_start)
     if not (source / "adapter_model.safetensors").is_file():
         raise InputError(f"{source} holds no adapter_model.safetensors; pickled weights are not read.")
@@ -110,7 +110,7 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
         raise InputError(
             f"{source} already says how it thinks ({said['residual']}); load it with hrpo_patches.load_adapter."
         )
-    weights = load_file(source / "adapter_model.safetensors")
+    weights = weights_of(source)
     gate = weights.get(f"{_PREFIX}thinking_residual_gate_r.weight")
     if gate is None:
         raise InputError(f"{source} holds no thinking gates, so it is no HRPO adapter.")
