@@ -33,7 +33,8 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 
 
 def config_of(folder: Path) -> Any:
-    """What PEFT wrote of an adapter, a `PeftConfig`; an `InputError` if it is damaged."""
+    """What PEFT wrote of an adapter, a `PeftConfig`; an `InputError` if there is none, or it is damaged."""
+    folder = adapter_folder(folder)
     try:
         return PeftConfig.from_pretrained(str(folder))
     except (ValueError, KeyError, TypeError) as error:

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 
 from hrpo_patches.models.adapter import config_of, holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.models.backends import backend_named
-from hrpo_patches.models.hub import adapter_folder, find_adapter
+from hrpo_patches.models.hub import find_adapter
 from hrpo_patches.models.smollm2 import SMOLLM2, smollm2_folder
 from hrpo_thinking.config import FORCED, ThinkingConfig, check_same_kind
 from hrpo_thinking.errors import InputError
@@ -94,7 +94,7 @@ def base_of(adapter: Path, base: str | None = None) -> Any:
     Raises:
         InputError: no adapter there, it names no base, or the base cannot be loaded.
     """
-    source: Any = base or config_of(adapter_folder(adapter)).base_model_name_or_path
+    source: Any = base or config_of(adapter).base_model_name_or_path
     if not source:
         raise InputError(f"{adapter} does not say which base model it belongs to; name it with --base.")
     source = smollm2_folder() if source == SMOLLM2 else source
