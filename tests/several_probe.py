@@ -146,13 +146,13 @@ def run(case, out):
             save_file(trainer.kept, case["keep"])
 
 
-def told(rank, step):
-    """Let one of the processes be told to end in a step, as by a scheduler."""
+def signalled(name, rank, step):
+    """Let one of the processes get a signal in a step."""
     stock, sent = runs.HRPOTrainer.training_step, []
 
     def training_step(self, *args, **kwargs):
         if self.state.global_step == step and self.accelerator.process_index == rank and not sent:
-            sent.append(os.kill(os.getpid(), signal.SIGTERM))
+            sent.append(os.kill(os.getpid(), getattr(signal, name)))
         return stock(self, *args, **kwargs)
 
     runs.HRPOTrainer.training_step = training_step
@@ -160,8 +160,8 @@ def told(rank, step):
 
 def command(job):
     """`hrpo train`, with the arguments of a job; returns its exit status."""
-    if "told" in job:
-        told(*job["told"])
+    if "signal" in job:
+        signalled(*job["signal"])
     sys.argv = ["hrpo", *job["train"]]
     try:
         return hrpo()

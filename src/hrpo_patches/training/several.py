@@ -23,6 +23,7 @@ from hrpo_patches.thinking.shards import in_shards, in_units, largest, like, pla
 from hrpo_thinking.errors import InputError, SaveError
 
 _Trainer: Any = Trainer
+_TORCH_SAVE = ("iostream", "inline_container")  # of the errors by which torch.save says that it could not write
 
 
 class InShards(_Trainer):
@@ -52,6 +53,8 @@ class InShards(_Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
+            if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_SAVE):
+                raise
             name, why = f"checkpoint-{self.state.global_step}", " ".join(str(error).split())
             raise SaveError(
                 f"{name} could not be written to {self.args.output_dir} ({why}); those before it are whole: make "
