@@ -209,6 +209,17 @@ def test_a_run_is_resumed_by_other_processes_as_if_it_had_not_been_interrupted(b
         assert files_of(further / name / "checkpoint-3") == files_of(wholes[None] / name / "checkpoint-3")
 
 
+@pytest.mark.parametrize("preset", ["ddp", "fsdp2", "zero2", "zero3"])
+def test_a_launch_with_each_preset_reaches_the_script(preset):
+    words = ["launch", "--config_file", str(PRESETS / f"{preset}.yaml"), "--num_processes", "2"]
+    script = str(TESTS.parent / "scripts" / "hrpo_gsm8k.py")
+    command = [str(Path(sys.executable).with_name("accelerate")), *words, "--main_process_port", "0", script, "--help"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ZERO | {"PATH": path})
+    assert done.returncode == 0, done.stderr
+    assert "--lr_thinking_projection" in done.stdout
+
+
 def test_thinking_modules_compute_in_float32_where_the_others_do_in_bfloat16(folder):
     cases = [case("half", False, "projection", "all", options={"bf16": True, "max_steps": 1})]
     seen = json.loads((launch(folder, "half", of("fsdp2", cases), "fsdp2") / "half.json").read_text())
