@@ -34,7 +34,9 @@ def said(folder, out, *more):
     return [sample for problem in results["problems"] for sample in problem["samples"]], results["settings"]["engine"]
 
 
-@pytest.mark.parametrize("more", [[], ["--no-thinking"], ["--thoughts", "3"]], ids=str)
+@pytest.mark.parametrize(
+    "more", [[], ["--no-thinking"], ["--thoughts", "3"], ["--thoughts", "3", "--filler", "x"]], ids=str
+)
 def test_an_evaluation_in_vllm_says_what_generate_says(folder, tmp_path, capfd, more):
     expected, _ = said(folder, tmp_path / "generate.json", *more)
     found, chosen = said(folder, tmp_path / "vllm.json", "--engine", "auto", *more)
