@@ -184,3 +184,12 @@ def test_the_engine_says_when_no_weights_have_arrived(base, tmp_path):
     assert isinstance(engine, ThinkingVLLM) and engine.weights().missing
     with pytest.raises(InputError, match="no weights have arrived"):
         engine.generate([[1, 2, 3]], None, 1)
+    engine.sync_weights()
+    assert len(engine.generate([[1, 2, 3]], None, 1)[1]) == len(engine.states) == 1
+
+
+@one_family
+@pytest.mark.parametrize("options", [{"stop": ["."]}, {"bad_words": ["."]}, {"allowed_token_ids": [1]}], ids=str)
+def test_sampling_that_does_not_go_with_forced_thoughts_is_refused_in_training_too(base, tmp_path, options):
+    with pytest.raises(InputError, match=f"{next(iter(options))} does not go with forced thoughts"):
+        run(tmp_path / "run", base, thoughts=2, generation_kwargs=options)

@@ -21,7 +21,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
-from hrpo_vllm import KEY, THINKING, THOUGHTS, check_version, engine_options
+from hrpo_vllm import KEY, THINKING, THOUGHTS, check_version, engine_options, take_thoughts, weights_arrived
 
 CACHE = 4 << 30  # bytes of keys and values on a CPU; vLLM's own wish is a share of all memory
 ON_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -95,7 +95,8 @@ class ThinkingVLLM(VLLMGeneration):
             backbone.residual_norm()  # is measured, for the record
             record = backbone.config.thinking
             if self._filler is not None:
-                record = record | {"filler": self.processing_class.convert_ids_to_tokens(self._filler)}
+                tokenizer: Any = self.processing_class
+                record = record | {"filler": tokenizer.convert_ids_to_tokens(self._filler)}
             own = engine_options(causal_lm(self.model).config, record)
         if self.accelerator.device.type == "cpu":
             dtype = str(causal_lm(self.model).dtype).removeprefix("torch.")
@@ -111,7 +112,7 @@ class ThinkingVLLM(VLLMGeneration):
         else:
             super().sync_weights()
         if self.thinking:
-            self.llm.collective_rpc("check_thinking")
+            weights_arrived(self.llm)
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         """As TRL's; but an adapter is added to a copy of each weight: merging it and taking it off again rounds."""
@@ -155,7 +156,7 @@ class ThinkingVLLM(VLLMGeneration):
         with temporarily(self.llm, generate=ask):
             out = super().generate(prompts, images, num_generations, profiler)
         if keys:
-            kept: dict[str, Tensor] = self.llm.collective_rpc("take_thoughts", args=(keys,))[0]
+            kept = take_thoughts(self.llm, keys)
             self.states = [kept[key][: len(tokens)] for key, tokens in zip(keys, out[1], strict=True)]
         return out
 
