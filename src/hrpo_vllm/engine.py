@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 from hrpo_thinking.config import NEEDS_US, ThinkingConfig, record_of, scaled_to_embeddings
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.request import check_residual
+from hrpo_thinking.request import FORCED_ALONE, check_residual
 from hrpo_vllm import KEY, NO_FILLER, THINKING, THOUGHTS, architecture, check_version, is_thinking
 
 
@@ -121,7 +121,7 @@ def check_request(params: Any, room: int, record: dict[str, Any], filler: Callab
         raise InputError(f"{THOUGHTS} has to be a whole number from 0, not {forced!r}.")
     if not thinking:
         if forced:
-            raise InputError(f"forced thoughts without thinking need generate; leave {THOUGHTS} out.")
+            raise InputError(FORCED_ALONE)
         return
     beams = params.max_tokens == 1 and not params.detokenize and (params.logprobs or 0) > 1
     if beams and THINKING not in options:

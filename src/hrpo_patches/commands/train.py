@@ -27,7 +27,7 @@ from hrpo_patches.tasks.base import Task
 from hrpo_patches.tasks.problems import find_task, load_problems, split_held_out
 from hrpo_patches.tasks.prompts import examples_of, prompt_of, uses_chat, with_prompts
 from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
-from hrpo_patches.thinking.continuous import cache_size
+from hrpo_patches.thinking.batching import cache_size
 from hrpo_patches.thinking.shards import whole
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.ending import STATUS, EndWhenTold

@@ -14,10 +14,10 @@ from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase, set_
 
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
-from hrpo_patches.thinking.continuous import cache_size
+from hrpo_patches.thinking.batching import cache_size
 from hrpo_patches.thinking.controls import SEVERAL, check_control, controlled
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.request import check_residual
+from hrpo_thinking.request import FORCED_ALONE, check_residual
 from hrpo_vllm import check_version
 
 
@@ -177,7 +177,7 @@ def _check_engine(engine: str, model: Any, residual: str | None, thoughts: int, 
     if not backend_of(model).packs:
         raise InputError(f"unsloth's models do not run in {title}.")
     if residual is None and thoughts:
-        raise InputError("forced thoughts without thinking need generate.")
+        raise InputError(FORCED_ALONE)
     if residual is not None:
         check_residual(residual, title)
     if control in SEVERAL:
