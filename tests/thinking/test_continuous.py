@@ -227,6 +227,7 @@ def dropped(manager, *names):
 
 def test_a_name_that_is_used_again_thinks_as_its_new_request_asks(model, tokenizer):
     prompt = tokenizer(TEXTS[0])["input_ids"]
+    expected, plain = generated(model, tokenizer, prompt), generated(model, tokenizer, prompt, thinking=False)[0]
     with managed(model, tokenizer) as manager:
         manager.add_request(prompt, "a", thinking=False, max_new_tokens=400)
         with pytest.raises(InputError, match="a request 'a' has not ended yet"):
@@ -234,9 +235,9 @@ def test_a_name_that_is_used_again_thinks_as_its_new_request_asks(model, tokeniz
         manager.cancel_request("a")
         dropped(manager, "a")
         manager.add_request(prompt, "a")
-        assert_same(finished(manager, "a"), generated(model, tokenizer, prompt))
+        assert_same(finished(manager, "a"), expected)
         manager.add_request(prompt, "a", thinking=False)
-        assert finished(manager, "a").generated_tokens == generated(model, tokenizer, prompt, thinking=False)[0]
+        assert finished(manager, "a").generated_tokens == plain
 
 
 def test_requests_that_are_cancelled_at_any_time_disturb_no_other(tokenizer):
@@ -264,6 +265,7 @@ def test_requests_that_are_cancelled_at_any_time_disturb_no_other(tokenizer):
 
 def test_handlers_are_given_thoughts_and_a_request_that_failed_leaves_nothing(model, tokenizer):
     prompt, got = tokenizer(TEXTS[1])["input_ids"], []
+    expected = generated(model, tokenizer, prompt)
 
     async def ask(manager):
         ended = asyncio.Event()
@@ -274,7 +276,7 @@ def test_handlers_are_given_thoughts_and_a_request_that_failed_leaves_nothing(mo
     with managed(model, tokenizer) as manager:
         asyncio.run(ask(manager))
         assert len(got) == NEW
-        assert_same(got[-1], generated(model, tokenizer, prompt))
+        assert_same(got[-1], expected)
         manager.add_request(prompt, "wrong", top_k="many")  # which the engine finds out
         failed = finished(manager, "wrong")
         assert failed.error and not hasattr(failed, "thinking_states")
@@ -285,9 +287,9 @@ def test_handlers_are_given_thoughts_and_a_request_that_failed_leaves_nothing(mo
 def test_sequences_of_a_plain_request_do_not_think_and_those_that_end_at_once_are_right(tokenizer):
     model = tiny_model("llama", thinking=THINKING).eval()
     prompt = tokenizer(TEXTS[1])["input_ids"]
+    expected = {thinks: generated(model, tokenizer, prompt, thinking=thinks)[0] for thinks in (False, True)}
     with managed(model, tokenizer, num_return_sequences=3, do_sample=True, top_k=1) as manager:
-        for thinks in (False, True):
-            tokens = generated(model, tokenizer, prompt, thinking=thinks)[0]
+        for thinks, tokens in expected.items():
             for end in (-1, tokens[0]):
                 manager.add_request(prompt, "a", thinking=thinks, eos_token_id=end)
                 outputs = [finished(manager, name) for name in ("a", "a__child#0", "a__child#1")]
@@ -334,12 +336,13 @@ def test_sampling_that_the_engine_would_pass_by_is_refused(tokenizer, sampling):
 
 def test_sampling_that_says_nothing_passes_and_a_request_needs_room_for_its_own_length(tokenizer):
     model, prompt = tiny_model("llama", thinking=THINKING).eval(), tokenizer("Hi")["input_ids"]
+    expected = generated(model, tokenizer, prompt, new=4, thoughts=3)[0]
     nothing = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "guidance_scale": 1.0}
     with managed(model, tokenizer, thoughts=3, **nothing) as manager:
         with pytest.raises(InputError, match="thoughts=3 leave no room"):
             manager.add_request(prompt, "a", max_new_tokens=3)
         manager.add_request(prompt, "a", max_new_tokens=4)
-        assert finished(manager, "a").generated_tokens == generated(model, tokenizer, prompt, new=4, thoughts=3)[0]
+        assert finished(manager, "a").generated_tokens == expected
 
 
 @pytest.mark.parametrize(
