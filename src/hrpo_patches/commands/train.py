@@ -56,7 +56,7 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     ask = asker(run, task, tokenizer)
     rows, held_out_rows = (with_prompts(part, ask, tokenizer, about.max_prompt_length) for part in (train, held_out))
     _check_enough(len(rows), config)
-    _use_engine(engine_of(run, model), config, model, longest)
+    _use_engine(engine_of(run, model, longest), config, model, longest)
     model, peft_config = _with_adapter(model, run)
     if about.format_reward:
         config.reward_weights = [1.0, about.format_reward]
@@ -86,12 +86,13 @@ def _use_engine(engine: str, config: HRPOConfig, model: Any, longest: int) -> No
         config.vllm_max_model_length = config.vllm_max_model_length or longest
 
 
-def engine_of(run: Run, model: Any) -> str:
-    """The engine of a run's completions; the one that `auto` takes is said, with the reason."""
+def engine_of(run: Run, model: Any, longest: int) -> str:
+    """The engine of a run's completions, `longest` with their prompts; what `auto` takes is said, with the reason."""
     thinking = run.thinking()
     forced = thinking.thoughts if thinking is not None else run.config.thoughts or 0
     asked = run.about.engine if run.config.engine == "generate" else run.config.engine
-    engine, why = choose_engine(asked, model, run.config.residual, forced)
+    longest = run.config.vllm_max_model_length or longest
+    engine, why = choose_engine(asked, model, run.config.residual, forced, longest=longest)
     if run.about.engine == "auto":
         print(f"engine: {engine} ({why})")
     return engine
