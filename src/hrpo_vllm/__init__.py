@@ -24,6 +24,16 @@ PREFIX = "Thinking"
 # default as the model does, which is yes; how many forced thoughts it begins with; a name to fetch its states by.
 THINKING, THOUGHTS, KEY = "thinking", "thoughts", "thinking_key"
 
+# What an engine cannot do with a model that thinks, and the flags of vLLM's command line that ask for it.
+CANNOT = {
+    "speculative decoding": ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"),
+    "pipeline parallelism": ("--pipeline-parallel-size", "-pp"),
+    "a transfer of keys and values between engines": ("--kv-transfer-config",),
+    "prompts given as embeddings": ("--enable-prompt-embeds",),
+    "an own scheduler": ("--scheduler-cls",),
+    "an own worker": ("--worker-cls",),
+}
+
 NO_FILLER = "the tokenizer has no token for the filler of forced thoughts; name one in the model's config."
 
 
@@ -54,6 +64,11 @@ def check_version() -> None:
         raise InputError("vLLM is not installed; pip install 'hrpo_patches[vllm]'.")
     if not Version(OLDEST) <= Version(Version(found).public) < Version(BEFORE):
         raise InputError(f"thinking needs vLLM from {OLDEST} to before {BEFORE}; {found} is installed.")
+
+
+def cannot(what: str) -> InputError:
+    """The error that an engine cannot do this with a model that thinks."""
+    return InputError(f"a model that thinks does not go with {what} in vLLM; leave it out.")
 
 
 def engine_options(config: Any, thinking: dict[str, Any] | None = None) -> dict[str, Any]:

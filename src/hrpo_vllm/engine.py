@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 from hrpo_thinking.config import NEEDS_US, ThinkingConfig, record_of, scaled_to_embeddings
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import FORCED_ALONE, check_residual
-from hrpo_vllm import KEY, NO_FILLER, THINKING, THOUGHTS, architecture, check_version, is_thinking
+from hrpo_vllm import CANNOT, KEY, NO_FILLER, THINKING, THOUGHTS, architecture, cannot, check_version, is_thinking
 
 
 class ThinkingFamily:
@@ -72,19 +72,18 @@ def check_engine(vllm_config: Any) -> None:
     record = record_of(thinking, vllm_config.model_config.hf_config.thinking)
     vllm_config.model_config.hf_config.thinking = record
     unmeasured = scaled_to_embeddings(record) and record.get("embedding_norm") is None
-    refused = {
-        "speculative decoding": vllm_config.speculative_config is not None,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "a transfer of keys and values between engines": vllm_config.kv_transfer_config is not None,
-        "prompts given as embeddings": vllm_config.model_config.enable_prompt_embeds,
-        "an own scheduler": vllm_config.scheduler_config.scheduler_cls is not None,
-        "an own worker": worker != "auto" and not worker.startswith("vllm."),
-        "tensor parallelism before the norm of the embeddings was measured": (
-            unmeasured and parallel.tensor_parallel_size > 1
-        ),
-    }
-    if wrong := [what for what, asked in refused.items() if asked]:
-        raise InputError(f"a model that thinks does not go with {wrong[0]} in vLLM; leave it out.")
+    asked = (  # in the order of CANNOT
+        vllm_config.speculative_config is not None,
+        parallel.pipeline_parallel_size > 1,
+        vllm_config.kv_transfer_config is not None,
+        vllm_config.model_config.enable_prompt_embeds,
+        vllm_config.scheduler_config.scheduler_cls is not None,
+        worker != "auto" and not worker.startswith("vllm."),
+    )
+    if wrong := [what for what, one in zip(CANNOT, asked, strict=True) if one]:
+        raise cannot(wrong[0])
+    if unmeasured and parallel.tensor_parallel_size > 1:
+        raise cannot("tensor parallelism before the norm of the embeddings was measured")
 
 
 # What would read forced thoughts as text, or forbid them, by its name in SamplingParams: whether a value of it does.
