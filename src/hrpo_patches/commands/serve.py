@@ -24,10 +24,8 @@ def check_flags(words: list[str]) -> None:
         flag, said, value = word.partition("=")
         name = flag.partition(".")[0]  # --speculative-config.method names a part of a value
         name = name.replace("_", "-") if name.startswith("--") else name
-        if (value if said else "".join(words[at + 1 : at + 2])) not in (
-            "1",
-            "auto",
-        ):  # a pipeline of one, and vLLM's own worker
+        value = value if said else "".join(words[at + 1 : at + 2])
+        if value not in ("1", "auto"):  # a pipeline of one, and vLLM's own worker
             for what, flags in CANNOT.items():
                 if name in flags:
                     raise cannot(what)
