@@ -18,6 +18,8 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import ThinkingRequest
 from hrpo_vllm import KEY, NO_FILLER, THINKING, THOUGHTS
 
+BOUND = 4 << 30  # bytes
+
 
 class Scheduled(NamedTuple):
     """A request's share of a step: `tokens` tokens, in the step's rows from `row`, at its positions from `start`."""
@@ -53,6 +55,7 @@ class EngineThoughts(nn.Module):
 
     Attributes:
         states, mask: (rows, d) and (rows,) bool, what the forward blends; a captured graph reads them where they are.
+        bound: how many bytes of states are kept, for requests with a key that have ended, until they are taken.
         counts: thoughts that were computed anew after a preemption, in all, and requests that were.
     """
 
@@ -80,7 +83,7 @@ class EngineThoughts(nn.Module):
         self._running: dict[str, Running] = {}
         self._paused: dict[str, Running] = {}
         self._done: list[tuple[str, ThinkingRequest]] = []  # in the order in which they ended
-        self._bound = max(1024, 4 * requests)
+        self.bound: float = BOUND
         self._step: list[Scheduled] | None = None
         self.counts = {"replayed": 0, "resumed": 0}
 
@@ -146,7 +149,9 @@ class EngineThoughts(nn.Module):
                 self.counts["replayed"] += request.record.replayed
                 if request.key is not None and request.record.states:
                     self._done.append((request.key, request.record))
-        del self._done[: -self._bound]
+        kept = sum(len(record.states) for _, record in self._done)
+        while kept * self.last[0].nbytes > self.bound:
+            kept -= len(self._done.pop(0)[1].states)
 
     def take(self, keys: list[str], running: list[str]) -> dict[str, Tensor]:
         """The states (C, d) on the CPU that each token of the requests with these keys was sampled from, once.
@@ -160,13 +165,13 @@ class EngineThoughts(nn.Module):
             InputError: a request with one of the keys runs, or nothing is kept under it; nothing was taken then.
         """
         self._wait()
+        asked = set(keys)
         known = [(name, one.key) for kind in (self._running, self._paused) for name, one in kind.items()]
-        if busy := [key for name, key in known if key in keys and name in running]:
+        if busy := [key for name, key in known if key in asked and name in running]:
             raise InputError(f"the request with the key {busy[0]!r} still runs; take its thoughts when it has ended.")
-        ended = [name for name, key in known if key in keys]
-        kept = {key for key, _ in self._done} | {key for name, key in known if name in ended}
-        if lacking := [key for key in keys if key not in kept]:
-            raise InputError(f"nothing was thought under the key {lacking[0]!r}, or too many others were since.")
+        ended = {name: key for name, key in known if key in asked}
+        if lacking := sorted(asked - {key for key, _ in self._done} - set(ended.values())):
+            raise InputError(f"nothing was thought under the key {lacking[0]!r}, or too much was since.")
         self.finish(ended)
         return {key: torch.stack(self._pop(key).states) for key in dict.fromkeys(keys)}
 

@@ -189,6 +189,22 @@ def test_thoughts_of_a_running_request_are_not_taken_and_those_of_two_with_one_k
         take_thoughts(llm, ["one"])
 
 
+def test_thoughts_that_nobody_takes_are_kept_up_to_so_many_bytes(thinker, tokenizer, monkeypatch):
+    model, llm = thinker
+    prompts = prompts_of(tokenizer)[:4]
+    kept = llm.llm_engine.model_executor.driver_worker.worker.thoughts
+    monkeypatch.setattr(kept, "bound", 10 * model.config.hidden_size * 4)
+    for name, prompt in zip("abcd", prompts, strict=True):
+        params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, extra_args={"thinking_key": name})
+        llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    for name, prompt in zip("dc", prompts[:1:-1], strict=True):  # the last is known to have ended when it is taken
+        expected = generated(model, tokenizer, prompt, new=4)
+        assert_same((expected[0], take_thoughts(llm, [name])[name][:4]), expected)
+    for lost in "ab":
+        with pytest.raises(InputError, match=f"nothing was thought under the key '{lost}', or too much was since"):
+            take_thoughts(llm, [lost])
+
+
 ELSEWHERE = """
 import sys
 import torch

@@ -5,6 +5,7 @@ Knows how such an engine is made, fed and asked; how it thinks is hrpo_vllm's, w
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections.abc import Iterator
@@ -86,6 +87,8 @@ class ThinkingVLLM(VLLMGeneration):
         own = {"tokenizer": words.name} | self._options()
         with temporarily(vllm_generation, LLM=lambda **options: make(**options | own)):
             super()._init_vllm()
+        if self.thinking:
+            self.weights().thoughts.bound = math.inf  # all are taken after each generation
 
     def _options(self) -> dict[str, Any]:
         """What differs from TRL's options of `vllm.LLM`."""
@@ -179,7 +182,7 @@ class ThinkingVLLM(VLLMGeneration):
             completions: list[list[int]] = self.generate(prompts, None, 1)[1]
         return completions
 
-    def weights(self) -> nn.Module:
+    def weights(self) -> Any:
         """vLLM's own model."""
         model: nn.Module = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
         return model
