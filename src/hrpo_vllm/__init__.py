@@ -94,13 +94,14 @@ def take_thoughts(llm: Any, keys: list[str]) -> dict[str, Tensor]:
         one more than tokens.
 
     Raises:
-        InputError: a request with one of the keys still runs, or nothing is kept under it; nothing was taken then. An
-            engine in another process says it with an error of vLLM's.
+        InputError: a request with one of the keys still runs, or nothing is kept under it; nothing was taken then.
     """
     import torch
 
     running = list(llm.llm_engine.output_processor.request_states)
     packed = llm.collective_rpc("take_thoughts", args=(keys, running))[0]
+    if isinstance(packed, str):
+        raise InputError(packed)
     return {
         key: torch.frombuffer(bytearray(values), dtype=getattr(torch, dtype)).reshape(*shape)
         for key, (values, dtype, shape) in packed.items()

@@ -9,6 +9,7 @@ from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+from hrpo_thinking.errors import InputError
 from hrpo_vllm import THINKING, THOUGHTS
 from hrpo_vllm.requests import EngineThoughts, Scheduled
 
@@ -39,9 +40,15 @@ class ThinkingWorker:
         """Raise `InputError` while thinking weights are missing."""
         self.model_runner.get_model().check_arrived()
 
-    def take_thoughts(self, keys: list[str], running: list[str]) -> dict[str, tuple[bytes, str, list[int]]]:
-        """`EngineThoughts.take` for `hrpo_vllm.take_thoughts`: bytes, dtype and shape, for tensors do not travel."""
-        return {key: packed(states) for key, states in self.thoughts.take(keys, running).items()}
+    def take_thoughts(self, keys: list[str], running: list[str]) -> dict[str, tuple[bytes, str, list[int]]] | str:
+        """`EngineThoughts.take` for `hrpo_vllm.take_thoughts`: bytes, dtype and shape; or what is wrong.
+
+        Neither tensors nor the class of an error travel between processes.
+        """
+        try:
+            return {key: packed(states) for key, states in self.thoughts.take(keys, running).items()}
+        except InputError as error:
+            return str(error)
 
     def thinking_counts(self) -> dict[str, int]:
         """`EngineThoughts.counts`, and how many requests anything is held of."""

@@ -209,6 +209,7 @@ ELSEWHERE = """
 import sys
 import torch
 from vllm import LLM, SamplingParams
+from hrpo_thinking.errors import InputError
 from hrpo_vllm import take_thoughts
 if __name__ == "__main__":
     options = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 4}
@@ -218,6 +219,10 @@ if __name__ == "__main__":
     (output,) = llm.generate("What is 3 + 4?", params, use_tqdm=False)
     tokens = list(output.outputs[0].token_ids)
     torch.save((tokens, take_thoughts(llm, ["k"])["k"][:12]), sys.argv[2])
+    try:
+        take_thoughts(llm, ["k"])
+    except InputError as error:
+        print(error)
 """
 
 
@@ -230,7 +235,7 @@ def test_thoughts_come_as_tensors_from_an_engine_in_a_process_of_its_own(tokeniz
     command = [sys.executable, tmp_path / "elsewhere.py", tmp_path, tmp_path / "found"]
     environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0 and "nothing was thought under the key 'k'" in done.stdout, done.stderr[-2000:]
     assert_same(torch.load(tmp_path / "found"), generated(model, tokenizer, prompts_of(tokenizer)[1], new=12))
 
 
