@@ -82,6 +82,8 @@ def by_vllm(engine, rows, lengths, thinking):
     """With the states of a thinking batch, which training fetches."""
     from vllm import SamplingParams
 
+    from hrpo_vllm import take_thoughts
+
     keys = [str(i) for i in range(len(rows))]
     each = [
         SamplingParams(
@@ -96,7 +98,7 @@ def by_vllm(engine, rows, lengths, thinking):
     outputs = engine.llm.generate([{"prompt_token_ids": row} for row in rows], each, use_tqdm=False)
     assert [len(output.outputs[0].token_ids) for output in outputs] == lengths
     if thinking:
-        states = engine.llm.collective_rpc("take_thoughts", args=(keys,))[0]
+        states = take_thoughts(engine.llm, keys)
         assert all(len(states[key]) >= length for key, length in zip(keys, lengths, strict=True))
 
 

@@ -6,7 +6,7 @@ Imports nothing of hrpo_patches, which has to come before transformers, and an e
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from packaging.version import Version
 
@@ -14,12 +14,27 @@ from hrpo_thinking.config import NEEDS_US
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import FAMILIES
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 OLDEST, BEFORE = "0.24", "0.33"  # what has the seams and was read or run
 PREFIX = "Thinking"
 
 # What a request may say in SamplingParams.extra_args ("vllm_xargs" of the OpenAI interface): whether it thinks, by
 # default as the model does, which is yes; how many forced thoughts it begins with; a name to fetch its states by.
 THINKING, THOUGHTS, KEY = "thinking", "thoughts", "thinking_key"
+
+# What an engine cannot do with a model that thinks, and the flags of vLLM's command line that ask for it.
+CANNOT = {
+    "speculative decoding": ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"),
+    "pipeline parallelism": ("--pipeline-parallel-size", "-pp"),
+    "a transfer of keys and values between engines": ("--kv-transfer-config",),
+    "prompts given as embeddings": ("--enable-prompt-embeds",),
+    "an own scheduler": ("--scheduler-cls",),
+    "an own worker": ("--worker-cls",),
+}
+
+NO_FILLER = "the tokenizer has no token for the filler of forced thoughts; name one in the model's config."
 
 
 def architecture(stock: str) -> str:
@@ -51,6 +66,11 @@ def check_version() -> None:
         raise InputError(f"thinking needs vLLM from {OLDEST} to before {BEFORE}; {found} is installed.")
 
 
+def cannot(what: str) -> InputError:
+    """The error that an engine cannot do this with a model that thinks."""
+    return InputError(f"a model that thinks does not go with {what} in vLLM; leave it out.")
+
+
 def engine_options(config: Any, thinking: dict[str, Any] | None = None) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` on a folder whose own files do not say that it thinks.
 
@@ -60,6 +80,46 @@ def engine_options(config: Any, thinking: dict[str, Any] | None = None) -> dict[
     """
     record = thinking if thinking is not None else config.thinking
     return {"hf_overrides": {"architectures": [architecture(config.architectures[0])], "thinking": record}}
+
+
+def take_thoughts(llm: Any, keys: list[str]) -> dict[str, Tensor]:
+    """What completions were sampled from, by the `thinking_key` of their requests; each is handed out once.
+
+    Args:
+        llm: vLLM's `LLM`, with its engine in this process or in another one.
+        keys: of requests that have ended. Of several with one key, the first that ended comes first.
+
+    Returns:
+        For each key the states (C, d), on the CPU and in the engine's dtype, of the completion's tokens; there may be
+        one more than tokens.
+
+    Raises:
+        InputError: a request with one of the keys still runs, or nothing is kept under it; nothing was taken then.
+    """
+    import torch
+
+    running = list(llm.llm_engine.output_processor.request_states)
+    packed = llm.collective_rpc("take_thoughts", args=(keys, running))[0]
+    if isinstance(packed, str):
+        raise InputError(packed)
+    return {
+        key: torch.frombuffer(bytearray(values), dtype=getattr(torch, dtype)).reshape(*shape)
+        for key, (values, dtype, shape) in packed.items()
+    }
+
+
+def weights_arrived(llm: Any) -> None:
+    """Let the requests of an engine think whose folder lacks thinking weights, once these have been sent to it.
+
+    Args:
+        llm: vLLM's `LLM`.
+
+    Raises:
+        InputError: some have not arrived.
+    """
+    llm.collective_rpc("check_thinking")
+    config = llm.llm_engine.model_config.hf_config
+    config.thinking = config.thinking | {"in_checkpoint": True}
 
 
 def register() -> None:

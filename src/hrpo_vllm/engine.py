@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import wraps
-from typing import Any
+from typing import Any, cast
 
-from transformers import LlamaConfig, Qwen2Config, Qwen3Config
+from transformers import AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
-from hrpo_thinking.config import NEEDS_US, ThinkingConfig, scaled_to_embeddings
+from hrpo_thinking.config import NEEDS_US, ThinkingConfig, record_of, scaled_to_embeddings
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.request import check_residual
-from hrpo_vllm import KEY, THINKING, THOUGHTS, architecture, check_version, is_thinking
+from hrpo_thinking.request import FORCED_ALONE, check_residual
+from hrpo_vllm import CANNOT, KEY, NO_FILLER, THINKING, THOUGHTS, architecture, cannot, check_version, is_thinking
 
 
 class ThinkingFamily:
@@ -68,39 +69,92 @@ def check_engine(vllm_config: Any) -> None:
         raise InputError("the model's config does not say how it thinks; merge it with `hrpo merge`, or serve it so.")
     check_residual(thinking.residual, "vLLM")
     parallel, worker = vllm_config.parallel_config, vllm_config.parallel_config.worker_cls
-    record = vllm_config.model_config.hf_config.thinking
+    record = record_of(thinking, vllm_config.model_config.hf_config.thinking)
+    vllm_config.model_config.hf_config.thinking = record
     unmeasured = scaled_to_embeddings(record) and record.get("embedding_norm") is None
-    refused = {
-        "speculative decoding": vllm_config.speculative_config is not None,
-        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
-        "a transfer of keys and values between engines": vllm_config.kv_transfer_config is not None,
-        "prompts given as embeddings": vllm_config.model_config.enable_prompt_embeds,
-        "an own scheduler": vllm_config.scheduler_config.scheduler_cls is not None,
-        "an own worker": worker != "auto" and not worker.startswith("vllm."),
-        "tensor parallelism before the norm of the embeddings was measured": (
-            unmeasured and parallel.tensor_parallel_size > 1
-        ),
-    }
-    if wrong := [what for what, asked in refused.items() if asked]:
-        raise InputError(f"a model that thinks does not go with {wrong[0]} in vLLM; leave it out.")
+    asked = (  # in the order of CANNOT
+        vllm_config.speculative_config is not None,
+        parallel.pipeline_parallel_size > 1,
+        vllm_config.kv_transfer_config is not None,
+        vllm_config.model_config.enable_prompt_embeds,
+        vllm_config.scheduler_config.scheduler_cls is not None,
+        worker != "auto" and not worker.startswith("vllm."),
+    )
+    if wrong := [what for what, one in zip(CANNOT, asked, strict=True) if one]:
+        raise cannot(wrong[0])
+    if unmeasured and parallel.tensor_parallel_size > 1:
+        raise cannot("tensor parallelism before the norm of the embeddings was measured")
 
 
-def check_request(params: Any) -> None:
-    """Raise `InputError` for the sampling parameters of a request that cannot be thought as it asks."""
+# What would read forced thoughts as text, or forbid them, by its name in SamplingParams: whether a value of it does.
+_READS_FILLERS: dict[str, Any] = {
+    "allowed_token_ids": lambda value, filler: value is not None and filler not in value,
+    "bad_words": lambda value, filler: value,
+    "stop": lambda value, filler: value,
+    "structured_outputs": lambda value, filler: value is not None,
+    "repetition_detection": lambda value, filler: value is not None,
+    "trace_decode_token_ids": lambda value, filler: value,
+    "thinking_token_budget": lambda value, filler: value is not None,
+}
+
+
+def check_request(params: Any, room: int, record: dict[str, Any], filler: Callable[[], int | None]) -> None:
+    """Raise `InputError` for a request that cannot be thought as it asks.
+
+    Args:
+        params: its SamplingParams, with all that vLLM adds to them.
+        room: how many tokens its completion can have.
+        record: the model's `config.thinking`.
+        filler: finds the token that a forced thought is, None without one.
+    """
     options = params.extra_args or {}
-    thinking, forced, key = options.get(THINKING, True), options.get(THOUGHTS, 0), options.get(KEY)
+    thinking, key = options.get(THINKING, True), options.get(KEY)
     if thinking not in (True, False):
         raise InputError(f"{THINKING} has to be true or false, not {thinking!r}.")
-    if not isinstance(forced, int) or forced < 0 or (params.max_tokens is not None and forced >= params.max_tokens):
-        raise InputError(f"{THOUGHTS} has to be a whole number from 0 to below max_tokens, not {forced!r}.")
+    if key is not None and not isinstance(key, str):
+        raise InputError(f"{KEY} has to be a text, not {key!r}.")
     if key is not None and params.n != 1:
         raise InputError(f"{KEY} names the states of one completion; ask for n=1.")
+    forced = options.get(THOUGHTS, record["thoughts"] if thinking else 0)
+    if not isinstance(forced, int) or isinstance(forced, bool) or forced < 0:
+        raise InputError(f"{THOUGHTS} has to be a whole number from 0, not {forced!r}.")
+    if not thinking:
+        if forced:
+            raise InputError(FORCED_ALONE)
+        return
     beams = params.max_tokens == 1 and not params.detokenize and (params.logprobs or 0) > 1
-    if thinking and beams and THINKING not in options:
+    if beams and THINKING not in options:
         raise InputError(
             "beam search cannot think: each of its steps is a request of its own. If this is none, and one token is "
             f"all that is asked for, say extra_args={{{THINKING!r}: False}}."
         )
+    if not record["in_checkpoint"]:
+        raise InputError(
+            "the model cannot think yet, for no weights have arrived: send them, and then call "
+            "hrpo_vllm.weights_arrived(llm)."
+        )
+    if forced:
+        _check_forced(params, forced, room, filler())
+
+
+def _check_forced(params: Any, forced: int, room: int, filler: int | None) -> None:
+    if forced >= room:
+        raise InputError(
+            f"{THOUGHTS}={forced} leave no room for an answer in {room} tokens; they have to be below max_tokens, and "
+            f"below what the prompt leaves of the context."
+        )
+    if filler is None:
+        raise InputError(NO_FILLER)
+    if filler in params.all_stop_token_ids:
+        raise InputError(f"the filler of forced thoughts, token {filler}, ends a completion; name another one.")
+    if wrong := [name for name, reads in _READS_FILLERS.items() if reads(getattr(params, name, None), filler)]:
+        raise InputError(f"{wrong[0]} does not go with forced thoughts, which are no text; say {THOUGHTS}=0.")
+
+
+def tokenizer_of(model_config: Any) -> Any:
+    """The tokenizer that an engine is to read by, from vLLM's config of the model."""
+    more = {"revision": model_config.tokenizer_revision, "trust_remote_code": model_config.trust_remote_code}
+    return AutoTokenizer.from_pretrained(model_config.tokenizer, **more)
 
 
 def refusal(error: InputError) -> InputError:
@@ -122,12 +176,22 @@ def guard_requests() -> None:
         return
 
     @wraps(process, assigned=("__name__", "__qualname__", "__doc__"))
-    def process_inputs(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_thinking(self.model_config) and hasattr(params, "extra_args"):
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request, config = process(self, *args, **kwargs), self.model_config
+        if is_thinking(config) and request.sampling_params is not None:
+            params, record = request.sampling_params, config.hf_config.thinking
+            room = min(params.max_tokens, config.max_model_len - len(request.prompt_token_ids))
+
+            def filler() -> int | None:
+                if not hasattr(self, "thinking_filler"):
+                    found = tokenizer_of(config).get_vocab().get(record["filler"])
+                    self.thinking_filler = found if found is not None and found < config.get_vocab_size() else None
+                return cast(int | None, self.thinking_filler)
+
             try:
-                check_request(params)
+                check_request(params, room, record, filler)
             except InputError as error:
                 raise refusal(error) from None
-        return process(self, request_id, prompt, params, *args, **kwargs)
+        return request
 
     InputProcessor.process_inputs = process_inputs

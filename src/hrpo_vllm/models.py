@@ -7,17 +7,17 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoTokenizer
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from hrpo_thinking.blend import Blend
-from hrpo_thinking.config import ThinkingConfig, record_of
+from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.modules import thinking_modules
 from hrpo_thinking.parts import MODULES, is_thinking_parameter
+from hrpo_vllm.engine import tokenizer_of
 from hrpo_vllm.requests import EngineThoughts
 
 
@@ -50,11 +50,10 @@ class ThinkingModel:
         config, scheduler = vllm_config.model_config.hf_config, vllm_config.scheduler_config
         thinking = ThinkingConfig.of(config)
         assert thinking is not None  # engine.check_engine
-        config.thinking = record_of(thinking, config.thinking)
         for name, module in thinking_modules(config, thinking).items():
             self.model.add_module(name, module.requires_grad_(False))
         self._blend = _Reader(self.model, config)
-        tokenizer = AutoTokenizer.from_pretrained(vllm_config.model_config.tokenizer)
+        tokenizer = tokenizer_of(vllm_config.model_config)
         self.thoughts = EngineThoughts(
             config.hidden_size,
             scheduler.max_num_batched_tokens,

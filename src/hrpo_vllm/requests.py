@@ -7,7 +7,6 @@ computes anew after a preemption is read from its record.
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -17,7 +16,9 @@ from torch import Tensor, nn
 
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import ThinkingRequest
-from hrpo_vllm import KEY, THINKING, THOUGHTS
+from hrpo_vllm import KEY, NO_FILLER, THINKING, THOUGHTS
+
+BOUND = 4 << 30  # bytes
 
 
 class Scheduled(NamedTuple):
@@ -54,6 +55,7 @@ class EngineThoughts(nn.Module):
 
     Attributes:
         states, mask: (rows, d) and (rows,) bool, what the forward blends; a captured graph reads them where they are.
+        bound: how many bytes of states are kept, for requests with a key that have ended, until they are taken.
         counts: thoughts that were computed anew after a preemption, in all, and requests that were.
     """
 
@@ -80,8 +82,8 @@ class EngineThoughts(nn.Module):
         self._free = list(range(requests))
         self._running: dict[str, Running] = {}
         self._paused: dict[str, Running] = {}
-        self._done: OrderedDict[str, ThinkingRequest] = OrderedDict()
-        self._bound = max(1024, 4 * requests)
+        self._done: list[tuple[str, ThinkingRequest]] = []  # in the order in which they ended
+        self.bound: float = BOUND
         self._step: list[Scheduled] | None = None
         self.counts = {"replayed": 0, "resumed": 0}
 
@@ -102,7 +104,7 @@ class EngineThoughts(nn.Module):
         if not options.get(THINKING, True):
             return
         if forced and self.filler is None:
-            raise InputError("the tokenizer has no token for the filler of forced thoughts; name one in the config.")
+            raise InputError(NO_FILLER)
         request = Running(ThinkingRequest(self._reads, int(forced)), prompt, key)
         self._enter(name, request, tokens)
 
@@ -145,24 +147,36 @@ class EngineThoughts(nn.Module):
             request = self._leave(name) or self._paused.pop(name, None)
             if request is not None:
                 self.counts["replayed"] += request.record.replayed
-                if request.key is not None:
-                    self._done[request.key] = request.record
-        while len(self._done) > self._bound:
-            self._done.popitem(last=False)
+                if request.key is not None and request.record.states:
+                    self._done.append((request.key, request.record))
+        kept = sum(len(record.states) for _, record in self._done)
+        while kept * self.last[0].nbytes > self.bound:
+            kept -= len(self._done.pop(0)[1].states)
 
-    def take(self, keys: list[str]) -> dict[str, Tensor]:
+    def take(self, keys: list[str], running: list[str]) -> dict[str, Tensor]:
         """The states (C, d) on the CPU that each token of the requests with these keys was sampled from, once.
 
+        Args:
+            keys: of several requests with one key, the first that ended is taken.
+            running: the names of all requests that the engine has not ended. It tells its workers of an end only when
+                the next step begins, so that they cannot know.
+
         Raises:
-            InputError: there is nothing kept under one of the keys.
+            InputError: a request with one of the keys runs, or nothing is kept under it; nothing was taken then.
         """
         self._wait()
-        # An engine tells its workers what has finished when the next step begins: look at what still runs, too.
-        running = {request.key: name for name, request in self._running.items() if request.key is not None}
-        self.finish([running[key] for key in keys if key in running])
-        if lacking := [key for key in keys if key not in self._done]:
-            raise InputError(f"nothing was thought under the key {lacking[0]!r}, or too many others were since.")
-        return {key: torch.stack(self._done.pop(key).states) for key in keys}
+        asked = set(keys)
+        known = [(name, one.key) for kind in (self._running, self._paused) for name, one in kind.items()]
+        if busy := [key for name, key in known if key in asked and name in running]:
+            raise InputError(f"the request with the key {busy[0]!r} still runs; take its thoughts when it has ended.")
+        ended = {name: key for name, key in known if key in asked}
+        if lacking := sorted(asked - {key for key, _ in self._done} - set(ended.values())):
+            raise InputError(f"nothing was thought under the key {lacking[0]!r}, or too much was since.")
+        self.finish(ended)
+        return {key: torch.stack(self._pop(key).states) for key in dict.fromkeys(keys)}
+
+    def _pop(self, key: str) -> ThinkingRequest:
+        return self._done.pop(next(i for i, (name, _) in enumerate(self._done) if name == key))[1]
 
     def held(self) -> int:
         """How many requests anything is kept of."""

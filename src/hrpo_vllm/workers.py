@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
+from hrpo_thinking.errors import InputError
 from hrpo_vllm import THINKING, THOUGHTS
 from hrpo_vllm.requests import EngineThoughts, Scheduled
 
@@ -38,13 +40,25 @@ class ThinkingWorker:
         """Raise `InputError` while thinking weights are missing."""
         self.model_runner.get_model().check_arrived()
 
-    def take_thoughts(self, keys: list[str]) -> dict[str, Tensor]:
-        """`EngineThoughts.take`, for `LLM.collective_rpc`."""
-        return self.thoughts.take(keys)
+    def take_thoughts(self, keys: list[str], running: list[str]) -> dict[str, tuple[bytes, str, list[int]]] | str:
+        """`EngineThoughts.take` for `hrpo_vllm.take_thoughts`: bytes, dtype and shape; or what is wrong.
+
+        Neither tensors nor the class of an error travel between processes.
+        """
+        try:
+            return {key: packed(states) for key, states in self.thoughts.take(keys, running).items()}
+        except InputError as error:
+            return str(error)
 
     def thinking_counts(self) -> dict[str, int]:
         """`EngineThoughts.counts`, and how many requests anything is held of."""
         return self.thoughts.counts | {"held": self.thoughts.held()}
+
+
+def packed(states: Tensor) -> tuple[bytes, str, list[int]]:
+    """The bytes of a tensor on the CPU, its dtype and its shape."""
+    values = states.contiguous().view(torch.uint8).numpy().tobytes()
+    return values, str(states.dtype).removeprefix("torch."), list(states.shape)
 
 
 class ThinkingCPUWorker(ThinkingWorker, CPUWorker): ...
@@ -115,7 +129,7 @@ def thinking_scheduler(*args: Any, vllm_config: Any, **kwargs: Any) -> Any:
     """vLLM's own scheduler, whose thinking requests share cached keys with requests of the same prompt only.
 
     Thoughts are not in the tokens that name a cached block, so each request names, beside them, where its thinking
-    begins and how many thoughts are forced.
+    begins and how many thoughts are forced. That comes before a salt of the user's, who therefore cannot say it.
     """
     from vllm.v1.core.sched.async_scheduler import AsyncScheduler
     from vllm.v1.core.sched.scheduler import Scheduler
@@ -127,9 +141,10 @@ def thinking_scheduler(*args: Any, vllm_config: Any, **kwargs: Any) -> Any:
 
     def add_request(request: Any) -> None:
         options = (request.sampling_params and request.sampling_params.extra_args) or {}
-        if request.sampling_params is not None and options.get(THINKING, True):
-            own = f"thinks from {request.num_prompt_tokens}, forced {options.get(THOUGHTS)}"
-            request.cache_salt = f"{request.cache_salt or ''} {own}"
+        thinks = request.sampling_params is not None and options.get(THINKING, True)
+        if thinks or request.cache_salt:
+            own = f"thinks from {request.num_prompt_tokens}, forced {options.get(THOUGHTS)}" if thinks else "plain"
+            request.cache_salt = f"{own}: {request.cache_salt or ''}"
             request.block_hashes.clear()
             request.update_block_hashes()
         add(request)

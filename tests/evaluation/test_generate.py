@@ -59,6 +59,32 @@ def test_continuous_batching_gives_generates_greedy_completions(tokenizer):
         assert one == other
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        {"suppress_tokens": list(range(40, 100))},
+        {"bad_words_ids": [[i] for i in range(40, 100)]},
+        {"min_new_tokens": 12, "eos_token_id": list(range(0, 268, 3))},
+        {"forced_eos_token_id": 7, "repetition_penalty": 1.5, "num_beams": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("engine", ENGINES[:2])
+def test_a_models_own_wishes_for_decoding_change_no_answer_but_its_ends_do(tokenizer, engine, said):
+    model, way = tiny_model("llama", thinking={"r_min": 0.3, "r_max": 0.6}), Decoding(12, True, engine=engine)
+    prompts = ["Hi", "What is 3 + 4?", "abc"]
+    before = model.generation_config.eos_token_id
+    model.generation_config.eos_token_id = said.get("eos_token_id", before)
+    expected = completions(model, tokenizer, prompts, Decoding(12, True))
+    model.generation_config.update(**said)
+    own = model.generation_config
+    assert completions(model, tokenizer, prompts, way) == expected
+    assert model.generation_config is own
+    if "eos_token_id" in said:
+        model.generation_config.eos_token_id = before
+        assert completions(model, tokenizer, prompts, way) != expected
+
+
 def test_auto_says_which_engine_it_takes_and_why():
     model = tiny_model("llama")
     engine, reason = choose_engine("auto", model, "projection")

@@ -1,7 +1,11 @@
 """Continuous batching thinks as `generate` does: tokens, states and masks, through preemption and shared prompts."""
 
+import asyncio
 import gc
+import random
+import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
 
@@ -188,6 +192,157 @@ def test_a_cancelled_request_leaves_nothing(model, tokenizer):
         manager.add_request([5, 6], "last", max_new_tokens=2)
         manager.get_result("last", timeout=60)
         assert not manager.thinking.records
+
+
+@contextmanager
+def managed(model, tokenizer, **more):
+    """A manager whose requests think, greedily, unless they are told otherwise."""
+    generation = GenerationConfig(**options(tokenizer, eos_token_id=-1, thinking=True) | more)
+    config = pages(32, num_blocks=128, max_batch_tokens=64)
+    with (
+        continuous.thinking_batches(model, tokenizer),
+        model.continuous_batching_context_manager(generation, continuous_batching_config=config) as manager,
+    ):
+        yield manager
+
+
+def finished(manager, request):
+    """What a request ended with; others may end before."""
+    start = time.monotonic()
+    while time.monotonic() < start + 60:
+        output = manager.get_result(request, timeout=1)
+        if output is not None and output.is_finished():
+            return output
+    raise AssertionError(f"{request} did not end")
+
+
+def dropped(manager, *names):
+    """Wait until the engine has dropped requests that were cancelled."""
+    for _ in range(2000):
+        if not manager.thinking._names & set(names):
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"{names} were not dropped")
+
+
+def test_a_name_that_is_used_again_thinks_as_its_new_request_asks(model, tokenizer):
+    prompt = tokenizer(TEXTS[0])["input_ids"]
+    expected, plain = generated(model, tokenizer, prompt), generated(model, tokenizer, prompt, thinking=False)[0]
+    with managed(model, tokenizer) as manager:
+        manager.add_request(prompt, "a", thinking=False, max_new_tokens=400)
+        with pytest.raises(InputError, match="a request 'a' has not ended yet"):
+            manager.add_request(prompt, "a")
+        manager.cancel_request("a")
+        dropped(manager, "a")
+        manager.add_request(prompt, "a")
+        assert_same(finished(manager, "a"), expected)
+        manager.add_request(prompt, "a", thinking=False)
+        assert finished(manager, "a").generated_tokens == plain
+
+
+def test_requests_that_are_cancelled_at_any_time_disturb_no_other(tokenizer):
+    model, rng = tiny_model("llama", thinking=THINKING).eval(), random.Random(0)
+    prompts = [tokenizer(text)["input_ids"] for text in TEXTS[:4]]
+    expected = {(i, t): generated(model, tokenizer, p, thinking=t)[0] for i, p in enumerate(prompts) for t in (0, 1)}
+    with managed(model, tokenizer) as manager:
+        live, cancelled = {}, []
+        for number in range(150):
+            which, thinks = live[f"r{number}"] = rng.randrange(4), rng.random() < 0.7
+            manager.add_request(prompts[which], f"r{number}", thinking=thinks)
+            time.sleep(rng.random() * 0.005)
+            if rng.random() < 0.5:
+                cancelled.append(rng.choice(sorted(live)))
+                manager.cancel_request(cancelled[-1])
+                live.pop(cancelled[-1])
+            if len(live) > 8:
+                name = next(iter(live))
+                assert finished(manager, name).generated_tokens == expected[live.pop(name)]
+        for name, which in live.items():
+            assert finished(manager, name).generated_tokens == expected[which]
+        dropped(manager, *cancelled)
+        assert len(cancelled) > 50 and not manager.thinking.records and not manager.thinking.plain
+
+
+def test_handlers_are_given_thoughts_and_a_request_that_failed_leaves_nothing(model, tokenizer):
+    prompt, got = tokenizer(TEXTS[1])["input_ids"], []
+    expected = generated(model, tokenizer, prompt)
+
+    async def ask(manager):
+        ended = asyncio.Event()
+        manager.register_result_handler("h", lambda output: (got.append(output), output.is_finished() and ended.set()))
+        manager.add_request(prompt, "h", streaming=True)
+        await asyncio.wait_for(ended.wait(), 60)
+
+    with managed(model, tokenizer) as manager:
+        asyncio.run(ask(manager))
+        assert len(got) == NEW
+        assert_same(got[-1], expected)
+        manager.add_request(prompt, "wrong", top_k="many")  # which the engine finds out
+        failed = finished(manager, "wrong")
+        assert failed.error and not hasattr(failed, "thinking_states")
+        assert not manager.thinking.records and not manager.thinking._names
+
+
+@pytest.mark.skipif(not NEWER, reason="transformers 5.17 makes one sequence of a request")
+def test_sequences_of_a_plain_request_do_not_think_and_those_that_end_at_once_are_right(tokenizer):
+    model = tiny_model("llama", thinking=THINKING).eval()
+    prompt = tokenizer(TEXTS[1])["input_ids"]
+    expected = {thinks: generated(model, tokenizer, prompt, thinking=thinks)[0] for thinks in (False, True)}
+    with managed(model, tokenizer, num_return_sequences=3, do_sample=True, top_k=1) as manager:
+        for thinks, tokens in expected.items():
+            for end in (-1, tokens[0]):
+                manager.add_request(prompt, "a", thinking=thinks, eos_token_id=end)
+                outputs = [finished(manager, name) for name in ("a", "a__child#0", "a__child#1")]
+                assert outputs[0].generated_tokens == (tokens if end < 0 else tokens[:1])
+                assert not any(output.error for output in outputs)
+                assert all(hasattr(output, "thinking_states") == thinks for output in outputs)
+                if end < 0:
+                    assert all(output.generated_tokens == tokens for output in outputs)
+        assert not manager.thinking.records and not manager.thinking.plain
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"thinking": "maybe"}, "has to be True or False, not 'maybe'"),
+        ({"thoughts": True}, "has to be a whole number from 0, not True"),
+        ({"thinking": False, "thoughts": 3}, "forced thoughts without thinking need generate"),
+        ({"thoughts": NEW}, "thoughts=20 leave no room"),
+        ({"thoughts": 4, "max_new_tokens": 4}, "thoughts=4 leave no room"),
+    ],
+    ids=str,
+)
+def test_what_is_asked_of_thinking_has_to_be_possible(tokenizer, asked, message):
+    model = tiny_model("llama", thinking=THINKING)
+    with pytest.raises(InputError, match=message):
+        batched(model, tokenizer, [[5, 6]], **asked)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        *({"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"repetition_penalty": 1.5}, {"max_time": 1.0}),
+        *({"no_repeat_ngram_size": 2}, {"min_length": 3}, {"min_new_tokens": 3}, {"stop_strings": ["a"]}),
+        *({"guidance_scale": 2.0}, {"bad_words_ids": [[5]]}, {"suppress_tokens": [5], "thoughts": 2}),
+    ],
+    ids=str,
+)
+def test_sampling_that_the_engine_would_pass_by_is_refused(tokenizer, sampling):
+    model = tiny_model("llama", thinking=THINKING)
+    config = GenerationConfig(**options(tokenizer, eos_token_id=-1, thinking=True, **sampling))
+    with pytest.raises(InputError, match="cannot be followed|num_beams=1|assisted_generation cannot think"):
+        model.generate_batch([[5, 6]], config, tokenizer=tokenizer)
+
+
+def test_sampling_that_says_nothing_passes_and_a_request_needs_room_for_its_own_length(tokenizer):
+    model, prompt = tiny_model("llama", thinking=THINKING).eval(), tokenizer("Hi")["input_ids"]
+    expected = generated(model, tokenizer, prompt, new=4, thoughts=3)[0]
+    nothing = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "guidance_scale": 1.0}
+    with managed(model, tokenizer, thoughts=3, **nothing) as manager:
+        with pytest.raises(InputError, match="thoughts=3 leave no room"):
+            manager.add_request(prompt, "a", max_new_tokens=3)
+        manager.add_request(prompt, "a", max_new_tokens=4)
+        assert finished(manager, "a").generated_tokens == expected
 
 
 @pytest.mark.parametrize(

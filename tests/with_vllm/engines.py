@@ -8,13 +8,13 @@ import torch
 from rollouts import alone
 from runs import small_trainer
 from tiny import tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
 from hrpo_patches.models.full import mark
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.request import ThinkingRequest
-from hrpo_vllm import engine_options
+from hrpo_vllm import engine_options, take_thoughts
 
 THINKING = {"r_min": 0.5, "r_max": 0.9}
 NEW = 40
@@ -45,7 +45,7 @@ def engine(model, tokenizer, folder, **options):
         tokenizer.save_pretrained(folder)
         if model.config.thinking:
             mark(folder)
-    own = engine_options(model.config) if model.config.thinking else {}
+    own = engine_options(AutoConfig.from_pretrained(folder)) if model.config.thinking else {}
     given = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 16, "seed": 0}
     given["kv_cache_memory_bytes"] = 64 << 20
     llm = LLM(str(folder), **given | own | options)
@@ -68,7 +68,7 @@ def thought(llm, prompts, new=NEW, **extra):
         for key in keys
     ]
     outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], each, use_tqdm=False)
-    states = llm.collective_rpc("take_thoughts", args=(keys,))[0]
+    states = take_thoughts(llm, keys)
     found = []
     for key, output in zip(keys, outputs, strict=True):
         tokens = list(output.outputs[0].token_ids)

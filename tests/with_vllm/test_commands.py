@@ -34,7 +34,9 @@ def said(folder, out, *more):
     return [sample for problem in results["problems"] for sample in problem["samples"]], results["settings"]["engine"]
 
 
-@pytest.mark.parametrize("more", [[], ["--no-thinking"], ["--thoughts", "3"]], ids=str)
+@pytest.mark.parametrize(
+    "more", [[], ["--no-thinking"], ["--thoughts", "3"], ["--thoughts", "3", "--filler", "x"]], ids=str
+)
 def test_an_evaluation_in_vllm_says_what_generate_says(folder, tmp_path, capfd, more):
     expected, _ = said(folder, tmp_path / "generate.json", *more)
     found, chosen = said(folder, tmp_path / "vllm.json", "--engine", "auto", *more)
@@ -67,6 +69,24 @@ def test_what_vllm_cannot_do_in_an_evaluation_is_said_and_auto_takes_another(fol
             choose_engine("vllm", model, *options)
         chosen, reason = choose_engine("auto", model, *options)
         assert chosen == ("continuous" if "zeroed" in options else "generate") and why in reason
+
+
+def test_a_sequence_that_vllm_has_no_room_for_and_several_processes_are_known_before_it_starts(folder, monkeypatch):
+    model, _ = open_model(str(folder / "adapter"))
+    room = model.config.max_position_embeddings
+    assert choose_engine("auto", model, "projection", longest=room)[0] == "vllm"
+    chosen, reason = choose_engine("auto", model, "projection", longest=room + 1)
+    assert chosen == "continuous" and f"vLLM holds on to the model's {room} positions" in reason
+    with pytest.raises(InputError, match=f"take {room + 1} tokens"):
+        choose_engine("vllm", model, "projection", longest=room + 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="several processes"):
+        choose_engine("vllm", model, "projection")
+
+
+def test_an_evaluation_that_is_too_long_for_vllm_is_refused_in_a_sentence(folder, tmp_path):
+    with pytest.raises(InputError, match="--engine vllm cannot be used: a prompt and its completion take"):
+        said(folder, tmp_path / "out.json", "--engine", "vllm", "--max_new_tokens", "100000")
 
 
 @pytest.mark.smollm2

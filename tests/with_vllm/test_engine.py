@@ -1,6 +1,9 @@
 """vLLM thinks as `generate` does: tokens and states, through chunks, shared prompts, preemption and aborts."""
 
+import os
 import random
+import subprocess
+import sys
 
 import psutil
 import pytest
@@ -9,7 +12,10 @@ from engines import NEW, THINKING, assert_same, big_enough, engine, generated, m
 from vllm import SamplingParams
 
 from hrpo_patches import replay_forward
+from hrpo_patches.models.full import mark
+from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import ThinkingRequest
+from hrpo_vllm import take_thoughts
 
 TEXTS = ["Hi", "What is 3 + 4?", "Say #### once, please", "abc" * 12, "one two", "The sea", "12 + 13 =", "Why?"]
 
@@ -147,11 +153,90 @@ def test_no_request_finds_anothers_thoughts_in_the_cache_of_its_prompt(tokenizer
         for ids, found in zip(prompts, thought(llm, prompts, thoughts=2), strict=True):
             assert_same(found, generated(model, tokenizer, ids, thoughts=2))
         scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+        add, salts = scheduler.add_request, []
+        monkeypatch.setattr(scheduler, "add_request", lambda one: (add(one), salts.append(one.cache_salt)))
+        thought(llm, prompts)
+        for ids, salt in zip(turns, list(salts), strict=True):  # which another user may guess
+            given = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True, extra_args={"thinking": False})
+            (output,) = llm.generate([{"prompt_token_ids": ids, "cache_salt": salt}], given, use_tqdm=False)
+            assert list(output.outputs[0].token_ids) == generated(model, tokenizer, ids, thinking=False)[0]
         monkeypatch.setattr(scheduler, "add_request", type(scheduler).add_request.__get__(scheduler))  # no salt
         llm.reset_prefix_cache()
         thought(llm, prompts)
         wrong = [plain(llm, [ids])[0] != generated(model, tokenizer, ids, thinking=False)[0] for ids in turns]
         assert any(wrong)
+
+
+def test_thoughts_of_a_running_request_are_not_taken_and_those_of_two_with_one_key_are_both_kept(thinker, tokenizer):
+    model, llm = thinker
+    prompts = prompts_of(tokenizer)[:3]
+    for name, key, prompt, new in zip("abc", ("one", "one", "two"), prompts, (4, 12, 24), strict=True):
+        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True, extra_args={"thinking_key": key})
+        llm.llm_engine.add_request(name, {"prompt_token_ids": prompt}, params)
+    tokens = {}
+    while llm.llm_engine.has_unfinished_requests():
+        for output in llm.llm_engine.step():
+            if output.finished:
+                tokens[output.request_id] = list(output.outputs[0].token_ids)
+        if set(tokens) == {"a", "b"}:
+            with pytest.raises(InputError, match="'two' still runs"):
+                take_thoughts(llm, ["one", "two"])
+    first, then = take_thoughts(llm, ["one"]), take_thoughts(llm, ["one", "two"])
+    states = {"a": first["one"], "b": then["one"], "c": then["two"]}
+    for name, prompt in zip("abc", prompts, strict=True):
+        assert_same((tokens[name], states[name]), generated(model, tokenizer, prompt, new=len(tokens[name])))
+    with pytest.raises(InputError, match="nothing was thought under the key 'one'"):
+        take_thoughts(llm, ["one"])
+
+
+def test_thoughts_that_nobody_takes_are_kept_up_to_so_many_bytes(thinker, tokenizer, monkeypatch):
+    model, llm = thinker
+    prompts = prompts_of(tokenizer)[:4]
+    kept = llm.llm_engine.model_executor.driver_worker.worker.thoughts
+    monkeypatch.setattr(kept, "bound", 10 * model.config.hidden_size * 4)
+    for name, prompt in zip("abcd", prompts, strict=True):
+        params = SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True, extra_args={"thinking_key": name})
+        llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)
+    for name, prompt in zip("dc", prompts[:1:-1], strict=True):  # the last is known to have ended when it is taken
+        expected = generated(model, tokenizer, prompt, new=4)
+        assert_same((expected[0], take_thoughts(llm, [name])[name][:4]), expected)
+    for lost in "ab":
+        with pytest.raises(InputError, match=f"nothing was thought under the key '{lost}', or too much was since"):
+            take_thoughts(llm, [lost])
+
+
+ELSEWHERE = """
+import sys
+import torch
+from vllm import LLM, SamplingParams
+from hrpo_thinking.errors import InputError
+from hrpo_vllm import take_thoughts
+if __name__ == "__main__":
+    options = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "max_num_seqs": 4}
+    llm = LLM(sys.argv[1], kv_cache_memory_bytes=64 << 20, **options)
+    assert "hrpo_patches" not in sys.modules
+    params = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True, extra_args={"thinking_key": "k"})
+    (output,) = llm.generate("What is 3 + 4?", params, use_tqdm=False)
+    tokens = list(output.outputs[0].token_ids)
+    torch.save((tokens, take_thoughts(llm, ["k"])["k"][:12]), sys.argv[2])
+    try:
+        take_thoughts(llm, ["k"])
+    except InputError as error:
+        print(error)
+"""
+
+
+def test_thoughts_come_as_tensors_from_an_engine_in_a_process_of_its_own(tokenizer, tmp_path):
+    model = big_enough("llama")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    mark(tmp_path)
+    (tmp_path / "elsewhere.py").write_text(ELSEWHERE)
+    command = [sys.executable, tmp_path / "elsewhere.py", tmp_path, tmp_path / "found"]
+    environment = os.environ | {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0 and "nothing was thought under the key 'k'" in done.stdout, done.stderr[-2000:]
+    assert_same(torch.load(tmp_path / "found"), generated(model, tokenizer, prompts_of(tokenizer)[1], new=12))
 
 
 def test_a_thousand_requests_of_which_some_are_aborted_leave_nothing_and_the_others_are_right(tokenizer, tmp_path):

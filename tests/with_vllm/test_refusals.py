@@ -4,10 +4,10 @@ import subprocess
 import sys
 
 import pytest
-from engines import THINKING, big_enough, engine, generated
+from engines import THINKING, big_enough, engine, generated, plain
 from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
-from vllm.sampling_params import BeamSearchParams
+from vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams, StructuredOutputsParams
 
 import hrpo_vllm
 from hrpo_patches.models.full import mark
@@ -57,15 +57,32 @@ def test_a_checkpoint_that_lost_a_thinking_weight_is_not_served(tokenizer, tmp_p
 
 def test_requests_that_cannot_be_thought_are_refused_and_the_next_is_right(tokenizer, tmp_path):
     model = big_enough("llama")
-    prompt = tokenizer("Hi")["input_ids"]
+    prompt, (filler,) = tokenizer("Hi")["input_ids"], tokenizer(".")["input_ids"]
     with engine(model, tokenizer, tmp_path) as llm:
         for extra, says in (
             ({"thinking": "maybe"}, "thinking has to be true or false"),
-            ({"thoughts": 8}, "thoughts has to be a whole number from 0 to below max_tokens"),
+            ({"thoughts": 8}, "thoughts=8 leave no room for an answer in 8 tokens.*below max_tokens"),
             ({"thoughts": "two"}, "thoughts has to be a whole number"),
+            ({"thoughts": True}, "thoughts has to be a whole number"),
+            ({"thinking": False, "thoughts": 3}, "without thinking need generate"),
+            ({"thinking_key": ["one"]}, "thinking_key has to be a text"),
         ):
             with pytest.raises(ValueError, match=says):
                 llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=8, extra_args=extra))
+        for options, says in (
+            ({"allowed_token_ids": [filler + 1]}, "allowed_token_ids does not go with forced thoughts"),
+            ({"bad_words": ["."]}, "bad_words does not go with forced thoughts"),
+            ({"stop": ["."]}, "stop does not go with forced thoughts"),
+            ({"stop_token_ids": [filler]}, "ends a completion; name another one"),
+            ({"structured_outputs": StructuredOutputsParams(regex="a+")}, "structured_outputs does not go with"),
+            ({"repetition_detection": RepetitionDetectionParams(4, 1, 2)}, "repetition_detection does not go with"),
+        ):
+            with pytest.raises(ValueError, match=says):
+                asked = SamplingParams(max_tokens=8, extra_args={"thoughts": 2}, **options)
+                llm.generate([{"prompt_token_ids": prompt}], asked)
+        some = SamplingParams(max_tokens=4, temperature=0.0, allowed_token_ids=[filler], extra_args={"thoughts": 2})
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], some, use_tqdm=False)
+        assert list(output.outputs[0].token_ids) == [filler] * 4
         with pytest.raises(ValueError, match="ask for n=1"):
             keyed = SamplingParams(max_tokens=8, n=2, extra_args={"thinking_key": "one"})
             llm.generate([{"prompt_token_ids": prompt}], keyed)
@@ -74,6 +91,25 @@ def test_requests_that_cannot_be_thought_are_refused_and_the_next_is_right(token
         given = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
         (output,) = llm.generate([{"prompt_token_ids": prompt}], given, use_tqdm=False)
         assert list(output.outputs[0].token_ids) == generated(model, tokenizer, prompt, new=8)[0]
+
+
+def test_the_models_own_forced_thoughts_need_room_too_and_a_plain_request_has_none(tokenizer, tmp_path):
+    model = big_enough("llama", thinking=THINKING | {"thoughts": 3})
+    prompt = tokenizer("Hi")["input_ids"]
+    with engine(model, tokenizer, tmp_path) as llm:
+        for ids, new, room in ((prompt, 3, 3), (prompt * 127, None, 256 - 127 * len(prompt))):
+            with pytest.raises(ValueError, match=f"thoughts=3 leave no room for an answer in {room} tokens"):
+                llm.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=new))
+        assert plain(llm, [prompt], new=3) == [generated(model, tokenizer, prompt, new=3, thinking=False)[0]]
+
+
+def test_a_filler_that_the_tokenizer_lacks_is_refused_and_the_engine_lives_on(tokenizer, tmp_path):
+    model = big_enough("llama", thinking=THINKING | {"filler": "<no such token>"})
+    prompt = tokenizer("Hi")["input_ids"]
+    with engine(model, tokenizer, tmp_path) as llm:
+        with pytest.raises(ValueError, match="no token for the filler"):
+            plain(llm, [prompt], thinking=True, thoughts=1)
+        assert plain(llm, [prompt], thinking=True) == [generated(model, tokenizer, prompt)[0]]
 
 
 def test_a_model_that_does_not_think_has_vllms_own_class_worker_and_scheduler(tokenizer, tmp_path):

@@ -99,7 +99,11 @@ def test_hrpo_serve_merges_an_adapter_and_answers_as_generate_does(folder, token
         with ThreadPoolExecutor(2) as clients:
             jobs = {key: clients.submit(ask, client, prompts[key[0]], False, **ways[key[1]]) for key in expected}
             assert {key: job.result() for key, job in jobs.items()} == expected
-        for extra, why in (({"thinking": "no"}, "has to be true or false"), ({"thoughts": NEW}, "below max_tokens")):
+        for extra, why in (
+            ({"thinking": "no"}, "has to be true or false"),
+            ({"thoughts": NEW}, "below max_tokens"),
+            ({"thinking_key": ["one"]}, "has to be a text"),
+        ):
             with pytest.raises(BadRequestError, match=why):
                 ask(client, prompts[0], **extra)
         with pytest.raises(BadRequestError, match="beam search cannot think"):
@@ -141,6 +145,10 @@ def test_vllms_own_command_serves_a_merged_model_that_thinks_from_several_proces
         (["merged", "--base", "base"], "is no adapter, so it has no base model"),
         (["nowhere"], "could not be loaded"),
         (["embedding"], "hands over no distribution"),
+        (["adapter", '--speculative-config={"method": "ngram"}'], "does not go with speculative decoding"),
+        (["adapter", "--speculative_config.method=ngram"], "does not go with speculative decoding"),
+        (["adapter", "--pipeline-parallel-size=2"], "does not go with pipeline parallelism"),
+        (["adapter", "--enable-prompt-embeds"], "does not go with prompts given as embeddings"),
     ],
     ids=str,
 )

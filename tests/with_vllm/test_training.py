@@ -4,13 +4,16 @@ import copy
 
 import pytest
 import torch
+from datasets import Dataset
 from engines import big_enough
-from runs import assert_all_thinking_parts_moved, small_trainer
+from runs import PROMPTS, assert_all_thinking_parts_moved, config, lengths_differ, lora, small_trainer
+from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hrpo_patches import HRPOConfig
+from hrpo_patches import HRPOConfig, HRPOTrainer
 from hrpo_patches.models.vllm_engine import ThinkingVLLM
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import MODULES
 
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 256}
@@ -42,11 +45,16 @@ def assert_the_engine_has_the_trainers_weights(trainer):
     theirs = dict(copy.deepcopy(trainer.model).merge_and_unload().named_parameters())
     for name in [*(name for name in own if any(f".{part}." in name for part in MODULES)), "model.norm.weight"]:
         assert torch.equal(own[name], theirs[name]), name
+    table = theirs["model.embed_tokens.weight"]
+    torch.testing.assert_close(own["model.embed_tokens.weight"][: len(table)], table, rtol=0, atol=1e-6)
     for i, layer in enumerate(engine.model.layers):  # a CPU's kernels have packed these; what do they compute?
         stacked, names = layer.self_attn.qkv_proj, [f"model.layers.{i}.self_attn.{one}_proj.weight" for one in "qkv"]
         expected = torch.cat([theirs[name] for name in names])
         computed = stacked.cpu_linear(torch.eye(expected.shape[1]), stacked.weight, None).T
         torch.testing.assert_close(computed, expected, rtol=0, atol=1e-6)
+        if stacked.bias is not None:
+            biases = torch.cat([theirs[name.replace("weight", "bias")] for name in names])
+            torch.testing.assert_close(stacked.bias, biases, rtol=0, atol=1e-6)
 
 
 one_family = pytest.mark.parametrize("family", ["llama"], indirect=True)
@@ -72,6 +80,44 @@ def test_twenty_steps_move_every_thinking_weight_and_the_replay_says_what_the_en
         assert 0.4 < row["embeds_ratio"] < 1 and row["projection/grad_norm"] > 0
         assert row["sampling/sampling_logp_difference/max"] < 1e-3  # of every completion token, at today's weights
     assert_the_engine_has_the_trainers_weights(trainer)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [("llama", {"target_modules": ["q_proj", "embed_tokens"]}), ("qwen2", {"lora_bias": True})],
+    ids=str,
+    indirect=["family"],
+)
+def test_adapters_of_embeddings_and_of_biases_reach_the_engine(base, tmp_path, options):
+    peft_config = lora()
+    for name, value in options.items():
+        setattr(peft_config, name, value)
+    trainer = small_trainer(tmp_path / "run", model=base, peft_config=peft_config, **VLLM)
+    with torch.no_grad():
+        for name, parameter in trainer.model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(std=0.1)
+    assert_the_engine_has_the_trainers_weights(trainer)
+
+
+@one_family
+def test_an_adapters_bias_that_vllm_has_no_place_for_is_refused(base, tmp_path):
+    with pytest.raises(InputError, match="leave lora_bias out"):
+        small_trainer(tmp_path, model=base, peft_config=lora(lora_bias=True), **VLLM)
+
+
+@one_family
+def test_the_engine_reads_by_the_trainers_tokenizer_also_where_the_folder_has_none(family, tmp_path):
+    own = byte_tokenizer()
+    own.add_tokens(["<answer>"])
+    big_enough(family, thinking=None, vocab_size=len(own) + 7).save_pretrained(tmp_path / "base")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", thinking={"r_min": 0.5, "r_max": 0.9})
+    args = config(tmp_path / "run", answer_start="<answer>", **VLLM)
+    data = Dataset.from_dict({"prompt": PROMPTS * 8})
+    trainer = HRPOTrainer(model, lengths_differ, args, data, processing_class=own, peft_config=lora())
+    trainer.train()
+    table = trainer.vllm_generation.weights().thoughts.table
+    assert torch.equal(table, marker_table(own, "<answer>", model.config.vocab_size))
 
 
 @one_family
@@ -138,3 +184,12 @@ def test_the_engine_says_when_no_weights_have_arrived(base, tmp_path):
     assert isinstance(engine, ThinkingVLLM) and engine.weights().missing
     with pytest.raises(InputError, match="no weights have arrived"):
         engine.generate([[1, 2, 3]], None, 1)
+    engine.sync_weights()
+    assert len(engine.generate([[1, 2, 3]], None, 1)[1]) == len(engine.states) == 1
+
+
+@one_family
+@pytest.mark.parametrize("options", [{"stop": ["."]}, {"bad_words": ["."]}, {"allowed_token_ids": [1]}], ids=str)
+def test_sampling_that_does_not_go_with_forced_thoughts_is_refused_in_training_too(base, tmp_path, options):
+    with pytest.raises(InputError, match=f"{next(iter(options))} does not go with forced thoughts"):
+        run(tmp_path / "run", base, thoughts=2, generation_kwargs=options)

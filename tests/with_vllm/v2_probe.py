@@ -36,6 +36,8 @@ triton.backends.backends["cpu"] = type("Backend", (), {"driver": Driver, "compil
 from safetensors.torch import save_file
 from vllm import LLM, SamplingParams
 
+from hrpo_vllm import take_thoughts
+
 folder = Path(sys.argv[1])
 asked = json.loads((folder / "asked.json").read_text())
 small = {"dtype": "float32", "max_model_len": 256, "enforce_eager": True, "gpu_memory_utilization": 0.2}
@@ -46,7 +48,7 @@ each = [
     for key in keys
 ]
 outputs = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], each, use_tqdm=False)
-states = llm.collective_rpc("take_thoughts", args=(keys,))[0]
+states = take_thoughts(llm, keys)
 plain = SamplingParams(temperature=0.0, max_tokens=asked["new"], ignore_eos=True, extra_args={"thinking": False})
 others = llm.generate([{"prompt_token_ids": ids} for ids in asked["prompts"]], plain, use_tqdm=False)
 said = {

@@ -25,7 +25,7 @@ from hrpo_patches.tasks.problems import find_task, load_problems
 from hrpo_patches.tasks.prompts import PROMPTS, examples_of, prompt_ids, prompt_of, uses_chat
 from hrpo_patches.thinking.backbone import causal_lm, is_untrained
 from hrpo_patches.thinking.controls import CONTROLS, check_control
-from hrpo_patches.thinking.decoding import filler_id
+from hrpo_patches.thinking.decoding import check_filler, filler_id
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 
@@ -142,12 +142,22 @@ def opened(arguments: EvalArguments) -> tuple[Any, PreTrainedTokenizerBase, str]
         raise InputError("this model was never trained to think, so it would think at random; add --no-thinking.")
     if arguments.thinking and marker != thinking.answer_start:
         raise InputError(f"this model was trained to stop thinking at {thinking.answer_start!r}, not at {marker!r}.")
-    residual = thinking.residual if arguments.thinking else None
+    if arguments.thoughts:
+        check_filler(model, generation)
+    return model, tokenizer, marker
+
+
+def use_engine(arguments: EvalArguments, model: Any, longest: int) -> None:
+    """Put the engine that answers into `arguments`; `longest`: tokens of a prompt and its completion.
+
+    Raises:
+        InputError: as `choose_engine`.
+    """
+    residual = ThinkingConfig.from_dict(causal_lm(model).config.thinking).residual if arguments.thinking else None
     asked, forced = arguments.engine, arguments.thoughts or 0
-    arguments.engine, why = choose_engine(asked, model, residual, forced, arguments.control)
+    arguments.engine, why = choose_engine(asked, model, residual, forced, arguments.control, longest)
     if asked == "auto":
         print(f"engine: {arguments.engine} ({why})")
-    return model, tokenizer, marker
 
 
 def settings_of(arguments: EvalArguments, prompts: list[Any], problems: list[Problem]) -> dict[str, Any]:
@@ -178,6 +188,7 @@ def main(argv: Written) -> dict[str, Any]:
     chat = uses_chat(arguments.prompt, tokenizer)
     prompts = [prompt_of(task, problem["question"], marker, examples, chat) for problem in problems]
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts for _ in range(arguments.samples)]
+    use_engine(arguments, model, max(map(len, ids), default=0) + arguments.max_new_tokens)
     questions = Questions(task, problems, marker, ids, arguments.samples)
     golds = questions.golds
     check_control(arguments.control, [[golds[i] for i in batch] for batch in batches_of(ids, arguments.batch_size)])

@@ -29,7 +29,7 @@ from hrpo_patches.tasks.base import Task
 from hrpo_patches.tasks.problems import find_task, load_problems, split_held_out
 from hrpo_patches.tasks.prompts import examples_of, prompt_of, uses_chat, with_prompts
 from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
-from hrpo_patches.thinking.continuous import cache_size
+from hrpo_patches.thinking.batching import cache_size
 from hrpo_patches.thinking.shards import whole
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.ending import STATUS, EndWhenTold
@@ -58,7 +58,7 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     ask = asker(run, task, tokenizer)
     rows, held_out_rows = (with_prompts(part, ask, tokenizer, about.max_prompt_length) for part in (train, held_out))
     _check_enough(len(rows), config)
-    _use_engine(engine_of(run, model), config, model, longest)
+    _use_engine(engine_of(run, model, longest), config, model, longest)
     model, peft_config = _with_adapter(model, run)
     if about.format_reward:
         config.reward_weights = [1.0, about.format_reward]
@@ -88,12 +88,13 @@ def _use_engine(engine: str, config: HRPOConfig, model: Any, longest: int) -> No
         config.vllm_max_model_length = config.vllm_max_model_length or longest
 
 
-def engine_of(run: Run, model: Any) -> str:
-    """The engine of a run's completions; the one that `auto` takes is said, with the reason."""
+def engine_of(run: Run, model: Any, longest: int) -> str:
+    """The engine of a run's completions, `longest` with their prompts; what `auto` takes is said, with the reason."""
     thinking = run.thinking()
     forced = thinking.thoughts if thinking is not None else run.config.thoughts or 0
     asked = run.about.engine if run.config.engine == "generate" else run.config.engine
-    engine, why = choose_engine(asked, model, run.config.residual, forced)
+    longest = run.config.vllm_max_model_length or longest
+    engine, why = choose_engine(asked, model, run.config.residual, forced, longest=longest)
     if run.about.engine == "auto":
         print(f"engine: {engine} ({why})")
     return engine

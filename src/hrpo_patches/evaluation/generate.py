@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -10,14 +10,15 @@ from typing import Any
 
 import torch
 from rich.progress import track
-from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase, set_seed
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
-from hrpo_patches.thinking.continuous import cache_size
+from hrpo_patches.thinking.backbone import causal_lm, temporarily
+from hrpo_patches.thinking.batching import cache_size
 from hrpo_patches.thinking.controls import SEVERAL, check_control, controlled
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.request import check_residual
+from hrpo_thinking.request import FORCED_ALONE, check_residual
 from hrpo_vllm import check_version
 
 
@@ -106,15 +107,8 @@ def _answered(
         asked = (decoding.max_new_tokens, decoding.temperature, decoding.thinking, decoding.thoughts)
         rows = vllm.answers(ids, *asked, seeds=torch.randint(2**31, (len(ids),)).tolist())
         return [row[decoding.thoughts :] for row in rows]
-    options: dict[str, Any] = {"do_sample": False}
-    if decoding.temperature:
-        options = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
-    # As in rollouts, whatever the model's file says.
-    options |= {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "max_new_tokens": decoding.max_new_tokens}
-    options |= {"pad_token_id": tokenizer.pad_token_id, "thinking": decoding.thinking, "thoughts": decoding.thoughts}
+    config = _config(causal_lm(model).generation_config, tokenizer, decoding)
     if decoding.engine == "continuous":
-        config = copy.deepcopy(model.generation_config)
-        config.update(**options)
         size = cache_size(model, max(map(len, ids)) + decoding.max_new_tokens, len(ids))
         given = {"tokenizer": tokenizer, "continuous_batching_config": ContinuousBatchingConfig(**size)}
         outputs = model.generate_batch(ids, config, **given).values()
@@ -123,11 +117,32 @@ def _answered(
         return [output.generated_tokens[decoding.thoughts :] for output in outputs]
     inputs = tokenizer.pad({"input_ids": ids}, return_tensors="pt").to(model.device)
     marker = {"tokenizer": tokenizer} if decoding.thinking or decoding.thoughts else {}
-    out = model.generate(**inputs, **options, **marker)
-    ends = model.generation_config.eos_token_id
+    with temporarily(causal_lm(model), generation_config=config):  # not an argument, which the model's own completes
+        out = model.generate(**inputs, **marker)
+    ends = config.eos_token_id
     ends = set(ends if isinstance(ends, list) else [ends])
     rows = out[:, inputs["input_ids"].shape[1] + decoding.thoughts :].tolist()
     return [_up_to_end(row, ends) for row in rows]
+
+
+def _config(own: Any, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
+    """How every engine decodes: as in rollouts, whatever the model's `own` file says of sampling; that keeps its ends.
+
+    Thus the engines agree, of which none knows all that such a file can ask for.
+    """
+    sampling: dict[str, Any] = {"do_sample": False}
+    if decoding.temperature:
+        sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
+    return GenerationConfig(
+        bos_token_id=own.bos_token_id,
+        eos_token_id=own.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        filler_token_id=own.filler_token_id,
+        max_new_tokens=decoding.max_new_tokens,
+        thinking=decoding.thinking,
+        thoughts=decoding.thoughts,
+        **sampling,
+    )
 
 
 # From what everything can be done in to what is fastest on a CPU, where it was measured (docs/performance.md).
@@ -141,16 +156,23 @@ _TITLES = {"continuous": "continuous batching", "vllm": "vLLM"}
 
 
 def choose_engine(
-    asked: str, model: Any, residual: str | None, thoughts: int = 0, control: str = "live"
+    asked: str, model: Any, residual: str | None, thoughts: int = 0, control: str = "live", longest: int = 0
 ) -> tuple[str, str]:
     """(one of `ENGINES`, why), for what is asked of `model`.
+
+    Args:
+        asked: one of `CHOICES`.
+        model: that answers.
+        residual: that it thinks with; None if it does not think.
+        thoughts, control: as of `Decoding`.
+        longest: tokens of a prompt and its completion.
 
     Raises:
         InputError: another engine than generate was asked for, and cannot do it.
     """
     if asked != "auto":
         try:
-            _check_engine(asked, model, residual, thoughts, control)
+            _check_engine(asked, model, residual, thoughts, control, longest)
         except InputError as error:
             raise InputError(f"--engine {asked} cannot be used: {error}") from None
         return asked, "asked for"
@@ -159,7 +181,7 @@ def choose_engine(
     reasons = []
     for engine in reversed(ENGINES[1:]):
         try:
-            _check_engine(engine, model, residual, thoughts, control)
+            _check_engine(engine, model, residual, thoughts, control, longest)
         except InputError as error:
             reasons.append(f"not {engine}: {str(error).rstrip('.')}")
         else:
@@ -167,7 +189,7 @@ def choose_engine(
     return "generate", "; ".join(reasons)
 
 
-def _check_engine(engine: str, model: Any, residual: str | None, thoughts: int, control: str) -> None:
+def _check_engine(engine: str, model: Any, residual: str | None, thoughts: int, control: str, longest: int) -> None:
     """Raise `InputError` if an engine cannot do what is asked of `model`."""
     if engine == "generate":
         return
@@ -177,13 +199,29 @@ def _check_engine(engine: str, model: Any, residual: str | None, thoughts: int, 
     if not backend_of(model).packs:
         raise InputError(f"unsloth's models do not run in {title}.")
     if residual is None and thoughts:
-        raise InputError("forced thoughts without thinking need generate.")
+        raise InputError(FORCED_ALONE)
     if residual is not None:
         check_residual(residual, title)
     if control in SEVERAL:
         raise InputError(f"the control {control!r} needs the rows of a padded batch.")
     if engine == "vllm" and control != "live":
         raise InputError("controls stand between a thought and its blend, which vLLM makes by itself.")
+    if engine == "vllm":
+        _check_vllm(model, longest)
+
+
+def _check_vllm(model: Any, longest: int) -> None:
+    """Raise `InputError` where vLLM would not start."""
+    if model.device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("vLLM beside several processes needs GPUs.")
+    own = causal_lm(model).config.get_text_config()
+    rope = getattr(own, "rope_parameters", None) or {}
+    stretched = rope.get("rope_type", "default") not in ("default", "llama3")  # vLLM then allows for more
+    if longest > own.max_position_embeddings and not stretched:
+        raise InputError(
+            f"a prompt and its completion take {longest} tokens, and vLLM holds on to the model's "
+            f"{own.max_position_embeddings} positions; ask for fewer tokens."
+        )
 
 
 def _up_to_end(row: list[int], ends: set[int | None]) -> list[int]:

@@ -5,9 +5,12 @@ Knows how such an engine is made, fed and asked; how it thinks is hrpo_vllm's, w
 
 from __future__ import annotations
 
+import math
 import os
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from accelerate import Accelerator
@@ -19,14 +22,31 @@ from trl.generation.vllm_generation import VLLMGeneration
 from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
-from hrpo_vllm import KEY, THINKING, THOUGHTS, check_version, engine_options
+from hrpo_vllm import KEY, THINKING, THOUGHTS, check_version, engine_options, take_thoughts, weights_arrived
 
 CACHE = 4 << 30  # bytes of keys and values on a CPU; vLLM's own wish is a share of all memory
 ON_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
+def _adapters(part: Any) -> list[str]:
+    """The active adapters that hold weights for a layer, be it linear or an embedding."""
+    return [one for one in part.active_adapters if one in part.lora_A or one in part.lora_embedding_A]
+
+
+# What the adapters of a LoRA layer add to the parameters of the layer beneath.
+_ADDED: dict[str, Any] = {
+    "weight": lambda part: [part.get_delta_weight(one) for one in _adapters(part)],
+    "bias": lambda part: [part.lora_B[one].bias * part.scaling[one] for one in _adapters(part) if part.lora_bias[one]],
+}
+
+
 class ThinkingVLLM(VLLMGeneration):
     """TRL's `VLLMGeneration` in colocate mode, whose completions think where the model can.
+
+    Its tokenizer is the trainer's, which may spell what the one in the model's folder cannot.
+
+    Args:
+        filler: the id of the token that forced thoughts are; by default the one that the model's config names.
 
     Attributes:
         thinking: whether completions think; by default where the model can.
@@ -39,25 +59,36 @@ class ThinkingVLLM(VLLMGeneration):
         InputError: vLLM cannot think as the model does, or this engine not run here.
     """
 
-    def __init__(self, model: Any, accelerator: Any, processing_class: Any, *args: Any, **kwargs: Any) -> None:
+    def __init__(
+        self, model: Any, accelerator: Any, processing_class: Any, *args: Any, filler: int | None = None, **kwargs: Any
+    ) -> None:
         self.thinking, self.forced = ThinkingConfig.of(causal_lm(model).config) is not None, 0
         self.seeds: list[int] = []
         self.states: list[Tensor] = []
-        self._asked = 0
+        self._asked, self._filler = 0, filler
         super().__init__(model, accelerator, processing_class, *args, **kwargs)
 
     def _init_vllm(self) -> None:
         check_version()
         if not self.model.name_or_path:
             raise InputError("vLLM reads a model's files first; load it from a folder or from the hub.")
+        for name, part in self.model.named_modules():
+            if isinstance(part, LoraLayer) and any(part.lora_bias.values()) and part.get_base_layer().bias is None:
+                raise InputError(f"the adapter has a bias for {name}, which has none in vLLM; leave lora_bias out.")
         if self.accelerator.device.type == "cpu":
             if self.accelerator.num_processes > 1:
                 raise InputError("vLLM beside several training processes needs GPUs; use another engine.")
             for name, value in ON_CPU.items():
                 os.environ.setdefault(name, value)
         make: Any = vllm_generation.LLM
-        with temporarily(vllm_generation, LLM=lambda **options: make(**options | self._options())):
+        words = TemporaryDirectory(prefix="hrpo-tokenizer-")
+        weakref.finalize(self, words.cleanup)
+        self.processing_class.save_pretrained(words.name)
+        own = {"tokenizer": words.name} | self._options()
+        with temporarily(vllm_generation, LLM=lambda **options: make(**options | own)):
             super()._init_vllm()
+        if self.thinking:
+            self.weights().thoughts.bound = math.inf  # all are taken after each generation
 
     def _options(self) -> dict[str, Any]:
         """What differs from TRL's options of `vllm.LLM`."""
@@ -65,7 +96,11 @@ class ThinkingVLLM(VLLMGeneration):
         if self.thinking:
             backbone = thinking_backbone(self.model)
             backbone.residual_norm()  # is measured, for the record
-            own = engine_options(causal_lm(self.model).config, backbone.config.thinking)
+            record = backbone.config.thinking
+            if self._filler is not None:
+                tokenizer: Any = self.processing_class
+                record = record | {"filler": tokenizer.convert_ids_to_tokens(self._filler)}
+            own = engine_options(causal_lm(self.model).config, record)
         if self.accelerator.device.type == "cpu":
             dtype = str(causal_lm(self.model).dtype).removeprefix("torch.")
             own |= {"distributed_executor_backend": None, "dtype": dtype, "enforce_eager": True}
@@ -80,14 +115,14 @@ class ThinkingVLLM(VLLMGeneration):
         else:
             super().sync_weights()
         if self.thinking:
-            self.llm.collective_rpc("check_thinking")
+            weights_arrived(self.llm)
 
     def _iter_named_params(self) -> Iterator[tuple[str, Tensor]]:
         """As TRL's; but an adapter is added to a copy of each weight: merging it and taking it off again rounds."""
         model: Any = self.model
-        parts: Any = [(name, part) for name, part in model.named_modules() if isinstance(part, LoraLayer)]
-        layers = {f"{name}.base_layer.weight": part for name, part in parts}
-        odd = any(any(part.use_dora.values()) or not part.weight.is_floating_point() for part in layers.values())
+        parts = [(name, part) for name, part in model.named_modules() if isinstance(part, LoraLayer)]
+        layers: Any = {f"{name}.base_layer.{kind}": (part, kind) for name, part in parts for kind in _ADDED}
+        odd = any(any(part.use_dora.values()) or not part.weight.is_floating_point() for _, part in parts)
         if not layers or odd or self._dist.is_fsdp or self.accelerator.num_processes > 1:
             yield from super()._iter_named_params()
             return
@@ -96,8 +131,8 @@ class ThinkingVLLM(VLLMGeneration):
                 continue
             value = weight.detach()
             if name in layers:
-                part = layers[name]
-                value = value + sum(part.get_delta_weight(one) for one in part.active_adapters if one in part.lora_A)
+                part, kind = layers[name]
+                value = value + sum(_ADDED[kind](part))
             plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
             yield self._fix_param_name_to_vllm(plain, ["modules_to_save.default."]), value
 
@@ -124,7 +159,7 @@ class ThinkingVLLM(VLLMGeneration):
         with temporarily(self.llm, generate=ask):
             out = super().generate(prompts, images, num_generations, profiler)
         if keys:
-            kept: dict[str, Tensor] = self.llm.collective_rpc("take_thoughts", args=(keys,))[0]
+            kept = take_thoughts(self.llm, keys)
             self.states = [kept[key][: len(tokens)] for key, tokens in zip(keys, out[1], strict=True)]
         return out
 
@@ -147,7 +182,7 @@ class ThinkingVLLM(VLLMGeneration):
             completions: list[list[int]] = self.generate(prompts, None, 1)[1]
         return completions
 
-    def weights(self) -> nn.Module:
+    def weights(self) -> Any:
         """vLLM's own model."""
         model: nn.Module = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
         return model
@@ -163,7 +198,8 @@ def engine_of(model: Any, tokenizer: Any, longest: int, rows: int) -> Iterator[T
         rows: how many completions may be worked on at once.
     """
     accelerator = Accelerator(cpu=model.device.type == "cpu")
-    engine = ThinkingVLLM(model, accelerator, tokenizer, max_model_length=longest, max_num_seqs=rows)
+    filler = causal_lm(model).generation_config.filler_token_id
+    engine = ThinkingVLLM(model, accelerator, tokenizer, max_model_length=longest, max_num_seqs=rows, filler=filler)
     try:
         engine.sync_weights()
         yield engine

@@ -7,7 +7,6 @@ go with its manager. Requests share the engine's blocks of prompts alone, for th
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from threading import RLock
@@ -17,66 +16,21 @@ import torch
 from torch import Tensor
 
 from hrpo_patches.thinking.backbone import ratio_of, thinking_backbone
-from hrpo_patches.thinking.decoding import check_filler, check_thinking, filler_id
+from hrpo_patches.thinking.decoding import check_room
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
-from hrpo_thinking.request import ThinkingRequest, check_residual
+from hrpo_thinking.request import ThinkingRequest
 
 if TYPE_CHECKING:
-    from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
-PAGE = 32  # tokens in a block of the cache
-MEMORY = 4 << 30  # bytes of keys and values
+_CHILD = "__child#"  # between the name of a request and the number of its fork
 _SHARING = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")  # from transformers 5.2x on, and before
 
 
-def batching_config(given: ContinuousBatchingConfig | None, model: Any, hints: Any = None) -> ContinuousBatchingConfig:
-    """A copy of the engine's config with what cannot think switched off: a step has to wait for the one before.
-
-    A cache that nobody sized is made for the requests that `hints` (the engine's WorkloadHints) announce.
-
-    Raises:
-        InputError: what cannot think was asked for.
-    """
-    from transformers import ContinuousBatchingConfig
-
-    config = copy.copy(given) if given is not None else ContinuousBatchingConfig()
-    for name in ("use_async_batching", "use_cuda_graph"):
-        if getattr(config, name):
-            raise InputError(f"continuous batching with {name}={getattr(config, name)!r} cannot think; leave it out.")
-        setattr(config, name, False)
-    for name in ("varlen_compile_config", "decode_compile_config"):
-        if getattr(config, name, None) is not None:
-            raise InputError(f"continuous batching that is compiled ({name}) cannot think; leave it out.")
-    if hints is not None and config.num_blocks is None:
-        longest = hints.max_prompt_length + (hints.max_generated_length or 0)
-        for name, value in cache_size(model, longest, hints.num_requests).items():
-            setattr(config, name, value)
-    return config
-
-
-def cache_size(model: Any, longest: int, requests: int) -> dict[str, Any]:
-    """Options of the engine's config that make its cache fit so many requests of so many tokens; none on a GPU.
-
-    By default the engine takes half of a CPU's memory, and fills masks of that size.
-    """
-    from transformers import ContinuousBatchingConfig
-
-    if model.device.type != "cpu":
-        return {}
-    own = model.config.get_text_config()
-    heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
-    width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
-    page = 2 * own.num_hidden_layers * heads * width * PAGE * model.dtype.itemsize
-    one = -(-longest // PAGE) + 1
-    name = "page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size"
-    blocks = max(one, min(one * requests, MEMORY // page))
-    return {name: PAGE, "num_blocks": blocks, "max_batch_tokens": max(1024, requests)}
-
-
 class BatchThinking:
-    """What a manager's requests think; each has a record, until it is taken or cancelled.
+    """What a manager's requests think; each has a record, until the engine ends or drops it.
 
     Args:
         manager: of the engine, not yet started.
@@ -99,6 +53,7 @@ class BatchThinking:
         self.forced, self.filler = forced, filler
         self.records: dict[str, ThinkingRequest] = {}
         self.plain: set[str] = set()  # requests that do not think
+        self._names: set[str] = set()  # of requests that were given one and have not ended
         self._news: list[tuple[int, ThinkingRequest | None, int]] = []  # (row of the last token, record, next index)
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
@@ -119,10 +74,10 @@ class BatchThinking:
             `output` with thinking_states (C, d), thinking_mask (C) bool, thinking_ratio (C) float32 and
             thinking_residual, as `generate` has them, for its generated tokens; unchanged if it did not think.
         """
-        record = self.records.pop(output.request_id, None)
-        self.plain.discard(output.request_id)
-        tokens = output.generated_tokens
-        if record is None or not tokens:
+        record, tokens = self.records.get(output.request_id), output.generated_tokens
+        self._hand_down(output.request_id)
+        self._drop(output.request_id)
+        if record is None or not tokens or output.error:
             return output
         mask = torch.tensor([record.read(i, token) for i, token in enumerate(tokens)])
         states = torch.stack(record.states[: len(tokens)])
@@ -130,6 +85,21 @@ class BatchThinking:
         output.thinking_ratio = ratio_of(self.backbone, tokens, mask).to(states.device)
         output.thinking_residual = self.residual
         return output
+
+    def _hand_down(self, name: str) -> None:
+        """Let the forks of a request that ends with its first token, before they are made, think as it does."""
+        for state in self.manager.batch_processor.scheduler._requests_to_fork if self.manager.batch_processor else ():
+            for i in range(state.num_children if state.request_id == name else 0):
+                if name in self.records:
+                    self.records[f"{name}{_CHILD}{i}"] = self.records[name].copy(1)
+                elif name in self.plain:
+                    self.plain.add(f"{name}{_CHILD}{i}")
+
+    def _drop(self, name: str) -> None:
+        """Keep nothing of a request."""
+        self.records.pop(name, None)
+        self.plain.discard(name)
+        self._names.discard(name)
 
     # --- the engine's forward --------------------------------------------------------------------------------------
 
@@ -178,10 +148,13 @@ class BatchThinking:
                 logits[self.filler] = 0.0
 
     def _record(self, state: Any) -> ThinkingRequest | None:
+        above = state.request_id.rpartition(_CHILD)[0]
+        if state.request_id not in self.records and above in self.plain:
+            self.plain.add(state.request_id)
         if state.request_id in self.plain:
             return None
         if state.request_id not in self.records:
-            parent = self.records.get(state.request_id.rpartition("__child#")[0])
+            parent = self.records.get(above)
             if parent is not None:  # a fork: it has the prompt and the first token of its parent
                 own = parent.copy(state.position_offset - prompt_length(state) + 1)
             else:
@@ -195,42 +168,69 @@ class BatchThinking:
         """Let the manager take plain requests, hand out thoughts with results, and share no block that holds one."""
         manager, lock = self.manager, RLock()
         create, add, add_many = manager._create_batch_processor, manager.add_request, manager.add_requests
-        get, cancel = manager.get_result, manager.cancel_request
+        router = manager.output_router
+        deliver, deliver_batch = router.deliver, router.deliver_batch
 
         def create_batch_processor() -> Any:
             processor = create()
             self._guard_blocks(processor.cache)
-            prepare = processor.prepare_next_batch
+            prepare, clear = processor.prepare_next_batch, processor.scheduler.clear_cancelled_requests
 
             def prepare_next_batch() -> Any:
                 with lock:
                     return prepare()
 
+            def clear_cancelled_requests() -> Any:
+                dropped = clear()
+                for state in dropped:  # not when they are cancelled, for they may be in a step
+                    self._drop(state.request_id)
+                return dropped
+
             processor.prepare_next_batch = prepare_next_batch
+            processor.scheduler.clear_cancelled_requests = clear_cancelled_requests
             return processor
 
         def add_requests(*args: Any, **kwargs: Any) -> Any:
             with lock:  # all of them or none are in the next step, so that a seed samples the same each time
                 return add_many(*args, **kwargs)
 
-        def add_request(input_ids: list[int], request_id: str | None = None, *args: Any, **kwargs: Any) -> Any:
-            if not kwargs.pop("thinking", True):
-                if request_id is None:
-                    raise InputError("a plain request beside thinking ones needs a request_id of its own.")
-                self.plain.add(request_id)
-            return add(input_ids, request_id, *args, **kwargs)
+        def add_request(
+            input_ids: list[int],
+            request_id: str | None = None,
+            max_new_tokens: int | None = None,
+            *args: Any,
+            thinking: bool = True,
+            **kwargs: Any,
+        ) -> Any:
+            with lock:
+                self._check_new(request_id, max_new_tokens, thinking)
+                if request_id is not None:
+                    self._names.add(request_id)
+                    if not thinking:
+                        self.plain.add(request_id)
+                added = add(input_ids, request_id, max_new_tokens, *args, **kwargs)
+                if added is None and request_id is not None:
+                    self._drop(request_id)
+            return added
 
-        def get_result(*args: Any, **kwargs: Any) -> Any:
-            output = get(*args, **kwargs)
-            return self.take(output) if output is not None and output.is_finished() else output
-
-        def cancel_request(request_id: str) -> None:
-            cancel(request_id)
-            self.records.pop(request_id, None)
+        def done(output: Any) -> Any:
+            return self.take(output) if output.is_finished() else output
 
         manager._create_batch_processor, manager.add_request = create_batch_processor, add_request
         manager.add_requests = add_requests
-        manager.get_result, manager.cancel_request = get_result, cancel_request
+        router.deliver = lambda output: deliver(done(output))
+        router.deliver_batch = lambda outputs: deliver_batch([done(output) for output in outputs])
+
+    def _check_new(self, name: str | None, new: int | None, thinking: bool) -> None:
+        """Raise `InputError` for a request that cannot be told from others, or not be thought in its length."""
+        if thinking not in (True, False):
+            raise InputError(f"add_request(thinking=...) has to be True or False, not {thinking!r}.")
+        if not thinking and name is None:
+            raise InputError("a plain request beside thinking ones needs a request_id of its own.")
+        if name in self._names:
+            raise InputError(f"a request {name!r} has not ended yet; wait for that, or take another request_id.")
+        if thinking and new is not None:
+            check_room(self.forced, new)
 
     def _guard_blocks(self, cache: Any) -> None:
         if hasattr(cache, "_thinks"):
@@ -261,23 +261,6 @@ def token_at(state: Any, position: int) -> int:
     first = len(state.initial_tokens)
     token = state.initial_tokens[position] if position < first else state.generated_tokens[position - first]
     return int(token)
-
-
-def check(model: Any, tokenizer: Any, generation_config: Any) -> None:
-    """Before there is a manager, which changes the model's attention: can it think as `generation_config` asks?
-
-    Raises:
-        InputError: the model, the residual, the tokenizer or the filler cannot do it.
-    """
-    backbone = thinking_backbone(model)
-    check_thinking(backbone, tokenizer)
-    check_residual(backbone.config.thinking["residual"], "continuous batching")
-    forced = generation_config.thoughts or 0
-    if forced and generation_config.filler_token_id is None:
-        thinking = ThinkingConfig.of(model.config) or ThinkingConfig()
-        generation_config.filler_token_id = filler_id(tokenizer, thinking)
-    if forced:
-        check_filler(model, generation_config)
 
 
 def begin(manager: Any, model: Any, tokenizer: Any, generation_config: Any) -> None:

@@ -23,6 +23,17 @@ from hrpo_thinking.parts import FALLBACK, RESIDUALS, parts_of
 if TYPE_CHECKING:  # transformers is importing this module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
+# What changes the distribution that a rollout samples from, beside the temperature, and the values that do not.
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "top_k": (0,),
+    **dict.fromkeys(("top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty"), (1.0,)),
+    **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff"), (0.0,)),
+    **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
+    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"), ()),
+    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "watermarking_config"), ()),
+    **dict.fromkeys(("exponential_decay_length_penalty",), ()),
+    "guidance_scale": (1.0,),
+}
 _RATIO_CHUNK = 128  # columns of the (B, C, d) gate that are computed at once
 
 
@@ -88,6 +99,12 @@ def check_request(
         check_thinking(backbone, tokenizer)
 
 
+def check_room(forced: int, room: int) -> None:
+    """Raise `InputError` if forced thoughts leave nothing of a completion of `room` tokens."""
+    if forced and forced >= room:
+        raise InputError(f"thoughts={forced} leave no room for an answer in a completion of {room} tokens.")
+
+
 def check_filler(model: Any, generation_config: Any) -> None:
     """Raise `InputError` unless the filler of forced thoughts is a token of the model that ends no completion."""
     filler, ends = generation_config.filler_token_id, generation_config.eos_token_id
@@ -135,9 +152,7 @@ def start_thinking(
     """
     forced = generation_config.thoughts or 0
     if forced:
-        room = generation_config.max_length - input_ids.shape[1]
-        if forced >= room:
-            raise InputError(f"thoughts={forced} leave no room for an answer in a completion of {room} tokens.")
+        check_room(forced, generation_config.max_length - input_ids.shape[1])
         stopping_criteria[:] = [_over_text(criterion, input_ids.shape[1], forced) for criterion in stopping_criteria]
     if not generation_config.thinking:
         return ForcedThoughts(forced, generation_config.filler_token_id) if forced else None

@@ -16,6 +16,7 @@ from hrpo_thinking.config import ThinkingConfig, record_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.modules import ThinkingModule, make_projection, thinking_modules
 from hrpo_thinking.parts import MODULE_PATTERN, MODULES, RESIDUALS, is_thinking_parameter
+from hrpo_thinking.request import FORCED_ALONE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
@@ -133,18 +134,20 @@ class ThinkingMixin(Blend, _Base):
         parent: Any = super()
         asked = generation_config if generation_config is not None else getattr(self, "generation_config", None)
         if not getattr(asked, "thinking", None):
+            if getattr(asked, "thoughts", None):
+                raise InputError(FORCED_ALONE)
             return parent.init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
-        from hrpo_patches.thinking import continuous
+        from hrpo_patches.thinking import batching, continuous
 
         if getattr(asked, "cache_implementation", None) == "paged":
             raise InputError("generate(cache_implementation='paged') hands no thoughts over; call generate_batch.")
         plain: Any = copy.deepcopy(asked)
         plain.thinking = plain.thoughts = None
-        config = continuous.batching_config(continuous_batching_config, self, kwargs.get("workload_hints"))
+        config = batching.batching_config(continuous_batching_config, self, kwargs.get("workload_hints"))
         if getattr(self, "_cached_continuous_batching_manager", None) is not None:
             raise InputError("a manager that was kept cannot think; destroy_cached_continuous_batching_manager first.")
         wanted, tokenizer = copy.deepcopy(asked), getattr(self, "_batch_tokenizer", None)
-        continuous.check(self, tokenizer, wanted)
+        batching.check(self, tokenizer, wanted)
         manager = parent.init_continuous_batching(plain, config, *args, **kwargs)
         continuous.begin(manager, self, tokenizer, wanted)
         return manager
@@ -165,8 +168,9 @@ class ThinkingMixin(Blend, _Base):
             InputError: as `generate`, or this engine cannot think as the model does.
         """
         parent: Any = super()
-        given = {name: value for name, value in (("thinking", thinking), ("thoughts", thoughts)) if value is not None}
-        if given:
+        # The engine is told the length by a word of its own, but forced thoughts have to fit into it.
+        said = {"thinking": thinking, "thoughts": thoughts, "max_new_tokens": kwargs.get("max_new_tokens")}
+        if given := {name: value for name, value in said.items() if value is not None}:
             generation_config = copy.deepcopy(generation_config or self.generation_config)
             generation_config.update(**given)
         from hrpo_patches.thinking.continuous import thinking_batches

@@ -20,6 +20,7 @@ from trl.trainer.utils import create_model_from_path
 from hrpo_patches.models.backends import ONE_PASS, backend_of, refuse_stranger
 from hrpo_patches.models.base import thinking_options
 from hrpo_patches.thinking.backbone import patched_backbone, temporarily, thinking_backbone
+from hrpo_patches.thinking.decoding import NEUTRAL
 from hrpo_patches.thinking.passes import refuse_dropout
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_thinking.config import ThinkingConfig, check_same_kind, record_of
@@ -180,17 +181,6 @@ def _check_visible(tokenizer: Any, marker: str) -> None:
         )
 
 
-# What changes the distribution that a rollout samples from, beside the temperature, and the values that do not.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_k": (0,),
-    **dict.fromkeys(("top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty"), (1.0,)),
-    **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff"), (0.0,)),
-    **dict.fromkeys(("no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
-    **dict.fromkeys(("bad_words_ids", "sequence_bias", "suppress_tokens", "begin_suppress_tokens"), ()),
-    **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "guidance_scale", "watermarking_config"), ()),
-}
-
-
 def check_distribution(rollout: Any, model: Any) -> None:
     """Refuse a rollout whose distribution a live state cannot make again: that is taken from the temperature alone.
 
@@ -198,7 +188,7 @@ def check_distribution(rollout: Any, model: Any) -> None:
         rollout: the trainer's generation config.
         model: the model's own, which says what that leaves open.
     """
-    for name, neutral in _NEUTRAL.items():
+    for name, neutral in NEUTRAL.items():
         value = getattr(rollout, name, None)
         value = value if value is not None else getattr(model, name, None)
         if value is not None and value not in neutral:
