@@ -44,7 +44,8 @@ test-other-machines: install
 	ATEN_CPU_CAPABILITY=avx2 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not smollm2" $(SENSITIVE)
 
 test-oldest: $(OLDEST_VENV)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 -m "not smollm2 and not shared_data" $(CORE)
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup \
+		-m "not smollm2 and not shared_data and not deepspeed" $(CORE)
 
 # unsloth's own Llama and Qwen2 code on a CPU, its kernels under Triton's interpreter: about five minutes.
 test-unsloth: $(UNSLOTH_VENV)/.installed

@@ -110,6 +110,7 @@ def test_a_log_that_finds_no_room_is_a_sentence_too(words, tmp_path):
 
 SLOW = """
 import hrpo_patches, sys, time
+from pathlib import Path
 from hrpo_patches.commands import train
 from hrpo_patches.commands.main import main
 make_trainer = train.make_trainer

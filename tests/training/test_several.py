@@ -1,5 +1,6 @@
 """Two processes, DDP and FSDP2, train as one process does: losses, gradients, checkpoints; on a CPU, with gloo."""
 
+import inspect
 import json
 import math
 import os
@@ -16,13 +17,16 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer
 
 from hrpo_patches import load_adapter
 from hrpo_patches.training.several import check_sharding
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import MODULES
 
+# Until some release after 5.17, transformers asks torch for the device "cpu:0", which no file can be loaded to.
+RESUMES = 'device.type != "cpu"' in inspect.getsource(Trainer._load_optimizer_and_scheduler)
+resumes = pytest.mark.skipif(not RESUMES, reason="this transformers resumes several processes on GPUs only")
 pytestmark = pytest.mark.xdist_group("several")  # its processes and theirs are one load
 TESTS = Path(__file__).parents[1]
 PRESETS = TESTS.parent / "configs" / "accelerate"
@@ -153,7 +157,7 @@ def test_two_processes_have_the_losses_and_gradients_of_one(preset, name, record
     assert two.keys() == one.keys()
     torch.testing.assert_close(two["losses"], one["losses"], rtol=0, atol=1e-5)
     kinds = {key.partition(".")[0] for key in one}
-    assert kinds == {"losses", "gradient", "weight"}
+    assert kinds == {"losses", "start", "gradient", "weight"}
     for key, value in one.items():
         error = (two[key] - value).norm() / value.norm().clamp(min=1e-6)
         assert error < 1e-5, (key, error)
@@ -190,6 +194,7 @@ def files_of(checkpoint):
 CHANGES = [("ddp", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "ddp"), ("fsdp2", "fsdp2"), (None, "fsdp2"), ("fsdp2", None)]
 
 
+@resumes
 @pytest.mark.parametrize(("begun", "resumed"), CHANGES)
 def test_a_run_is_resumed_by_other_processes_as_if_it_had_not_been_interrupted(begun, resumed, saved, folder):
     cases, wholes = saved
@@ -209,7 +214,10 @@ def test_a_run_is_resumed_by_other_processes_as_if_it_had_not_been_interrupted(b
         assert files_of(further / name / "checkpoint-3") == files_of(wholes[None] / name / "checkpoint-3")
 
 
-@pytest.mark.parametrize("preset", ["ddp", "fsdp2", "zero2", "zero3"])
+ZEROS = [pytest.param(name, marks=pytest.mark.deepspeed) for name in ("zero2", "zero3")]
+
+
+@pytest.mark.parametrize("preset", ["ddp", "fsdp2", *ZEROS])
 def test_a_launch_with_each_preset_reaches_the_script(preset):
     words = ["launch", "--config_file", str(PRESETS / f"{preset}.yaml"), "--num_processes", "2"]
     script = str(TESTS.parent / "scripts" / "hrpo_gsm8k.py")
@@ -263,6 +271,7 @@ def zero(request, folder, recorded):
     )
 
 
+@pytest.mark.deepspeed
 @pytest.mark.parametrize("name", [case["name"] for case in STEPPED])
 def test_deepspeed_takes_the_step_that_one_process_takes(name, zero):
     two, one = (load_file(path / f"{name}.safetensors") for path in zero)
@@ -275,6 +284,7 @@ def test_deepspeed_takes_the_step_that_one_process_takes(name, zero):
         assert error < 1e-3, (key, error)
 
 
+@pytest.mark.deepspeed
 @pytest.mark.parametrize("preset", ["zero2", "zero3"])
 def test_deepspeed_resumes_its_own_checkpoints_and_writes_files_that_one_process_loads(preset, saved, folder):
     cases = [one for one in saved[0] if one["name"] != "saved-with-its-start"]
@@ -297,6 +307,7 @@ def test_deepspeed_resumes_its_own_checkpoints_and_writes_files_that_one_process
         assert all((ours[key] - value).norm() <= 1e-4 * value.norm() for key, value in theirs.items())
 
 
+@pytest.mark.deepspeed
 @pytest.mark.parametrize("preset", ["zero2", "zero3"])
 def test_deepspeed_in_bfloat16_trains_thinking_weights_that_compute_in_it(preset, folder):
     cases = [case("half", True, "projection", "1", options={"bf16": True, "max_steps": 2, "optim": "adamw_torch"})]
@@ -357,6 +368,7 @@ def test_the_command_trains_in_two_processes_and_says_everything_once(trained, f
     assert load_adapter(base, out).generation_config.thinking
 
 
+@resumes
 def test_a_run_of_which_one_process_is_told_to_end_goes_on_as_if_it_had_not_been(trained, folder, words):
     preset, whole = trained
     name = f"told-{preset}"
@@ -369,6 +381,7 @@ def test_a_run_of_which_one_process_is_told_to_end_goes_on_as_if_it_had_not_been
         torch.testing.assert_close(ours[key], value, rtol=0, atol=0)
 
 
+@resumes
 def test_when_a_process_is_killed_the_others_end_and_the_run_goes_on_as_if_it_had_not_been(trained, folder, words):
     preset, whole = trained
     name = f"killed-{preset}"
