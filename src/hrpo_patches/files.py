@@ -46,15 +46,18 @@ def alone(folder: Path) -> Iterator[None]:
     """Within, no other process enters with the same folder, which is made if need be; after a kill, anyone may.
 
     Raises:
-        InputError: another process is in.
+        InputError: another process is in, or the folder cannot be written to.
     """
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / LOCK)
+    made, lock = not folder.exists(), FileLock(folder / LOCK)
     try:
+        folder.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         raise InputError(f"another run is writing to {folder}; wait for its end, or give another folder.") from None
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to: {error.strerror}.") from None
+    except NotImplementedError:  # some network file systems
+        print(f"{folder} is on a file system without locks: a second run there would not be noticed.")
     try:
         yield
     finally:

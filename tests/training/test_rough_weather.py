@@ -149,6 +149,12 @@ def test_a_run_that_is_refused_leaves_no_folder_behind(words, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_that_cannot_be_written_to_is_a_sentence(words, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="run cannot be written to: Not a directory."):
+        train([*words[1:], "--output_dir", str(tmp_path / "file" / "run")])
+
+
 # --- rewards ---------------------------------------------------------------------------------------------------------
 
 
