@@ -19,7 +19,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PrinterCallback, TrainerCallback
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from hrpo_patches.commands.main import run as hrpo
 from hrpo_patches.thinking import passes
@@ -123,6 +123,9 @@ def run(case, out):
     thinking = {"r_min": 0.5, "r_max": 0.9} | case.get("thinking", {})
     shape = {"initializer_range": 0.1} | case.get("model", {})  # livelier ones amplify rounding through their thoughts
     model = tiny_model(case["family"], thinking=thinking, **shape)
+    if case.get("named"):  # its reference is loaded by its name
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(out.parent / "named", thinking=thinking)
     options = {"num_generations": 8, "beta": 0.0, "max_grad_norm": 1e9, "disable_tqdm": True} | case["options"]
     runs.HRPOTrainer = Recorded
     trainer = runs.small_trainer(out / name, model=model, peft_config="lora" if case["lora"] else None, **options)
@@ -134,6 +137,9 @@ def run(case, out):
     trainer.remove_callback(PrinterCallback)
     seen = watch(trainer._base_model().model)
     trainer.train(resume_from_checkpoint=case.get("resume"))
+    if "best" in case:
+        trainer.state.best_model_checkpoint = str(out / name / case["best"])
+        trainer._load_best_model()
     model = trainer.accelerator.unwrap_model(trainer.model)
     weights = {f"weight.{name}": whole(model.get_parameter(name)) for name in trained}
     trainer.save_model()

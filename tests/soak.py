@@ -67,8 +67,8 @@ def start(words: list[str], folder: Path, log: Path) -> subprocess.Popen:
 def step_of(folder: Path) -> int:
     """How far a run has come."""
     log = folder / "monitor.jsonl"
-    rows = log.read_text().splitlines() if log.is_file() else []
-    return json.loads(rows[-1])["step"] if rows else 0
+    whole = log.read_text().rpartition("\n")[0] if log.is_file() else ""  # a line may be under way
+    return json.loads(whole.rpartition("\n")[2])["step"] if whole else 0
 
 
 def logged(folder: Path) -> list[dict]:

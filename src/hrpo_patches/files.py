@@ -16,14 +16,25 @@ from hrpo_thinking.errors import InputError
 LOCK = ".lock"  # of the folder that a run writes to
 
 
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Within, an error of the system names this file, which a write does not know."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
 def replace(path: Path, write: str | Callable[[Path], object]) -> None:
     """Put a text, or what a function writes into the file that it is given, in the place of what is at `path`."""
     building = path.with_name(path.name + ".building")
-    if callable(write):
-        write(building)
-    else:
-        building.write_text(write)
-    os.replace(building, path)
+    with _named(path):
+        if callable(write):
+            write(building)
+        else:
+            building.write_text(write)
+        os.replace(building, path)
 
 
 def create(path: Path, text: str) -> None:
@@ -33,7 +44,8 @@ def create(path: Path, text: str) -> None:
         InputError: there is one meanwhile; the text is in another file beside it, which the message names.
     """
     building = path.with_name(path.name + ".whole")
-    building.write_text(text)
+    with _named(path):
+        building.write_text(text)
     try:
         os.link(building, path)  # which replaces nothing
     except FileExistsError:
@@ -75,14 +87,12 @@ def listed(folder: Path) -> list[list[object]]:
 
 def append(path: Path, line: str) -> None:
     """Add a line to a file, in one call of the operating system."""
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-    try:
-        os.write(file, (line + "\n").encode())
-    except OSError as error:
-        error.filename = str(path)  # which a write does not know
-        raise
-    finally:
-        os.close(file)
+    with _named(path):
+        file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+        try:
+            os.write(file, (line + "\n").encode())
+        finally:
+            os.close(file)
 
 
 @contextmanager

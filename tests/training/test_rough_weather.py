@@ -96,6 +96,42 @@ def test_a_disk_that_is_full_is_a_sentence_and_the_run_resumes_when_there_is_roo
     assert_resumes_to_the_end(words, folder, 2, tmp_path)
 
 
+def test_a_disk_that_is_full_at_the_end_is_a_sentence_and_the_last_checkpoint_is_whole(words, tmp_path):
+    train([*words[1:], "--max_steps", "1", "--save_strategy", "no", "--output_dir", str(tmp_path / "one")])
+    room = (tmp_path / "one" / "adapter_model.safetensors").stat().st_size - 1
+    folder = tmp_path / "run"
+    done = subprocess.run(
+        program(LIMITED, 3, room, *words, "--save_steps", 3, "--output_dir", folder),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr
+    assert_resumes_to_the_end(words, folder, 3, tmp_path)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"])
+def test_a_damaged_checkpoint_is_named_when_it_is_resumed(words, file, tmp_path):
+    folder = tmp_path / "run"
+    train([*words[1:], "--max_steps", "2", "--output_dir", str(folder)])
+    damaged = folder / "checkpoint-2" / file
+    damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
+    again = [*words[1:], "--output_dir", str(folder), "--resume_from_checkpoint"]
+    with pytest.raises(InputError, match="checkpoint-2 cannot be resumed from, a file is damaged"):
+        train([*again, "latest"])
+    train([*again, str(folder / "checkpoint-1")])
+    assert (folder / "checkpoint-4").is_dir()
+
+
+def test_a_damaged_model_is_a_sentence(words, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(words[words.index("--model_name") + 1], base)
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(InputError, match="could not be loaded: "):
+        train([*words[1:], "--model_name", str(base), "--output_dir", str(tmp_path / "run")])
+
+
 def test_a_log_that_finds_no_room_is_a_sentence_too(words, tmp_path):
     done = subprocess.run(
         program(LIMITED, 0, 100, *words, "--save_steps", 9, "--output_dir", tmp_path / "run"),
@@ -172,6 +208,9 @@ BAD = [
     (lambda good: good[:-1], "gave 7 rewards for 8 completions; give one for each"),
     (lambda good: [*good, 0.0], "gave 9 rewards for 8 completions"),
     (lambda good: 1.0, "gave 1.0; give a list"),
+    (lambda good: torch.zeros(len(good), 2), r"gave tensor\(\[0., 0.\]\) for completion 0"),
+    (lambda good: [10**400, *good[1:]], "gave 1000"),
+    (lambda good: [1e39, *good[1:]], r"gave 1e\+39 for completion 0"),  # infinite in float32
 ]
 
 
@@ -210,6 +249,15 @@ def test_a_reward_function_that_raises_shows_its_own_error_and_the_checkpoint_is
     with pytest.raises(KeyError, match="answer"):
         trainer.train()
     assert_next_steps_follow(tmp_path, reward)
+
+
+def test_the_error_of_a_reward_function_that_yields_is_its_own(tmp_path):
+    def reward(completions, **_):
+        yield 1.0
+        raise TypeError("mine")
+
+    with pytest.raises(TypeError, match="mine"):
+        small_trainer(tmp_path, reward=reward).train()
 
 
 def test_a_reward_function_may_judge_some_completions_only_and_be_a_coroutine_or_a_tensor(tmp_path):

@@ -54,6 +54,10 @@ FURTHER = [
     case("tied-all", False, "embedding", "all", model={"tie_word_embeddings": True}, family="qwen2"),
     case("in-pieces", False, "projection", "1", logits=2000),
     case("in-pieces-tied", False, "projection", "all", logits=2000, model={"tie_word_embeddings": True}),
+    case("in-pieces-lora", True, "projection", "1", logits=2000),
+    case("many-thoughts-lora", True, "embedding", "all", kept_thoughts=2),
+    case("two-passes-of-distributions-lora", True, "embedding", "2"),
+    case("reference-in-pieces", False, "projection", "1", logits=2000, named=True, options={"beta": 0.5}),
     case("many-thoughts", False, "projection", "all", kept_thoughts=2),
     case("many-thoughts-of-distributions", False, "embedding", "all", kept_thoughts=2),
     case("checkpointed", True, "projection", "all", options={"gradient_checkpointing": True}),
@@ -133,6 +137,7 @@ def half(case):
 def recorded(folder):
     """The cases with rollouts that one process made, and where it trained with them."""
     kept = {case["name"]: folder / f"{case['name']}.record" for case in CASES}
+    tiny_model("llama", thinking=None, initializer_range=0.1).save_pretrained(folder / "named")
     launch(folder, "first", [case | {"keep": str(kept[case["name"]])} for case in CASES])
     for file in kept.values():
         save_file(uneven(load_file(file)), file)
@@ -239,6 +244,26 @@ def test_thinking_modules_compute_in_float32_where_the_others_do_in_bfloat16(fol
     assert seen["log"][0]["projection/grad_norm"] > 0 and math.isfinite(seen["log"][0]["loss"])
 
 
+@pytest.mark.parametrize("residual", ["projection"])
+def test_rollouts_of_continuous_batching_and_the_best_checkpoint_are_had_in_shards(residual, folder):
+    options = STEPS | {"use_transformers_continuous_batching": True}
+    cases = [case("packed", True, residual, "1", options=options, best="checkpoint-1")]
+    out = launch(folder, "packed", of("fsdp2", cases), "fsdp2")
+    held, first = (
+        load_file(out / "packed.safetensors"),
+        load_file(out / "packed" / "checkpoint-1" / "adapter_model.safetensors"),
+    )
+    for name, value in first.items():
+        (key,) = [key for key in held if key.startswith("weight.") and plain_name(key) == f"weight.{name}"]
+        assert torch.equal(held[key], value), name
+    log = json.loads((out / "packed.json").read_text())["log"]
+    assert all(0.5 < row["embeds_ratio"] < 1 for row in log if "loss" in row)
+
+
+def plain_name(key):
+    return key.replace(".modules_to_save.default", "").replace(".default", "")
+
+
 def test_fsdp_of_the_first_version_and_a_swapped_reference_under_zero_3_are_refused():
     args = SimpleNamespace(reference="start", beta=0.1)
     check_sharding(args, SimpleNamespace(fsdp_version=2), None)
@@ -253,10 +278,12 @@ def test_fsdp_of_the_first_version_and_a_swapped_reference_under_zero_3_are_refu
 # --- DeepSpeed -------------------------------------------------------------------------------------------------------
 
 
+OTHERS = ("many-thoughts", "many-thoughts-lora", "two-passes-of-distributions-lora")
+ALSO = ("tied", "in-pieces", "in-pieces-lora", *OTHERS)
 BIG = {"learning_rate": 1e-2, "lr_thinking_projection": 1e-1, "lr_residual_gate": 1.0, "lr_residual_Lambda": 1.0}
 STEPPED = [
     one | {"options": one["options"] | BIG | {"max_steps": 1}}  # steps that are large beside a weight's last digit
-    for one in [*MATRIX, *(one for one in FURTHER if one["name"] in ("tied", "in-pieces", "many-thoughts"))]
+    for one in [*MATRIX, *(one for one in FURTHER if one["name"] in ALSO)]
 ]
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
@@ -99,12 +100,20 @@ def said(entry: Callable[[Written], Any], argv: Written | None = None) -> int:
     except (InputError, NonFiniteError, PatchError, SaveError) as error:
         tqdm.write(f"error: {error}", file=sys.stderr)  # which makes room beside a bar
         return 2
-    except OSError as error:
-        if error.errno not in NO_ROOM:
+    except Exception as error:
+        if (why := no_room(error)) is None:
             raise
-        tqdm.write(f"error: {error.filename or 'a file'} could not be written: {error.strerror}.", file=sys.stderr)
+        tqdm.write(f"error: {getattr(error, 'filename', None) or 'a file'} could not be written: {why}.", sys.stderr)
         return 2
     return status if isinstance(status, int) else 0
+
+
+def no_room(error: Exception) -> str | None:
+    """What the system says of a disk that is full, if that is what this error is about, safetensors' own too."""
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
+        return error.strerror
+    said = type(error).__name__ == "SafetensorError" and re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error))
+    return said[1] if said and int(said[2]) in NO_ROOM else None
 
 
 def run() -> None:

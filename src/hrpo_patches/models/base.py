@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.models.adapter import config_of, holds_thinking, load_adapter, load_plain_adapter
@@ -81,7 +82,7 @@ def load_model(
         model = backend_named(backend).load(source, dtype, max_seq_length, **options)
     except InputError:
         raise
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise InputError(f"the model {name!r} could not be loaded: {str(error).splitlines()[0]}") from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token

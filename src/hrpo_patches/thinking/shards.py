@@ -60,6 +60,8 @@ def whole(model: nn.Module) -> Iterator[None]:
     Without it, a process whose completions end early would leave the others waiting for its shards.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    if hasattr(model, "generate_batch"):  # which runs parts of the model, and the root has to come first
+        fsdp.register_fsdp_forward_method(model, "generate_batch")
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
@@ -90,9 +92,14 @@ def head_of(model: Any) -> Any:
     wait for that norm's forward.
     """
     head = model.get_output_embeddings()
-    if not (isinstance(head, FSDPModule) and isinstance(head, nn.Linear)):
+    if not isinstance(head, nn.Linear):
         return head
-    return lambda states: linear(states, weight_of(head), head.bias)
+    if isinstance(head, FSDPModule):
+        return lambda states: linear(states, weight_of(head), head.bias)
+    if isinstance(head.weight, DTensor):  # a reference's, which is one unit, and wants no gradient
+        weight = plain(head.weight.detach())
+        return lambda states: linear(states, weight.to(states.dtype))
+    return head
 
 
 def like(value: Tensor, other: Tensor) -> Tensor:

@@ -99,6 +99,10 @@ class HRPOConfig(GRPOConfig):
             raise InputError("replay_passes and reference are about thinking; they do not go with residual='none'.")
         if self.reference == "start" and self.sync_ref_model:
             raise InputError("sync_ref_model moves the reference, and reference='start' keeps it; leave one out.")
+        if self.residual is not None and self.sync_ref_model:
+            raise InputError(
+                "sync_ref_model mixes this model's weights into a reference that has no thinking ones; leave it out."
+            )
         super().__post_init__()
 
     def _read_thinking(self) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import update_wrapper
 from inspect import iscoroutinefunction
-from numbers import Real
 from typing import Any
 
+import torch
 from torch import nn
 
 from hrpo_thinking.errors import InputError
@@ -46,19 +45,27 @@ def _judged(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _checked(function: Any, rewards: Any, completions: int) -> list[Any]:
     name = getattr(function, "__name__", type(function).__name__)
-    try:
-        given = list(rewards)
-    except TypeError:
-        raise InputError(f"the reward function {name} gave {rewards!r}; give a list, a reward a completion.") from None
+    if not isinstance(rewards, Iterable):
+        raise InputError(f"the reward function {name} gave {rewards!r}; give a list, a reward a completion.")
+    given = list(rewards)
     if len(given) != completions:
         raise InputError(
             f"the reward function {name} gave {len(given)} rewards for {completions} completions; give one for each."
         )
     for number, reward in enumerate(given):
-        value = reward.item() if hasattr(reward, "item") else reward
-        if value is not None and not (isinstance(value, Real) and math.isfinite(value)):
+        if not _is_reward(reward):
             raise InputError(
-                f"the reward function {name} gave {value!r} for completion {number}; give a finite number, or None "
+                f"the reward function {name} gave {reward!r} for completion {number}; give a finite number, or None "
                 f"for a completion that it does not judge."
             )
     return given
+
+
+def _is_reward(reward: Any) -> bool:
+    """Whether it is None, or a number that is finite in float32."""
+    if reward is None:
+        return True
+    try:
+        return not isinstance(reward, (str, bytes)) and abs(float(reward)) <= torch.finfo(torch.float32).max
+    except (TypeError, ValueError, OverflowError, RuntimeError):
+        return False

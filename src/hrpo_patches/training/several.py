@@ -6,7 +6,10 @@ shards or not.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -19,7 +22,7 @@ from torch.nn.functional import pad
 from transformers import Trainer
 
 from hrpo_patches.thinking.backbone import temporarily
-from hrpo_patches.thinking.shards import in_shards, in_units, largest, like, plain, thinking_stays_float32
+from hrpo_patches.thinking.shards import give_back, in_shards, in_units, largest, like, plain, thinking_stays_float32
 from hrpo_thinking.errors import InputError, SaveError
 
 _Trainer: Any = Trainer
@@ -80,7 +83,8 @@ class InShards(_Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not in_units(self.model):
-            return super()._load_optimizer_and_scheduler(checkpoint)
+            with _whole_files(checkpoint):
+                return super()._load_optimizer_and_scheduler(checkpoint)
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         load = self.optimizer.load_state_dict
 
@@ -91,16 +95,29 @@ class InShards(_Trainer):
                         kept[name] = like(value, parameters[index].detach())
             load(state)
 
-        with temporarily(self, is_fsdp_enabled=False), temporarily(self.optimizer, load_state_dict=load_in_shards):
+        stock = temporarily(self, is_fsdp_enabled=False), temporarily(self.optimizer, load_state_dict=load_in_shards)
+        with _whole_files(checkpoint), stock[0], stock[1]:
             super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        with _whole_files(checkpoint):
+            super()._load_rng_state(checkpoint)
+
+    def _load_best_model(self) -> None:
+        if not in_units(self.model):
+            return super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         if not in_units(self.model):
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+            with _whole_files(resume_from_checkpoint):
+                return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        give_back(self.model)
         peft = is_peft_model(self.model)
         named = "adapter_model.safetensors" if peft else "model*.safetensors"
         files = sorted(Path(resume_from_checkpoint).glob(named))
-        held = {name: value for file in files for name, value in load_file(file).items()}
+        with _whole_files(resume_from_checkpoint):
+            held = {name: value for file in files for name, value in load_file(file).items()}
         own = get_peft_model_state_dict(self.model) if peft else self.model.state_dict(keep_vars=True)
         tied = {name for name in own.keys() - held.keys() if any(own[name] is own.get(other) for other in held)}
         if other := sorted(held.keys() ^ (own.keys() - tied)):
@@ -108,6 +125,20 @@ class InShards(_Trainer):
         with torch.no_grad():
             for name, value in held.items():
                 own[name].copy_(like(value, own[name].detach()))
+
+
+@contextmanager
+def _whole_files(checkpoint: str | None) -> Iterator[None]:
+    """Within, a file of the checkpoint that cannot be read is an `InputError`."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(
+            f"{checkpoint} cannot be resumed from, a file is damaged or another run's ({why}); take an earlier one."
+        ) from error
 
 
 def check_sharding(args: Any, fsdp: Any, deepspeed: Any) -> None:

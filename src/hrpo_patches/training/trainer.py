@@ -29,7 +29,7 @@ from hrpo_patches.thinking.backbone import causal_lm, hands_over_states, tempora
 from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.passes import Passes
 from hrpo_patches.thinking.replay import Rollout, passes_inputs
-from hrpo_patches.thinking.shards import head_of, whole
+from hrpo_patches.thinking.shards import head_of, partitioned, whole
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.epoch_order import EpochOrder
 from hrpo_patches.training.judged import judged
@@ -307,7 +307,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
         self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
     ) -> tuple[Tensor, Tensor]:
         inner, tokens = causal_lm(self.accelerator.unwrap_model(model)), input_ids[:, -width:]
-        pieces = hands_over_states(inner)
+        pieces = hands_over_states(inner) and not partitioned(inner)  # ZeRO-3 takes a frozen head's weight back
         whole = not pieces or fits(len(tokens), width, inner.config.vocab_size)
         kept = {"logits_to_keep": width + 1} if whole else {"logits_to_keep": 1, "output_last_hidden_state": True}
         with self.accelerator.autocast():
