@@ -18,7 +18,6 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 from hrpo_patches import HRPOTrainer, load_adapter
 from hrpo_patches.commands.main import train
 from hrpo_patches.tasks.prompts import with_prompts
-from hrpo_patches.training.judged import judged
 from hrpo_thinking.errors import InputError
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -191,96 +190,6 @@ def test_a_folder_that_cannot_be_written_to_is_a_sentence(words, tmp_path):
         train([*words[1:], "--output_dir", str(tmp_path / "file" / "run")])
 
 
-# --- rewards ---------------------------------------------------------------------------------------------------------
-
-
-def giving(change):
-    def reward(completions, **_):
-        return change([float(i % 3) for i in range(len(completions))])
-
-    return reward
-
-
-BAD = [
-    (lambda good: [*good[:-1], math.nan], "gave nan for completion 7; give a finite number"),
-    (lambda good: [math.inf, *good[1:]], "gave inf for completion 0"),
-    (lambda good: ["one", *good[1:]], "gave 'one' for completion 0"),
-    (lambda good: good[:-1], "gave 7 rewards for 8 completions; give one for each"),
-    (lambda good: [*good, 0.0], "gave 9 rewards for 8 completions"),
-    (lambda good: 1.0, "gave 1.0; give a list"),
-    (lambda good: torch.zeros(len(good), 2), r"gave tensor\(\[0., 0.\]\) for completion 0"),
-    (lambda good: [10**400, *good[1:]], "gave 1000"),
-    (lambda good: [1e39, *good[1:]], r"gave 1e\+39 for completion 0"),  # infinite in float32
-]
-
-
-@pytest.mark.parametrize(("change", "sentence"), BAD)
-def test_a_reward_that_is_none_stops_the_run_by_its_name_before_a_step_is_taken(change, sentence, tmp_path):
-    calls = []
-
-    def later(good):
-        calls.append(1)
-        return change(good) if len(calls) == 2 else good
-
-    trainer = small_trainer(tmp_path, reward=giving(later), max_steps=3, save_strategy="steps", save_steps=1)
-    with pytest.raises(InputError, match=f"the reward function reward {sentence}"):
-        trainer.train()
-    assert trainer.state.global_step == 1
-    assert_next_steps_follow(tmp_path, giving(lambda good: good))
-
-
-def assert_next_steps_follow(folder, reward):
-    """A run in this folder is resumed from its first checkpoint."""
-    again = small_trainer(folder, reward=reward, max_steps=3, save_strategy="steps", save_steps=1)
-    again.train(resume_from_checkpoint=str(folder / "checkpoint-1"))
-    assert again.state.global_step == 3
-
-
-def test_a_reward_function_that_raises_shows_its_own_error_and_the_checkpoint_is_whole(tmp_path):
-    calls = []
-
-    def reward(completions, **_):
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyError("answer")
-        return [float(i % 3) for i in range(len(completions))]
-
-    trainer = small_trainer(tmp_path, reward=reward, max_steps=3, save_strategy="steps", save_steps=1)
-    with pytest.raises(KeyError, match="answer"):
-        trainer.train()
-    assert_next_steps_follow(tmp_path, reward)
-
-
-def test_the_error_of_a_reward_function_that_yields_is_its_own(tmp_path):
-    def reward(completions, **_):
-        yield 1.0
-        raise TypeError("mine")
-
-    with pytest.raises(TypeError, match="mine"):
-        small_trainer(tmp_path, reward=reward).train()
-
-
-def test_a_reward_function_may_judge_some_completions_only_and_be_a_coroutine_or_a_tensor(tmp_path):
-    async def later(completions, **_):
-        return [None, *map(float, range(len(completions) - 1))]
-
-    def tensor(completions, **_):
-        return torch.arange(len(completions)).float()
-
-    assert judged("a/model") == "a/model" and judged([later])[0].__name__ == "later"
-    trainer = small_trainer(tmp_path, reward=[later, tensor])
-    trainer.train()
-    assert "rewards/later/mean" in trainer.state.log_history[0]
-
-
-def test_equal_rewards_teach_nothing_and_break_nothing(tmp_path):
-    trainer = small_trainer(tmp_path, reward=giving(lambda good: [1.0] * len(good)), beta=0.0, max_steps=2)
-    before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
-    trainer.train()
-    assert all(torch.equal(p, before[name]) for name, p in trainer.model.named_parameters())
-    assert [row["loss"] for row in trainer.state.log_history if "loss" in row] == [0.0, 0.0]
-
-
 # --- prompts, completions, tokenizers --------------------------------------------------------------------------------
 
 
@@ -295,7 +204,7 @@ def speaks(model, token):
 
 def test_completions_that_are_empty_train(tmp_path, tokenizer):
     model = speaks(tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9}), tokenizer.convert_tokens_to_ids(END))
-    trainer = small_trainer(tmp_path, model=model, reward=giving(lambda good: good), max_steps=2)
+    trainer = small_trainer(tmp_path, model=model, max_steps=2)
     trainer.train()
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert [row["completions/max_length"] for row in rows] == [1, 1]
@@ -306,7 +215,7 @@ def test_completions_that_are_empty_train(tmp_path, tokenizer):
 def test_a_run_whose_completions_never_think_trains(tmp_path, tokenizer, options):
     marker = tokenizer.convert_tokens_to_ids("####")
     model = speaks(tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9}), marker)
-    trainer = small_trainer(tmp_path, model=model, reward=giving(lambda good: good), max_steps=2, **options)
+    trainer = small_trainer(tmp_path, model=model, max_steps=2, **options)
     trainer.train()
     assert trainer.state.log_history[0]["embeds_ratio"] == 0.0  # of no position
     assert math.isfinite(trainer.state.log_history[0]["grad_norm"])

@@ -13,6 +13,7 @@ from trl import GRPOConfig
 
 from hrpo_patches import HRPOTrainer
 from hrpo_patches.thinking.replay import Rollout
+from hrpo_patches.training.rollouts import Made
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import is_thinking_parameter, parts_of
 
@@ -184,7 +185,8 @@ def test_completions_end_with_their_first_end_token(tmp_path):
 def test_the_ratios_are_means_over_thinking_positions(tmp_path):
     trainer = small_trainer(tmp_path)
     ratio = torch.tensor([[0.6, 0.8, 1.0], [0.8, 1.0, 1.0]])
-    trainer._record_ratios(ratio, torch.tensor([[True, True, False], [True, False, False]]))
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    trainer._record_ratios(Made(Rollout(torch.zeros(2, 3, 1), mask, "projection"), ratio, []).shares())
     metrics = trainer._metrics["train"]
     assert metrics["embeds_ratio"] == [pytest.approx(2.2 / 3)]
     assert metrics["hidden_ratio"] == [pytest.approx((0.8 + 0.6 + 0.6) / 3)]
