@@ -61,6 +61,8 @@ test-vllm: $(VLLM_VENV)/.installed
 bench: install $(VLLM_VENV)/.installed
 	VLLM_LOGGING_LEVEL=ERROR $(VLLM_VENV)/bin/python benchmarks/rollout.py
 	$(VLLM_VENV)/bin/python benchmarks/rollout.py --floor
+	$(BIN)/python benchmarks/step.py
+	$(BIN)/python benchmarks/step.py --vocabulary
 	$(BIN)/python benchmarks/decode.py
 	$(BIN)/python benchmarks/passes.py --thoughts 16
 	$(BIN)/python benchmarks/passes.py --thoughts 128 --rounds 3
