@@ -30,7 +30,7 @@ from hrpo_patches.training.rollouts import Made
 from hrpo_thinking.modules import ThinkingModule
 
 assert hrpo_patches.__version__
-HANGS = 120  # seconds
+HANGS = 240  # seconds
 
 
 def shard_on_a_cpu_too():

@@ -31,7 +31,11 @@ pytestmark = pytest.mark.xdist_group("several")  # its processes and theirs are 
 TESTS = Path(__file__).parents[1]
 PRESETS = TESTS.parent / "configs" / "accelerate"
 DEEPSPEED = Path(sys.prefix) / "deepspeed"  # see the Makefile
-ZERO = {"PYTHONPATH": f"{TESTS}{os.pathsep}{DEEPSPEED}", "DS_ACCELERATOR": "cpu"}
+ZERO = {
+    "PYTHONPATH": f"{TESTS}{os.pathsep}{DEEPSPEED}",
+    "PATH": f"{DEEPSPEED / 'bin'}{os.pathsep}{os.environ['PATH']}",  # ninja: it builds an operation when it first runs
+    "DS_ACCELERATOR": "cpu",
+}
 
 
 def case(name, lora, residual, passes, **more):
@@ -227,7 +231,7 @@ def test_a_launch_with_each_preset_reaches_the_script(preset):
     words = ["launch", "--config_file", str(PRESETS / f"{preset}.yaml"), "--num_processes", "2"]
     script = str(TESTS.parent / "scripts" / "hrpo_gsm8k.py")
     command = [str(Path(sys.executable).with_name("accelerate")), *words, "--main_process_port", "0", script, "--help"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    path = f"{Path(sys.executable).parent}{os.pathsep}{ZERO['PATH']}"
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | ZERO | {"PATH": path})
     assert done.returncode == 0, done.stderr
     assert "--lr_thinking_projection" in done.stdout
