@@ -63,7 +63,7 @@ class Blend:
         with torch.autocast(embeds.device.type, enabled=False):
             a = self.thinking_decay(embeds)
             e = embeds.to(a.dtype)
-            gate = self.thinking_residual_gate_i(embeds.to(self.thinking_residual_Lambda.Lambda.dtype))
+            gate = self.thinking_residual_gate_i(e.to(self.thinking_residual_Lambda.Lambda.dtype))
             gated = torch.sigmoid(wide(gate)) * residual.to(a.dtype)
             blended = a * e + torch.sqrt(1 - a.square() + EPS) * gated
         return blended.to(embeds.dtype), a

@@ -269,12 +269,15 @@ def plain_name(key):
 
 
 def test_fsdp_of_the_first_version_and_a_swapped_reference_under_zero_3_are_refused():
-    args = SimpleNamespace(reference="start", beta=0.1)
+    args = SimpleNamespace(reference="start", beta=0.1, residual="projection")
+    check_sharding(SimpleNamespace(reference="base", beta=0.0, residual=None), SimpleNamespace(fsdp_version=1), None)
     check_sharding(args, SimpleNamespace(fsdp_version=2), None)
     with pytest.raises(InputError, match="set fsdp_version: 2"):
         check_sharding(args, SimpleNamespace(fsdp_version=1), None)
     check_sharding(args, None, SimpleNamespace(zero_stage=2))
-    check_sharding(SimpleNamespace(reference="base", beta=0.1), None, SimpleNamespace(zero_stage=3))
+    check_sharding(
+        SimpleNamespace(reference="base", beta=0.1, residual="projection"), None, SimpleNamespace(zero_stage=3)
+    )
     with pytest.raises(InputError, match="ZeRO-2 or FSDP2"):
         check_sharding(args, None, SimpleNamespace(zero_stage=3))
 
@@ -397,6 +400,15 @@ def test_the_command_trains_in_two_processes_and_says_everything_once(trained, f
     assert not any(text in logs[1] for text in ("adapter in", "backend:", "Answering"))
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
     assert load_adapter(base, out).generation_config.thinking
+
+
+@pytest.mark.deepspeed
+@pytest.mark.parametrize("preset", ["zero2", "zero3"])
+def test_the_command_trains_and_evaluates_under_deepspeed(preset, folder, words):
+    out = train(folder, f"train-{preset}", [*words, "--max_steps", "2", "--eval_batch_size", "1"], preset)
+    report = json.loads((out / "report.json").read_text())
+    assert report["before"]["total"] == report["after"]["total"] == 5
+    assert load_adapter(AutoModelForCausalLM.from_pretrained(folder / "base"), out).generation_config.thinking
 
 
 @resumes

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from transformers import set_seed
+from trl.models import unwrap_model_for_generation
 
 from hrpo_patches.commands.flags import Written
 from hrpo_patches.commands.train_flags import Run, parse
@@ -30,7 +31,7 @@ from hrpo_patches.tasks.problems import find_task, load_problems, split_held_out
 from hrpo_patches.tasks.prompts import examples_of, prompt_of, uses_chat, with_prompts
 from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
 from hrpo_patches.thinking.batching import cache_size
-from hrpo_patches.thinking.shards import whole
+from hrpo_patches.thinking.shards import partitioned, whole
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.ending import STATUS, EndWhenTold
 from hrpo_patches.training.trainer import HRPOTrainer
@@ -132,7 +133,7 @@ def _with_adapter(model: Any, run: Run) -> tuple[Any, PeftConfig | None]:
 def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: int, title: str) -> dict[str, Any]:
     """Greedy accuracy of the trainer's model, thinking as it is trained to: right, total, mean, standard_error.
 
-    Of several processes, each answers its share.
+    Of several processes, each answers its share, where it can do so alone.
     """
     args = trainer.args
     thinking = args.residual is not None
@@ -143,12 +144,14 @@ def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: 
         vllm.sync_weights()
     accelerator = trainer.accelerator
     model, shown = accelerator.unwrap_model(trainer.model), accelerator.is_main_process
-    own = held_out[accelerator.process_index :: accelerator.num_processes]
-    with whole(model):
+    alike = partitioned(model)  # ZeRO-3's processes have to generate in step, so each answers all
+    own = held_out if alike else held_out[accelerator.process_index :: accelerator.num_processes]
+    gathered = unwrap_model_for_generation(trainer.model_wrapped, accelerator) if alike else nullcontext(model)
+    with gathered as model, whole(model):
         prompts = [row["prompt"] for row in own]
         texts = completions(model, trainer._tokenizer, prompts, decoding, title if shown else None, vllm)
     graded = [grade(task, row, text, args.answer_start) for row, text in zip(own, texts, strict=True)]
-    verdicts = gather_object(graded)
+    verdicts = graded if alike else gather_object(graded)
     counts = {"right": int(sum(verdicts)), "total": len(verdicts)}
     return counts | {"mean": sum(verdicts) / len(verdicts), "standard_error": standard_error(verdicts)}
 

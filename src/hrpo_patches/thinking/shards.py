@@ -60,7 +60,8 @@ def whole(model: nn.Module) -> Iterator[None]:
     Without it, a process whose completions end early would leave the others waiting for its shards.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
-    if hasattr(model, "generate_batch"):  # which runs parts of the model, and the root has to come first
+    if hasattr(model, "generate_batch") and "generate_batch" not in vars(model):  # once: it wraps what is there
+        # It runs parts of the model, and the root has to come first.
         fsdp.register_fsdp_forward_method(model, "generate_batch")
     for unit in units:
         unit.unshard()
@@ -69,8 +70,6 @@ def whole(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         give_back(model)
-        for unit in units:
-            unit.set_reshard_after_forward(getattr(unit, "_gives_back", False), recurse=False)
 
 
 def plain(tensor: Tensor) -> Tensor:
@@ -98,7 +97,8 @@ def head_of(model: Any) -> Any:
         return lambda states: linear(states, weight_of(head), head.bias)
     if isinstance(head.weight, DTensor):  # a reference's, which is one unit, and wants no gradient
         weight = plain(head.weight.detach())
-        return lambda states: linear(states, weight.to(states.dtype))
+        bias = plain(head.bias.detach()) if head.bias is not None else None
+        return lambda states: linear(states.to(weight.dtype), weight, bias)
     return head
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from accelerate.utils.operations import recursively_apply
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -77,7 +78,7 @@ class InShards(_Trainer):
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not in_units(self.model):
             return super()._save_optimizer_and_scheduler(output_dir)
-        state = _each(self.optimizer.state_dict(), lambda value: plain(value).cpu())
+        state = recursively_apply(lambda value: plain(value).cpu(), self.optimizer.state_dict())
         with temporarily(self, is_fsdp_enabled=False), temporarily(self.optimizer, state_dict=lambda: state):
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -143,7 +144,7 @@ def _whole_files(checkpoint: str | None) -> Iterator[None]:
 
 def check_sharding(args: Any, fsdp: Any, deepspeed: Any) -> None:
     """Raise `InputError` for a run that cannot be done in shards as accelerate's two plug-ins say, None each."""
-    if fsdp is not None and fsdp.fsdp_version != 2:
+    if args.residual is not None and fsdp is not None and fsdp.fsdp_version != 2:
         raise InputError(
             f"FSDP's version {fsdp.fsdp_version} was asked for, and thinking modules are sharded by FSDP2; set "
             f"fsdp_version: 2, as in configs/accelerate/fsdp2.yaml."
@@ -153,15 +154,6 @@ def check_sharding(args: Any, fsdp: Any, deepspeed: Any) -> None:
             "reference='start' puts other weights in place of today's for a while, which ZeRO-3 does not allow; use "
             "ZeRO-2 or FSDP2, or reference='base'."
         )
-
-
-def _each(thing: Any, change: Any) -> Any:
-    """A state dict with each tensor in it changed."""
-    if isinstance(thing, Tensor):
-        return change(thing)
-    if isinstance(thing, dict):
-        return {name: _each(value, change) for name, value in thing.items()}
-    return [_each(value, change) for value in thing] if isinstance(thing, list) else thing
 
 
 def as_long_as_any(model: Any, input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[Tensor, Tensor, int]:
