@@ -22,6 +22,7 @@ from hrpo_patches.models.base import thinking_options
 from hrpo_patches.thinking.backbone import patched_backbone, temporarily, thinking_backbone
 from hrpo_patches.thinking.decoding import NEUTRAL
 from hrpo_patches.thinking.passes import refuse_dropout
+from hrpo_patches.thinking.shards import partitioned
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_thinking.config import ThinkingConfig, check_same_kind, record_of
 from hrpo_thinking.errors import InputError
@@ -140,6 +141,11 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout
         args: of the run.
         rollout: the trainer's generation config.
     """
+    if partitioned(base):
+        raise InputError(
+            "ZeRO-3 sharded this model when it was loaded, after the training arguments were made, and it cannot be "
+            "looked at so; load it before them, or use FSDP2 or ZeRO-2, as hrpo train has to."
+        )
     backbone = thinking_backbone(base)
     marker_table(tokenizer, args.answer_start, backbone.config.vocab_size)
     _check_visible(tokenizer, args.answer_start)
