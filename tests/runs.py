@@ -101,6 +101,16 @@ def assert_smollm2_learns_gsm8k(engine, shared_data, folder):
         assert any(f".{part}." in name for name in moved), part
 
 
+def run_of_sums(folder, upto, **options):
+    """The flags of a small `hrpo train` on sums below `upto`, without its folder; model and data are written here."""
+    tiny_model("qwen2", thinking=False).save_pretrained(folder / "base")
+    byte_tokenizer().save_pretrained(folder / "base")
+    rows = [{"question": f"{a}+{b}?", "answer": f"#### {a + b}"} for a in range(upto) for b in range(upto)]
+    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    given = {"model_name": folder / "base", "dataset": folder / "sums.jsonl", "prompt": "plain", "lora_rank": 4}
+    return [str(word) for name, value in (given | options).items() for word in (f"--{name}", value)]
+
+
 def small_trainer(
     folder, family="llama", model=None, peft_config="lora", reward=lengths_differ, tokenizer=None, **options
 ):

@@ -17,8 +17,8 @@ import hrpo_patches  # isort: skip - before transformers
 
 import torch
 from rich.progress import Progress
+from runs import run_of_sums
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, tiny_model
 
 assert hrpo_patches.__version__
 TIMES = ("time", "per_second", "runtime")  # in the names of what is measured with a clock
@@ -26,31 +26,10 @@ TIMES = ("time", "per_second", "runtime")  # in the names of what is measured wi
 
 def words_of(out: Path, steps: int) -> list[str]:
     """The command that trains, without its folder; model and data are written into `out`."""
-    tiny_model("qwen2", thinking=False).save_pretrained(out / "base")
-    byte_tokenizer().save_pretrained(out / "base")
-    rows = [{"question": f"{a}+{b}?", "answer": f"#### {a + b}"} for a in range(10) for b in range(10)]
-    (out / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = {
-        "model_name": out / "base",
-        "dataset": out / "sums.jsonl",
-        "prompt": "plain",
-        "group_size": 4,
-        "per_device_train_batch_size": 16,
-        "gradient_accumulation_steps": 2,
-        "max_completion_length": 64,
-        "lora_rank": 4,
-        "temperature": 1,
-        "beta": 0.1,
-        "projection_dropout": 0.1,
-        "max_steps": steps,
-        "save_steps": 20,
-        "logging_steps": 1,
-        "save_total_limit": 2,
-        "report": "false",
-        "disable_tqdm": "true",
-    }
-    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "hrpo_patches", "train", *flags]
+    options = {"group_size": 4, "per_device_train_batch_size": 16, "gradient_accumulation_steps": 2, "beta": 0.1}
+    options |= {"max_completion_length": 64, "temperature": 1, "projection_dropout": 0.1, "max_steps": steps}
+    options |= {"save_steps": 20, "logging_steps": 1, "save_total_limit": 2, "report": "false", "disable_tqdm": "true"}
+    return [sys.executable, "-m", "hrpo_patches", "train", *run_of_sums(out, 10, **options)]
 
 
 def start(words: list[str], folder: Path, log: Path) -> subprocess.Popen:

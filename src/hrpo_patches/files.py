@@ -73,8 +73,9 @@ def alone(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
+        if os.name == "posix":  # while it is held: afterwards it may be another's
+            Path(lock.lock_file).unlink(missing_ok=True)
         lock.release()
-        Path(lock.lock_file).unlink(missing_ok=True)
         if made and not any(folder.iterdir()):
             folder.rmdir()
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import small_trainer
+from runs import run_of_sums, small_trainer
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, tiny_model
+from tiny import tiny_model
 
 STEPS = 6  # of four an epoch, so the run ends in its second
 KILLED = """
@@ -37,29 +37,10 @@ def run(code, *arguments):
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("resume")
-    tiny_model("qwen2", thinking=False).save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
-    rows = [{"question": f"{a}+{b}?", "answer": f"#### {a + b}"} for a in range(4) for b in range(4)]
-    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    values = {
-        "model_name": folder / "base",
-        "dataset": folder / "sums.jsonl",
-        "prompt": "plain",
-        "examples": "2+3?\n5 #### 5",
-        "group_size": 2,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 2,
-        "max_completion_length": 8,
-        "lora_rank": 4,
-        "lr": 1e-3,
-        "temperature": 1,
-        "beta": 0.5,
-        "save_steps": 1,
-        "max_steps": STEPS,
-        "projection_dropout": 0.3,
-    }
-    return [word for name, value in values.items() for word in (f"--{name}", value)]
+    given = {"group_size": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "lr": 1e-3}
+    given |= {"max_completion_length": 8, "temperature": 1, "beta": 0.5, "projection_dropout": 0.3}
+    given |= {"examples": "2+3?\n5 #### 5", "save_steps": 1, "max_steps": STEPS}
+    return run_of_sums(tmp_path_factory.mktemp("resume"), 4, **given)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ import time
 
 import pytest
 import torch
-from runs import small_trainer
+from runs import run_of_sums, small_trainer
 from safetensors.torch import load_file, save_file
 from tiny import END, byte_tokenizer, tiny_model
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -39,25 +39,9 @@ sys.exit(main(sys.argv[3:]))
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("rough")
-    tiny_model("qwen2", thinking=False).save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
-    rows = [{"question": f"{a}+{b}?", "answer": f"#### {a + b}"} for a in range(4) for b in range(4)]
-    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = {
-        "model_name": folder / "base",
-        "dataset": folder / "sums.jsonl",
-        "prompt": "plain",
-        "group_size": 2,
-        "per_device_train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "max_completion_length": 8,
-        "lora_rank": 4,
-        "temperature": 1,
-        "save_steps": 1,
-        "max_steps": 4,
-    }
-    return ["train", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    options = {"group_size": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
+    options |= {"max_completion_length": 8, "temperature": 1, "save_steps": 1, "max_steps": 4}
+    return ["train", *run_of_sums(tmp_path_factory.mktemp("rough"), 4, **options)]
 
 
 def program(code, *arguments):

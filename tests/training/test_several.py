@@ -15,8 +15,9 @@ import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from runs import run_of_sums
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, tiny_model
+from tiny import tiny_model
 from transformers import AutoModelForCausalLM, Trainer
 
 from hrpo_patches import load_adapter
@@ -357,26 +358,9 @@ def test_deepspeed_in_bfloat16_trains_thinking_weights_that_compute_in_it(preset
 
 @pytest.fixture(scope="module")
 def words(folder):
-    tiny_model("qwen2", thinking=False).save_pretrained(folder / "base")
-    byte_tokenizer().save_pretrained(folder / "base")
-    rows = [{"question": f"{a}+{b}?", "answer": f"#### {a + b}"} for a in range(5) for b in range(5)]
-    (folder / "sums.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = {
-        "model_name": folder / "base",
-        "dataset": folder / "sums.jsonl",
-        "prompt": "plain",
-        "group_size": 4,
-        "per_device_train_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "max_completion_length": 24,
-        "lora_rank": 4,
-        "lr": 1e-3,
-        "temperature": 1,
-        "max_steps": 4,
-        "save_steps": 1,
-        "eval_problems": 5,
-    }
-    return ["train", *(str(word) for name, value in options.items() for word in (f"--{name}", value))]
+    options = {"group_size": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "lr": 1e-3}
+    options |= {"max_completion_length": 24, "temperature": 1, "max_steps": 4, "save_steps": 1, "eval_problems": 5}
+    return ["train", *run_of_sums(folder, 5, **options)]
 
 
 def train(folder, name, words, preset, **more):
