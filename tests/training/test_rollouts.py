@@ -25,8 +25,6 @@ def test_twenty_steps_give_every_thinking_weight_a_gradient_and_change_it(tmp_pa
     assert len(rows) == 20
     for row in rows:
         assert 0.5 < row["embeds_ratio"] < 1 and row["projection/grad_norm"] > 0
-    # On policy, the loss's log-probabilities are the rollout's: the ratio that GRPO clips is 1 in the first step.
-    assert rows[0]["clip_ratio/region_mean"] == 0
 
 
 def test_a_seed_samples_the_same_and_a_resumed_run_is_the_whole_one(tmp_path):

@@ -12,7 +12,7 @@ from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedT
 from hrpo_patches.models.adapter import config_of, holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.models.backends import backend_named
 from hrpo_patches.models.hub import find_adapter
-from hrpo_patches.models.smollm2 import SMOLLM2, smollm2_folder
+from hrpo_patches.models.smollm2 import found
 from hrpo_thinking.config import FORCED, ThinkingConfig, check_same_kind
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
@@ -22,7 +22,7 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 def _config(source: Any) -> Any:
     try:
-        return AutoConfig.from_pretrained(source)
+        return AutoConfig.from_pretrained(found(source))
     except (OSError, ValueError) as error:
         raise InputError(f"the model {str(source)!r} could not be loaded: {str(error).splitlines()[0]}") from None
 
@@ -69,7 +69,7 @@ def load_model(
     Raises:
         InputError: there is no such model, or it is to think and its family has no patches.
     """
-    source: Any = smollm2_folder() if name == SMOLLM2 else name
+    source = found(name)
     options: dict[str, Any] = {}
     if thinking is not None:
         options = {"thinking": thinking_options(source, thinking.chosen())}
@@ -98,9 +98,8 @@ def base_of(adapter: Path, base: str | None = None) -> Any:
     source: Any = base or config_of(adapter).base_model_name_or_path
     if not source:
         raise InputError(f"{adapter} does not say which base model it belongs to; name it with --base.")
-    source = smollm2_folder() if source == SMOLLM2 else source
     thinking_options(source, {})  # says what is wrong with the base
-    return source
+    return found(source)
 
 
 def tokenizer_of(adapter: Path, base: Any) -> PreTrainedTokenizerBase:
@@ -127,7 +126,7 @@ def open_model(name: str, base: str | None = None) -> tuple[Any, PreTrainedToken
     if adapter is None:
         if base is not None:
             raise InputError(f"{name} is no adapter, so it has no base model; leave --base out.")
-        said = ThinkingConfig.of(read_config(smollm2_folder() if name == SMOLLM2 else name))
+        said = ThinkingConfig.of(read_config(name))
         model, tokenizer = load_model(name, said or ThinkingConfig())
         return model.eval(), tokenizer
     source = base_of(adapter, base)

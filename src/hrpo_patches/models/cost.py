@@ -11,7 +11,6 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from hrpo_patches.models.base import read_config
-from hrpo_patches.models.smollm2 import SMOLLM2, smollm2_folder
 from hrpo_thinking.config import ThinkingConfig, about_parts, check_same_kind, record_of
 from hrpo_thinking.parts import MODULES, is_thinking_parameter
 
@@ -42,7 +41,7 @@ def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
         InputError: there is no such model, or its family has no patches.
     """
     folder = str(Path(source).parent) if Path(source).name == "config.json" else source
-    config = read_config(smollm2_folder() if source == SMOLLM2 else folder)
+    config = read_config(folder)
     saved = config.thinking if isinstance(config.thinking, dict) else {}
     if saved.get("in_checkpoint") and thinking == ThinkingConfig():  # a merged model has a projection of its own kind
         thinking = ThinkingConfig.from_dict(saved)

@@ -22,6 +22,11 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HRPO_CACHE", home / "hrpo_patches"))
 
 
+def found(name: Any) -> Any:
+    """What `from_pretrained` takes for a model's name: the packaged model's folder for its own, else the name."""
+    return smollm2_folder() if name == SMOLLM2 else name
+
+
 def smollm2_folder() -> Path:
     """The folder of SmolLM2-135M-Instruct in safetensors; converts it from its package on the first call.
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
@@ -184,8 +184,7 @@ class ThinkingVLLM(VLLMGeneration):
 
     def weights(self) -> Any:
         """vLLM's own model."""
-        model: nn.Module = self.llm.llm_engine.model_executor.driver_worker.model_runner.model
-        return model
+        return self.llm.llm_engine.model_executor.driver_worker.model_runner.model
 
 
 @contextmanager
