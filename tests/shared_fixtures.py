@@ -19,14 +19,15 @@ def family(request):
 
 @pytest.fixture(scope="session")
 def smollm2():
-    """(model, tokenizer) of the real SmolLM2-135M-Instruct."""
+    """(model, tokenizer) of the real SmolLM2-135M-Instruct, whose thoughts weigh enough to change tokens."""
     import torch
 
     from hrpo_patches.models.base import load_model
     from hrpo_patches.models.smollm2 import SMOLLM2
     from hrpo_thinking.config import ThinkingConfig
 
-    model, tokenizer = load_model(SMOLLM2, ThinkingConfig(), torch.float32)
+    torch.manual_seed(1)
+    model, tokenizer = load_model(SMOLLM2, ThinkingConfig(r_min=0.9, r_max=0.98), torch.float32)
     return model.eval(), tokenizer
 
 
