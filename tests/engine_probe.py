@@ -9,6 +9,7 @@ from transformers import AutoConfig, AutoTokenizer, LlamaModel
 
 from hrpo_thinking.blend import Blend
 from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.modules import thinking_modules
 from hrpo_thinking.parts import MODULES
@@ -30,7 +31,7 @@ weights = load_file(folder / "model.safetensors")
 own = {name.removeprefix("model."): value for name, value in weights.items() if name.split(".")[1] in MODULES}
 backbone.load_state_dict(own)
 inputs = load_file(folder / "inputs.safetensors")
-blended = backbone.blend_thinking(inputs["embeds"], inputs["states"], inputs["mask"])
+blended = backbone.blend_thinking(inputs["embeds"], ThinkingInputs(inputs["states"], inputs["mask"]))
 table = marker_table(AutoTokenizer.from_pretrained(folder), backbone.config.thinking["answer_start"])
 save_file({"blended": blended, "table": table}, folder / "outputs.safetensors")
 

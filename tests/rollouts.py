@@ -2,6 +2,8 @@
 
 import torch
 
+from hrpo_thinking.inputs import ThinkingInputs
+
 LENGTH, TEMPERATURE = 24, 0.7
 
 
@@ -76,9 +78,9 @@ def replayed_logps(model, out, inputs, states=None, with_mask=True, biases=None)
     logits = model(
         out.sequences,
         attention_mask=mask if with_mask else None,
-        thinking_states=out.thinking_states if states is None else states,
-        thinking_mask=out.thinking_mask,
-        thinking_residual=out.thinking_residual,
+        thinking_inputs=ThinkingInputs(
+            out.thinking_states if states is None else states, out.thinking_mask, out.thinking_residual
+        ),
     ).logits
     logits = logits[:, inputs["input_ids"].shape[1] - 1 : -1]
     for i, value in (biases or {}).items():

@@ -22,11 +22,11 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from hrpo_patches.commands.main import run as hrpo
-from hrpo_patches.thinking import passes
-from hrpo_patches.thinking.replay import Rollout
+from hrpo_patches.thinking import sequential
 from hrpo_patches.thinking.shards import plain
 from hrpo_patches.training import ending, scores
 from hrpo_patches.training.rollouts import Made
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.modules import ThinkingModule
 
 assert hrpo_patches.__version__
@@ -87,7 +87,12 @@ class Recorded(runs.HRPOTrainer):
         if self.record is None:
             made = super()._made(prompt_ids, *args, **kwargs)
             tokens = pad_sequence([torch.tensor(ids) for ids in made.completions], True, -1)
-            rollout = {"states": made.rollout.states, "mask": made.rollout.mask, "ratio": made.ratio, "tokens": tokens}
+            rollout = {
+                "states": made.thinking.states,
+                "mask": made.thinking.mask,
+                "ratio": made.ratio,
+                "tokens": tokens,
+            }
             if self.kept is not None:
                 self.kept |= {f"{step}.{name}": value.contiguous() for name, value in rollout.items()}
             return made
@@ -96,7 +101,7 @@ class Recorded(runs.HRPOTrainer):
         completions = [[token for token in row.tolist() if token >= 0] for row in own["tokens"]]
         width = max(map(len, completions))
         states, mask, ratio = (own[name][:, :width] for name in ("states", "mask", "ratio"))
-        return Made(Rollout(states, mask, self.args.residual), ratio, completions)
+        return Made(ThinkingInputs(states, mask, self.args.residual), ratio, completions)
 
 
 def watch(backbone):
@@ -118,7 +123,7 @@ _ROLLOUT = ("states", "mask", "ratio", "tokens")
 
 def run(case, out):
     name = case["name"]
-    passes.KEPT = case.get("kept_thoughts", 32)
+    sequential.KEPT = case.get("kept_thoughts", 32)
     scores.LOGITS = case.get("logits", 2**24)
     thinking = {"r_min": 0.5, "r_max": 0.9} | case.get("thinking", {})
     shape = {"initializer_range": 0.1} | case.get("model", {})  # livelier ones amplify rounding through their thoughts

@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 _HOMES = {
+    "ThinkingInputs": "hrpo_thinking.inputs",
     "ThinkingMixin": "hrpo_patches.thinking.mixin",
     "check_modules_to_save": "hrpo_patches.thinking.mixin",
     "causal_lm_output": "hrpo_patches.thinking.outputs",

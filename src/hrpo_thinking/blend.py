@@ -15,6 +15,7 @@ from torch.nn.functional import dropout
 
 from hrpo_thinking.config import scaled_to_embeddings
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.modules import ThinkingLambda, wide
 from hrpo_thinking.parts import RESIDUALS
 
@@ -92,37 +93,30 @@ class Blend:
             self.config.thinking["embedding_norm"] = torch.cat(norms).mean().item()
         return self.config.thinking["embedding_norm"]
 
-    def blend_thinking(
-        self, embeds: Tensor, states: Tensor | None, mask: Tensor | None, residual: str | None = None
-    ) -> Tensor:
+    def blend_thinking(self, embeds: Tensor, thinking: ThinkingInputs) -> Tensor:
         """Blend the masked ones of the last K input positions.
 
         Args:
             embeds: (B, L, d), the input embeddings.
-            states: (B, K, d), K <= L: what each position's residual is made from, the hidden state that produced its
-                token (projection) or the finished residual (embedding).
-            mask: (B, K) bool, which positions think.
-            residual: what `states` are; by default what the config says.
+            thinking: of the last K <= L positions.
 
         Raises:
-            InputError: the model was built without thinking, one of the two is missing, or the shapes do not fit.
+            InputError: the model was built without thinking, or the shapes do not fit.
         """
         if not hasattr(self, "thinking_projection"):
-            raise InputError("thinking_states were given to a plain model; build or load it with thinking={}.")
-        if states is None or mask is None:
-            raise InputError("thinking_states and thinking_mask belong together; one of them is missing.")
-        width = states.shape[1]
+            raise InputError("thinking_inputs were given to a plain model; build or load it with thinking={}.")
+        states, mask = thinking.states, thinking.mask
+        shape, width = getattr(states, "shape", None), mask.shape[-1]
         expected = (embeds.shape[0], width, embeds.shape[2])
-        if states.shape != expected or mask.shape != expected[:2] or not 0 < width <= embeds.shape[1]:
+        if states is None or shape != expected or mask.shape != expected[:2] or not 0 < width <= embeds.shape[1]:
             raise InputError(
-                f"thinking_states {tuple(states.shape)} and thinking_mask {tuple(mask.shape)} have to be (B, K, d) "
-                f"and (B, K) with 0 < K <= L, for input embeddings (B, L, d) = {tuple(embeds.shape)}."
+                f"expected states (B, K, d) and a mask (B, K) with 0 < K <= L for input embeddings (B, L, d) = "
+                f"{tuple(embeds.shape)}, got {shape and tuple(shape)} and {tuple(mask.shape)}."
             )
         head, tail = embeds[:, :-width], embeds[:, -width:]
-        states = states.to(embeds.device)
-        states = RESIDUALS[residual or self.config.thinking["residual"]].make(self, states)
-        mask = mask.to(embeds.device)
+        states, mask = states.to(embeds.device), mask.to(embeds.device)
+        residual = RESIDUALS[thinking.residual or self.config.thinking["residual"]].make(self, states)
         if self.thinking_control is not None:
-            states, mask = self.thinking_control(states, tail, mask)
-        blended, _ = self.thinking_residual(tail, states)
+            residual, mask = self.thinking_control(residual, tail, mask)
+        blended, _ = self.thinking_residual(tail, residual)
         return torch.cat([head, torch.where(mask.unsqueeze(-1), blended, tail)], dim=1)

@@ -14,6 +14,7 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from hrpo_thinking.blend import Blend
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.modules import thinking_modules
 from hrpo_thinking.parts import MODULES, is_thinking_parameter
@@ -72,7 +73,8 @@ class ThinkingModel:
     ) -> Any:
         rows, thoughts = positions.shape[-1], self.thoughts
         embeds = self.model.embed_input_ids(input_ids)[None]
-        blended = self._blend.blend_thinking(embeds, thoughts.states[None, :rows], thoughts.mask[None, :rows])
+        thinking = ThinkingInputs(thoughts.states[None, :rows], thoughts.mask[None, :rows])
+        blended = self._blend.blend_thinking(embeds, thinking)
         return super().forward(input_ids, positions, intermediate_tensors, blended[0])  # type: ignore[misc]
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:

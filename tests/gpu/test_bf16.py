@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from test_adapter import check
 from unsloth import FastLanguageModel
 
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.parts import MODULES
 
 BF16 = torch.bfloat16 if ON_GPU else torch.float32  # Triton's interpreter multiplies bf16 wrongly
@@ -93,9 +94,11 @@ def test_gradients_pass_the_offloaded_checkpoints(tmp_path):
         inputs = {
             "input_ids": torch.randint(0, 200, (4, length), generator=generator).to(model.device),
             "attention_mask": torch.ones(4, length, dtype=torch.long, device=model.device),
-            "thinking_states": torch.randn(4, LENGTH, 512, generator=generator).to(model.device),
-            "thinking_mask": torch.ones(4, LENGTH, dtype=torch.bool, device=model.device),
-            "thinking_residual": "projection",
+            "thinking_inputs": ThinkingInputs(
+                torch.randn(4, LENGTH, 512, generator=generator).to(model.device),
+                torch.ones(4, LENGTH, dtype=torch.bool, device=model.device),
+                "projection",
+            ),
         }
         gradients[checkpointing] = thinking_gradients(model, inputs)
     for name, value in gradients[False].items():
@@ -142,7 +145,7 @@ FUSED = """
 import hrpo_patches, sys, torch
 from transformers import AutoModelForCausalLM
 from hrpo_patches import HRPOConfig, HRPOTrainer
-from hrpo_patches.thinking.replay import Rollout
+from hrpo_thinking.inputs import ThinkingInputs
 from probes import LENGTH, replay_inputs
 from tiny import byte_tokenizer
 from datasets import Dataset
@@ -152,7 +155,7 @@ args = HRPOConfig(output_dir=sys.argv[2], report_to=[], bf16=False, temperature=
 data = Dataset.from_list([{"prompt": "Hi"}] * 8)
 trainer = HRPOTrainer(model, lambda completions, **_: [0.0] * len(completions), args, data, processing_class=tokenizer)
 inputs = replay_inputs(model, tokenizer)
-trainer._rollout = Rollout(inputs["thinking_states"], inputs["thinking_mask"], "projection")
+trainer._thinking = inputs["thinking_inputs"]
 scores = {}
 for fused in (True, False):
     trainer._has_fused_head = lambda _, fused=fused: fused

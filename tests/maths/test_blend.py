@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
 
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import marker_table
 
 PROBE = Path(__file__).parents[1] / "engine_probe.py"
@@ -23,7 +24,7 @@ def test_an_engine_without_the_patches_blends_bit_for_bit_as_the_patched_model(t
     subprocess.run([sys.executable, PROBE, tmp_path], check=True)
     outputs = load_file(tmp_path / "outputs.safetensors")
     with torch.no_grad():
-        blended = model.model.blend_thinking(embeds, states, mask)
+        blended = model.model.blend_thinking(embeds, ThinkingInputs(states, mask))
     assert torch.equal(outputs["blended"], blended)
     assert torch.equal((blended != embeds).any(-1)[:, -3:], mask)
     assert torch.equal(outputs["table"], marker_table(tokenizer, "####"))

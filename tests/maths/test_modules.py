@@ -14,6 +14,7 @@ from hrpo_patches import load_adapter
 from hrpo_patches.models.record import check_same_thinking, save_thinking
 from hrpo_thinking.config import ThinkingConfig, about_parts
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.parts import MODULES, is_thinking_parameter
 
 VALUES = {
@@ -56,8 +57,8 @@ def test_every_legal_combination_replays_its_rollout_and_trains_every_weight(tok
 
     model.train()
     mask = torch.cat([inputs["attention_mask"], torch.ones_like(out.thinking_mask).long()], 1)
-    thinking = {"thinking_states": out.thinking_states, "thinking_mask": out.thinking_mask}
-    model(out.sequences, attention_mask=mask, **thinking).logits.square().mean().backward()
+    thinking = ThinkingInputs(out.thinking_states, out.thinking_mask)
+    model(out.sequences, attention_mask=mask, thinking_inputs=thinking).logits.square().mean().backward()
     used = [m for m in MODULES if options["residual"] == "projection" or m != "thinking_projection"]
     named = [(n, p) for n, p in model.model.named_parameters() if any(n.startswith(f"{m}.") for m in used)]
     # A LayerNorm's bias starts at 0 and moves; the scale of what is normalised after it does not matter at the start.

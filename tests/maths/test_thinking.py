@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from hrpo_thinking.blend import projection_residual
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.modules import initial_lambda
 from hrpo_thinking.parts import MODULES, embedding_residual
 
@@ -64,7 +65,7 @@ def test_the_embedding_residual_is_the_expected_embedding_over_the_norm_of_p():
 def test_a_state_of_zeros_gives_finite_gradients(family):
     backbone = tiny_model(family).model
     embeds = torch.randn(1, 3, 32)
-    out = backbone.blend_thinking(embeds, torch.zeros(1, 3, 32), torch.tensor([[True, False, True]]))
+    out = backbone.blend_thinking(embeds, ThinkingInputs(torch.zeros(1, 3, 32), torch.tensor([[True, False, True]])))
     out.square().sum().backward()
     for name in MODULES:
         assert all(p.grad is None or p.grad.isfinite().all() for p in getattr(backbone, name).parameters())
@@ -74,7 +75,7 @@ def test_only_masked_positions_among_the_last_k_change(family):
     backbone = tiny_model(family).model
     embeds, states = torch.randn(2, 6, 32), torch.randn(2, 3, 32)
     mask = torch.tensor([[True, False, False], [False, True, True]])
-    changed = (backbone.blend_thinking(embeds, states, mask) != embeds).any(-1)
+    changed = (backbone.blend_thinking(embeds, ThinkingInputs(states, mask)) != embeds).any(-1)
     expected = torch.cat([torch.zeros(2, 3, dtype=torch.bool), mask], dim=1)
     assert torch.equal(changed, expected)
 
@@ -83,8 +84,9 @@ def test_a_thinking_forward_compiles_without_a_graph_break(family):
     model = tiny_model(family)
     arguments = {
         "input_ids": torch.randint(0, 200, (2, 6)),
-        "thinking_states": torch.randn(2, 3, 32),
-        "thinking_mask": torch.tensor([[True, False, False], [False, True, True]]),
+        "thinking_inputs": ThinkingInputs(
+            torch.randn(2, 3, 32), torch.tensor([[True, False, False], [False, True, True]])
+        ),
         "output_last_hidden_state": True,
         "use_cache": False,
     }
@@ -216,9 +218,9 @@ def test_fresh_weights_are_drawn_in_float32_whatever_the_default_dtype():
 def test_the_blend_is_float32_under_autocast():
     model = tiny_model("llama")
     embeds, states, mask = torch.randn(1, 3, 32), torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool)
-    expected = model.model.blend_thinking(embeds, states, mask)
+    expected = model.model.blend_thinking(embeds, ThinkingInputs(states, mask))
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model.model.blend_thinking(embeds, states, mask), expected)
+        assert torch.equal(model.model.blend_thinking(embeds, ThinkingInputs(states, mask)), expected)
 
 
 def test_thinking_weights_on_the_meta_device_have_no_values_until_they_are_loaded(family):
@@ -249,27 +251,22 @@ def test_lambda_can_be_drawn_anew(family):
 
 
 @pytest.mark.parametrize(
-    ("states", "mask", "message"),
-    [
-        ((1, 3, 32), None, "belong together"),
-        ((1, 3, 32), (1, 2), "have to be"),
-        ((1, 9, 32), (1, 9), "have to be"),
-        ((1, 3, 31), (1, 3), "have to be"),
-    ],
+    ("states", "mask"), [((1, 3, 32), (1, 2)), ((1, 9, 32), (1, 9)), ((1, 3, 31), (1, 3)), ((3, 32), (3,))]
 )
-def test_thinking_inputs_that_do_not_fit_are_refused(states, mask, message):
-    model = tiny_model("llama")
-    arguments = {"thinking_states": torch.zeros(states)}
-    if mask is not None:
-        arguments["thinking_mask"] = torch.ones(mask, dtype=torch.bool)
-    with pytest.raises(InputError, match=message):
-        model(torch.zeros(1, 5, dtype=torch.long), **arguments)
+def test_thinking_inputs_that_do_not_fit_are_refused(states, mask):
+    inputs = ThinkingInputs(torch.zeros(states), torch.ones(mask, dtype=torch.bool))
+    with pytest.raises(InputError, match=r"expected states \(B, K, d\) and a mask \(B, K\) with 0 < K <= L"):
+        tiny_model("llama")(torch.zeros(1, 5, dtype=torch.long), thinking_inputs=inputs)
+
+
+def test_the_loose_keywords_of_before_are_refused_and_not_ignored(family):
+    with pytest.raises(InputError, match="since version 0.3"):
+        tiny_model(family)(torch.zeros(1, 5, dtype=torch.long), thinking_states=torch.zeros(1, 3, 32))
 
 
 def test_thinking_inputs_to_a_model_without_thinking_are_refused():
     with pytest.raises(InputError, match="a plain model"):
         tiny_model("llama", thinking=None)(
             torch.zeros(1, 5, dtype=torch.long),
-            thinking_states=torch.zeros(1, 1, 32),
-            thinking_mask=torch.ones(1, 1, dtype=torch.bool),
+            thinking_inputs=ThinkingInputs(torch.zeros(1, 1, 32), torch.ones(1, 1, dtype=torch.bool)),
         )

@@ -1,5 +1,7 @@
 """What unsloth's patched forward asks of us, without unsloth."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import tiny_model
@@ -7,29 +9,33 @@ from torch import nn
 
 from hrpo_patches.models.unsloth_forward import is_thinking_module, take_thinking
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import Bptt, ThinkingInputs
 
-STATES, MASK = torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.bool)
+INPUTS = ThinkingInputs(torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.bool), "projection")
 
 
 def test_thinking_is_taken_out_of_the_keywords_that_every_layer_would_get():
     backbone = tiny_model("llama").model
-    kwargs = {"thinking_states": STATES, "thinking_mask": MASK, "thinking_residual": "projection", "n_items": 3}
-    assert take_thinking(backbone, kwargs, 4) == (STATES, MASK, "projection")
+    kwargs = {"thinking_inputs": INPUTS, "n_items": 3}
+    assert take_thinking(backbone, kwargs, 4) is INPUTS
     assert kwargs == {"n_items": 3}
     assert take_thinking(backbone, kwargs, 4) is None
     assert take_thinking(nn.Linear(1, 1), {"n_items": 3}, 4) is None
 
 
 def test_another_family_and_an_input_that_would_be_cut_are_refused():
-    kwargs = {"thinking_states": STATES, "thinking_mask": MASK}
+    kwargs = {"thinking_inputs": INPUTS}
     with pytest.raises(InputError, match="Linear cannot think"):
         take_thinking(nn.Linear(1, 1), dict(kwargs), 4)
     backbone = tiny_model("llama").model
     backbone.max_seq_length = 3
     with pytest.raises(InputError, match="4 positions.*max_seq_length=3"):
         take_thinking(backbone, dict(kwargs), 4)
-    with pytest.raises(InputError, match="one pass only"):
-        take_thinking(backbone, kwargs | {"thinking_passes": "all"}, 3)
+    with pytest.raises(InputError, match="since version 0.3"):
+        take_thinking(backbone, {"thinking_states": INPUTS.states, "thinking_mask": INPUTS.mask}, 3)
+    for deep in (replace(INPUTS, bptt=Bptt("exact")), replace(INPUTS, states=None)):
+        with pytest.raises(InputError, match="unsloth's backward overwrites"):
+            take_thinking(backbone, {"thinking_inputs": deep}, 3)
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from hrpo_patches import monitor_thinking
 from hrpo_patches.monitor.log import read_rows
 from hrpo_patches.thinking.mixin import ThinkingMixin
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.parts import parts_of
 
 MEASURES = {
@@ -95,7 +96,7 @@ def test_what_is_measured_is_the_first_batch_at_the_sampling_temperature(tmp_pat
 
     def see(module, args, kwargs):
         if torch.is_grad_enabled():
-            forwards.append(kwargs["thinking_states"])
+            forwards.append(kwargs["thinking_inputs"])
 
     backbone.register_forward_pre_hook(see, with_kwargs=True)
     monkeypatch.setattr(
@@ -103,7 +104,7 @@ def test_what_is_measured_is_the_first_batch_at_the_sampling_temperature(tmp_pat
     )
     trainer.train()
     ((_, _, inputs, temperature),) = measured
-    assert len(forwards) == 2 and inputs["thinking_states"] is forwards[0] and temperature == 0.7
+    assert len(forwards) == 2 and inputs["thinking_inputs"] is forwards[0] and temperature == 0.7
 
 
 @pytest.mark.parametrize(
@@ -210,7 +211,7 @@ class Replay(Trainer):
         states = torch.randn(batch, width - 1, model.config.hidden_size)
         mask = torch.ones(batch, width - 1, dtype=torch.bool)
         mask[0, -2:] = False
-        return model(**inputs, thinking_states=states, thinking_mask=mask).loss
+        return model(**inputs, thinking_inputs=ThinkingInputs(states, mask)).loss
 
 
 def supervised(folder, model):

@@ -9,6 +9,7 @@ from torch.nn.functional import cosine_similarity
 
 from hrpo_patches.monitor import measures
 from hrpo_patches.monitor.measures import effective_rank, gradient_norms, marker_rate, measure_blend, measure_weights
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.parts import parts_of
 
 TOKENS = torch.arange(40).view(2, 20)
@@ -22,7 +23,7 @@ def model(family):
 
 def inputs_of(model, mask):
     states = torch.randn(2, mask.shape[1], model.config.hidden_size)
-    return {"input_ids": TOKENS, "attention_mask": None, "thinking_states": states, "thinking_mask": mask}
+    return {"input_ids": TOKENS, "attention_mask": None, "thinking_inputs": ThinkingInputs(states, mask)}
 
 
 def test_the_effective_rank_counts_equal_directions():
@@ -39,7 +40,7 @@ def test_the_blend_is_measured_at_thinking_positions_only(model):
     inputs = inputs_of(model, mask)
     values = measure_blend(model.model, model.lm_head, inputs, temperature=0.7)
     e = model.get_input_embeddings()(TOKENS[:, -6:][mask])
-    state = inputs["thinking_states"][mask]
+    state = inputs["thinking_inputs"].states[mask]
     a, s = model.model.thinking_decay(e), model.model.projected_residual(state)
     p = (model.lm_head(state) / 0.7).softmax(-1)
     other = p @ model.get_input_embeddings().weight  # the cosine does not see its scale
@@ -64,7 +65,7 @@ def test_a_finished_residual_is_compared_with_the_token_and_with_nothing_else(mo
     inputs = inputs_of(model, mask)
     values = measure_blend(model.model, model.lm_head, inputs)
     assert "cosine/embedding" not in values
-    inputs["thinking_states"] = model.get_input_embeddings()(TOKENS[:, -6:])
+    inputs["thinking_inputs"] = ThinkingInputs(model.get_input_embeddings()(TOKENS[:, -6:]), mask)
     assert measure_blend(model.model, model.lm_head, inputs)["cosine/token"] == pytest.approx(1, abs=1e-5)
 
 
@@ -110,9 +111,9 @@ def test_gradients_are_measured_by_group(model):
 def test_a_marker_is_a_real_position_that_no_longer_thinks():
     mask = torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]]).bool()
     attention = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    inputs = {"thinking_mask": mask, "attention_mask": attention}
+    inputs = {"thinking_inputs": ThinkingInputs(None, mask), "attention_mask": attention}
     assert marker_rate(inputs) == 0.25
-    assert marker_rate({"thinking_mask": mask, "attention_mask": None}) == 0.5
+    assert marker_rate({"thinking_inputs": ThinkingInputs(None, mask), "attention_mask": None}) == 0.5
 
 
 def test_measuring_draws_no_random_numbers(model):

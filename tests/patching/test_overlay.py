@@ -16,6 +16,7 @@ from transformers.generation import GenerationMixin
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Model
 
 from hrpo_patches.patching import overlay
+from hrpo_thinking.inputs import ThinkingInputs
 
 
 def python(code, path=None):
@@ -65,16 +66,19 @@ def test_importing_it_costs_less_than_50_ms():
 
 @pytest.mark.parametrize("function", [LlamaModel.forward, Qwen2Model.forward])
 def test_getsource_shows_the_patched_lines(function):
-    assert "inputs_embeds = self.think(" in inspect.getsource(function)
+    assert "inputs_embeds, thinking_inputs = self.think(" in inspect.getsource(function)
     assert "thinking.observe(outputs" in inspect.getsource(GenerationMixin._sample)
 
 
 def test_a_traceback_shows_the_patched_line():
     model = tiny_model("llama")
     try:
-        model(torch.zeros(1, 2, dtype=torch.long), thinking_states=torch.zeros(1, 1, 32))
+        model(
+            torch.zeros(1, 2, dtype=torch.long),
+            thinking_inputs=ThinkingInputs(torch.zeros(1, 9, 32), torch.ones(1, 9)),
+        )
     except ValueError:
-        assert "inputs_embeds = self.think(" in traceback.format_exc()
+        assert "inputs_embeds, thinking_inputs = self.think(" in traceback.format_exc()
     else:
         pytest.fail("nothing was raised")
 

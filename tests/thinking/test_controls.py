@@ -8,6 +8,7 @@ from tiny import tiny_model
 from hrpo_patches import replay_forward
 from hrpo_patches.thinking.controls import CONTROLS, check_control, controlled, partners
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 
 FELT = {"r_min": 0.3, "r_max": 0.6}
 GOLDS = ["7", "7", "8", "9"]
@@ -25,7 +26,7 @@ def seen(model, name, golds=GOLDS):
     mask = torch.ones(4, 2, dtype=torch.bool)
     mask[3, 1] = False
     with controlled(model, name, golds):
-        blended = model.model.blend_thinking(embeds, states, mask)
+        blended = model.model.blend_thinking(embeds, ThinkingInputs(states, mask))
     kind = model.config.thinking["residual"]
     residual = model.model.projected_residual(states) if kind == "projection" else states
     return blended, embeds, residual, mask, model.model.thinking_decay(embeds)
@@ -89,7 +90,7 @@ def test_a_control_changes_a_rollout_and_is_replayed_by_all(family, tokenizer, n
         out = sample(model, tokenizer, inputs, max_new_tokens=8, thoughts=4)
         attention = torch.cat([inputs["attention_mask"], torch.ones_like(completions(out, inputs))], 1)
         replay = replay_forward(
-            model, out.sequences, attention, thinking_mask=out.thinking_mask, passes="all", logits_to_keep=9
+            model, out.sequences, attention, thinking_mask=out.thinking_mask, bptt="sequential", logits_to_keep=9
         )
     assert model.model.thinking_control is None
     scores = torch.stack(out.scores, 1)

@@ -13,6 +13,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hrpo_patches.thinking.decoding import ForcedThoughts, ThinkingDecoder, start_thinking
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.parts import embedding_residual
 
 BOLD = {"r_min": 0.5, "r_max": 0.9}  # a start that is not smooth, so that thinking shows
@@ -106,8 +107,7 @@ def test_the_kind_of_cache_does_not_matter(family, tokenizer, residual, options)
         replay = model(
             out.sequences,
             torch.cat([inputs["attention_mask"], torch.ones_like(tokens)], 1),
-            thinking_states=out.thinking_states,
-            thinking_mask=out.thinking_mask,
+            thinking_inputs=ThinkingInputs(out.thinking_states, out.thinking_mask),
             output_last_hidden_state=True,
         )
         before = slice(-tokens.shape[1] - 1, -1)

@@ -5,7 +5,8 @@ import torch
 from rollouts import bias, completions, ragged, real_tokens, sample, worst
 from tiny import tiny_model
 
-from hrpo_patches.thinking.replay import Rollout
+from hrpo_patches import replay_forward
+from hrpo_thinking.inputs import ThinkingInputs
 
 TOLERANCE = 1e-4
 RESIDUALS = ["projection", "embedding"]
@@ -62,7 +63,7 @@ def test_replaying_a_real_rollout_gives_its_log_probabilities(smollm2, residual)
 
 @pytest.mark.parametrize("width", [3, 5, 8])
 def test_a_rollout_is_cut_or_padded_to_the_width_of_the_batch(width):
-    rollout = Rollout(torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.bool), "projection")
+    rollout = ThinkingInputs(torch.randn(2, 5, 4), torch.ones(2, 5, dtype=torch.bool), "projection")
     aligned = rollout.aligned(width)
     assert aligned.states.shape == (2, width, 4) and aligned.mask.shape == (2, width)
     kept = min(width, 5)
@@ -74,7 +75,8 @@ def test_the_gradient_of_a_replay_reaches_the_weights_and_not_the_states(family,
     model = tiny_model(family)
     inputs = ragged(tokenizer)
     out = sample(model, tokenizer, inputs)
-    rollout = Rollout(out.thinking_states.clone().requires_grad_(), out.thinking_mask, "projection")
-    model(out.sequences, **rollout.model_inputs()).logits.logsumexp(-1).sum().backward()
+    rollout = ThinkingInputs(out.thinking_states.clone().requires_grad_(), out.thinking_mask, "projection")
+    given = {"thinking_states": rollout.states, "thinking_mask": rollout.mask}
+    replay_forward(model, out.sequences, **given).logits.logsumexp(-1).sum().backward()
     assert rollout.states.grad is None
     assert model.model.thinking_projection.weight.grad.norm() > 0

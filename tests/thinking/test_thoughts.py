@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 
 from hrpo_patches import HRPOConfig, HRPOTrainer, load_adapter, replay_forward
 from hrpo_patches.models.adapter import load_plain_adapter
-from hrpo_patches.thinking.replay import Rollout
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 
 FELT = {"r_min": 0.5, "r_max": 0.9}
 FORCED, LENGTH = 3, 10
@@ -25,16 +25,16 @@ def batch_of(trainer):
 
 
 def scored(trainer, batch, k):
-    """Log-probabilities, entropies, the KL divergence and the gradient of the log-probabilities, by k passes."""
-    trainer.args.replay_passes = k
-    trainer._rollout = Rollout(batch["thinking_states"], batch["thinking_mask"], trainer.args.residual)
+    """Log-probabilities, entropies, KL divergence and the gradient of the log-probabilities, by BPTT of depth k."""
+    trainer.args.bptt = k
+    trainer._thinking = ThinkingInputs(batch["thinking_states"], batch["thinking_mask"], trainer.args.residual)
     ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
     mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
     width = batch["completion_ids"].shape[1]
     logps, entropies, _ = trainer._get_per_token_logps_and_entropies(
         trainer.model, ids, mask, width, compute_entropy=True
     )
-    trainer._rollout = None
+    trainer._thinking = None
     log_ratio = batch["ref_per_token_logps"] - logps
     kept = batch["completion_mask"].bool()
     trainer.model.zero_grad()
@@ -44,39 +44,56 @@ def scored(trainer, batch, k):
 
 
 @pytest.mark.parametrize("residual", ["projection", "embedding"])
-def test_on_policy_all_passes_have_the_same_values_and_other_gradients(family, residual, tmp_path):
+def test_on_policy_every_depth_has_the_same_values_and_another_gradient(family, residual, tmp_path):
     trainer = small_trainer(tmp_path, family, residual=residual, max_completion_length=6)
     batch = batch_of(trainer)
-    *values, published = scored(trainer, batch, 1)
-    for k in (2, "all"):
+    *values, published = scored(trainer, batch, 0)
+    for k in (1, "exact", "sequential"):
         *others, gradient = scored(trainer, batch, k)
         for found, expected in zip(others, values, strict=True):
-            assert (found - expected).abs().max() < 1e-4
+            assert (found - expected).abs().max() < (5e-4 if k == "sequential" else 1e-4)  # decoding rounds otherwise
         assert (gradient - published).norm() > 0.05 * published.norm()
 
 
-@pytest.mark.parametrize("k", [3, "all"])
+@pytest.mark.parametrize("k", [3, "exact", "sequential"])
 def test_a_step_through_time_reaches_and_changes_every_trained_weight(family, k, tmp_path):
-    trainer = small_trainer(tmp_path, family, replay_passes=k)
+    trainer = small_trainer(tmp_path, family, bptt=k)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
     trainer.train()
     for name, parameter in trainer.model.named_parameters():
         assert torch.equal(parameter, before[name]) != parameter.requires_grad, name
 
 
-def test_the_passes_of_a_run_are_those_of_its_loss_and_of_no_other_forward(tmp_path, monkeypatch):
-    trainer = small_trainer(
-        tmp_path, replay_passes="all", num_iterations=2, gradient_accumulation_steps=1, max_steps=2
-    )
-    seen = []
-    think = type(trainer._base_model().model).think_one_by_one
-    monkeypatch.setattr(
-        type(trainer._base_model().model),
-        "think_one_by_one",
-        lambda self, *args: seen.append(torch.is_grad_enabled()) or think(self, *args),
-    )
+def steps_of(trainer, monkeypatch):
+    """Lets a trainer note, for each loss and with a gradient, the gradient and that of sequential decoding."""
+    found, compute = [], trainer._compute_loss
+
+    def compute_loss(model, inputs):
+        pairs, stale = [], trainer.state.global_step != trainer._rolled_out
+        for depth in ("exact", "sequential"):
+            with monkeypatch.context() as patch:
+                patch.setattr(trainer.args, "bptt", depth)
+                patch.setattr(trainer.args, "bptt_tolerance", 1e-7)
+                trained = [p for p in model.parameters() if p.requires_grad]
+                pairs.append(torch.cat([g.flatten() for g in torch.autograd.grad(compute(model, inputs), trained)]))
+        found.append((stale, *pairs))
+        return compute(model, inputs)
+
+    monkeypatch.setattr(trainer, "_compute_loss", compute_loss)
+    return found
+
+
+@pytest.mark.parametrize("residual", ["projection", "embedding"])
+def test_off_policy_the_gradient_is_that_of_decoding_with_todays_weights(family, residual, tmp_path, monkeypatch):
+    once = {"gradient_accumulation_steps": 1, "num_iterations": 3, "max_steps": 4}
+    trainer = small_trainer(tmp_path, family, residual=residual, bptt="exact", max_completion_length=6, **once)
+    found = steps_of(trainer, monkeypatch)
     trainer.train()
-    assert seen == [True, True]  # and none for the old log-probabilities and the reference
+    assert [stale for stale, _, _ in found] == [False, True, True, False]
+    for _, exact, sequential in found:
+        assert (exact - sequential).norm() < 1e-3 * sequential.norm()  # float32
+    rows = [row for row in trainer.state.log_history if "loss" in row]
+    assert ["bptt/refreshes" in row for row in rows] == [False, True, True, False]
 
 
 def with_scores(trainer, monkeypatch):
@@ -103,10 +120,10 @@ def test_forced_thoughts_are_replayed_as_they_were_thought(family, residual, tmp
     expected = sampled[order].gather(-1, batch["completion_ids"][..., None])[..., 0]
     kept = batch["completion_mask"].bool()
     assert batch["thinking_states"].shape[1] == FORCED + width and batch["thinking_mask"][:, :FORCED].all()
-    logps, *_ = scored(trainer, batch, 1)
+    logps, *_ = scored(trainer, batch, 0)
     assert (logps - expected[kept]).abs().max() < 1e-4
     batch["thinking_mask"][:, :FORCED] = False  # as if the fillers had not thought
-    logps, *_ = scored(trainer, batch, 1)
+    logps, *_ = scored(trainer, batch, 0)
     assert (logps - expected[kept]).abs().max() > 1e-2
 
 
@@ -167,13 +184,17 @@ REFUSED = [
     ({"thoughts": 2, "filler": "<nosuch>"}, "the tokenizer has no token '<nosuch>'"),
     ({"thoughts": 2, "filler": "<end>"}, "end or padding token"),
     ({"thoughts": 2, "filler": ""}, "filler has to be a non-empty text"),
-    ({"replay_passes": 0}, "whole number from 1, or 'all'"),
-    ({"replay_passes": "most"}, "whole number from 1, or 'all'"),
+    ({"bptt": -1}, "bptt must be a whole number from 0"),
+    ({"bptt": "most"}, "bptt must be a whole number from 0"),
+    ({"replay_passes": 0}, "replay_passes must be a whole number from 1"),
+    ({"replay_passes": 2, "bptt": 5}, "bptt=5 and replay_passes=2 differ"),
+    ({"bptt_terms": 0}, "bptt_terms must be at least 1"),
+    ({"bptt_tolerance": 1.0}, "bptt_tolerance must be"),
     ({"reference": "last"}, "reference has to be one of"),
-    ({"replay_passes": 2, "residual": "none"}, "about thinking"),
+    ({"bptt": 2, "residual": "none"}, "about thinking"),
     ({"reference": "start", "residual": "none"}, "about thinking"),
-    ({"replay_passes": 2, "residual": "embedding", "top_p": 0.9}, "top_p=0.9 changes the distribution"),
-    ({"replay_passes": "all", "residual": "embedding", "generation_kwargs": {"no_repeat_ngram_size": 2}}, "no_repeat"),
+    ({"bptt": 2, "residual": "embedding", "top_p": 0.9}, "top_p=0.9 changes the distribution"),
+    ({"bptt": "exact", "residual": "embedding", "generation_kwargs": {"no_repeat_ngram_size": 2}}, "no_repeat"),
     ({"thoughts": 2, "residual": "none", "use_transformers_continuous_batching": True}, "need generate"),
 ]
 
@@ -184,9 +205,10 @@ def test_what_cannot_work_is_one_sentence(options, message, tmp_path):
         small_trainer(tmp_path, **options)
 
 
-def test_dropout_is_refused_before_training_with_more_than_one_pass(tmp_path):
+def test_dropout_is_refused_before_training_by_sequential_decoding_alone(tmp_path):
     with pytest.raises(InputError, match="lora_dropout.* is 0.1"):
-        small_trainer(tmp_path, replay_passes="all", peft_config=lora(lora_dropout=0.1))
+        small_trainer(tmp_path, bptt="sequential", peft_config=lora(lora_dropout=0.1))
+    small_trainer(tmp_path, bptt="exact", peft_config=lora(lora_dropout=0.1)).train()
 
 
 def full_trainer(folder, **options):
@@ -202,7 +224,7 @@ def test_the_reference_start_is_the_model_that_training_began_from_thinking_as_i
     options = {"reference": "start", "beta": 0.1, "max_steps": 3, "thoughts": FORCED}
     trainer = (small_trainer if lora_or_full == "lora" else full_trainer)(tmp_path, **options)
     batch = batch_of(trainer)
-    logps, *_ = scored(trainer, batch, 1)
+    logps, *_ = scored(trainer, batch, 0)
     kept = batch["completion_mask"].bool()
     assert (batch["ref_per_token_logps"][kept] - logps).abs().max() < 1e-4  # at the start, it is the policy
     began = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -216,7 +238,7 @@ def test_the_reference_start_is_the_model_that_training_began_from_thinking_as_i
     with torch.no_grad():
         for name, parameter in trainer.model.named_parameters():
             parameter.copy_(began[name])
-        out = replay_forward(trainer.model, ids, mask, thinking_mask=later["thinking_mask"], passes="all")
+        out = replay_forward(trainer.model, ids, mask, thinking_mask=later["thinking_mask"])
         for name, parameter in trainer.model.named_parameters():
             parameter.copy_(today[name])
     width = later["completion_ids"].shape[1]
@@ -240,7 +262,7 @@ def test_a_run_with_forced_thoughts_and_its_own_start_resumes_exactly(tmp_path):
             reference="start",
             beta=0.5,
             thoughts=FORCED,
-            replay_passes=2,
+            bptt=1,
             max_steps=4,
             save_strategy="steps",
             save_steps=2,
@@ -260,22 +282,34 @@ def test_a_run_with_forced_thoughts_and_its_own_start_resumes_exactly(tmp_path):
 
 
 def test_the_options_are_texts_on_a_command_line_and_numbers_in_python():
-    for given, passes in (("4", 4), (4, 4), ("all", "all")):
-        assert HRPOConfig(replay_passes=given, report_to="none", use_cpu=True, bf16=False).passes == passes
+    options = {"report_to": "none", "use_cpu": True, "bf16": False}
+    for given, depth in (("4", 4), (4, 4), ("exact", "exact"), (0, 0)):
+        assert HRPOConfig(bptt=given, **options).depth == depth
+    for given, depth in (("1", 0), (4, 3), ("all", "exact")):
+        with pytest.warns(FutureWarning, match=f"use bptt={depth}"):
+            assert HRPOConfig(replay_passes=given, **options).depth == depth
+
+
+def test_the_exact_gradient_is_the_default(tmp_path):
+    trainer = small_trainer(tmp_path, max_steps=2)
+    assert trainer.args.bptt == "exact"
+    trainer.train()
+    for row in trainer.state.log_history[:2]:
+        assert row["bptt/terms"] >= 1 and row["bptt/remainder"] <= 1e-3 and row["bptt/gain"] > 0.5
 
 
 def test_the_models_own_distribution_is_refused_as_the_runs_is(tmp_path):
     model = tiny_model("llama", thinking=FELT)
     model.generation_config.typical_p = 0.3
     with pytest.raises(InputError, match="typical_p=0.3 changes the distribution"):
-        small_trainer(tmp_path, model=model, residual="embedding", replay_passes="all")
+        small_trainer(tmp_path, model=model, residual="embedding")
 
 
 def test_the_embedding_residual_is_made_at_the_rollouts_temperature(tmp_path):
     trainer = small_trainer(tmp_path, residual="embedding", max_completion_length=6, temperature=0.6)
     batch = batch_of(trainer)
-    *values, _ = scored(trainer, batch, 1)
-    *others, _ = scored(trainer, batch, "all")
+    *values, _ = scored(trainer, batch, 0)
+    *others, _ = scored(trainer, batch, "sequential")
     assert (values[0] - others[0]).abs().max() < 1e-4
 
 

@@ -19,13 +19,16 @@ def run(folder, steps=3, watch=None, **options):
     return trainer, before
 
 
-@pytest.mark.parametrize("options", [{}, {"replay_passes": "all"}, {"thoughts": 2}, {"reference": "start"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"bptt": "sequential"}, {"bptt": 0}, {"thoughts": 2}, {"reference": "start"}], ids=str
+)
 def test_twenty_steps_give_every_thinking_weight_a_gradient_and_change_it(tmp_path, family, options):
     replayed = []
 
     def watch(module, args, given, made):
         if torch.is_grad_enabled() and not replayed:  # the loss of the first step, at the weights of its rollout
-            replayed.extend((given["thinking_states"], given["thinking_mask"], made.last_hidden_state.detach()))
+            thinking = given["thinking_inputs"]
+            replayed.extend((thinking.states, thinking.mask, made.last_hidden_state.detach()))
 
     trainer, before = run(tmp_path, steps=20, watch=watch, family=family, **options)
     assert_all_thinking_parts_moved(trainer, before)

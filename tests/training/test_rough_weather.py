@@ -195,7 +195,7 @@ def test_completions_that_are_empty_train(tmp_path, tokenizer):
     assert all(math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"]) for row in rows)
 
 
-@pytest.mark.parametrize("options", [{}, {"replay_passes": "all"}])
+@pytest.mark.parametrize("options", [{}, {"bptt": "sequential"}, {"bptt": 0}])
 def test_a_run_whose_completions_never_think_trains(tmp_path, tokenizer, options):
     marker = tokenizer.convert_tokens_to_ids("####")
     model = speaks(tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9}), marker)
@@ -264,7 +264,7 @@ def test_a_model_thinks_up_to_the_marker_whatever_its_tokenizer(kind, tied, tmp_
     trainer.train()
     answered = ended = 0
     for one in made:
-        for tokens, mask in zip(one.completions, one.rollout.mask.tolist(), strict=True):
+        for tokens, mask in zip(one.completions, one.thinking.mask.tolist(), strict=True):
             said = ["####" in tokenizer.decode(tokens[: n + 1], skip_special_tokens=False) for n in range(len(tokens))]
             alive = len(tokens) - (tokens[-1] in ends)
             assert mask[:alive] == [not seen for seen in said[:alive]]

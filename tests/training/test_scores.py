@@ -56,11 +56,11 @@ def test_a_run_in_pieces_has_the_losses_and_gradients_of_one_at_once(tmp_path, m
     torch.testing.assert_close(*map(torch.tensor, found), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("passes", [1, "all"])
-def test_nothing_in_a_loss_and_its_gradient_has_the_size_of_all_tokens_times_the_vocabulary(tmp_path, passes):
+@pytest.mark.parametrize("bptt", [0, "exact", "sequential"])
+def test_nothing_in_a_loss_and_its_gradient_has_the_size_of_all_tokens_times_the_vocabulary(tmp_path, bptt):
     length, vocabulary = 16, 9000
     model = tiny_model("llama", thinking={}, vocab_size=vocabulary)
-    trainer = small_trainer(tmp_path, model=model, max_completion_length=length, replay_passes=str(passes))
+    trainer = small_trainer(tmp_path, model=model, max_completion_length=length, bptt=bptt)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "LOGITS", 2 * vocabulary)
         with Largest() as seen:

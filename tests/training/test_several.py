@@ -39,41 +39,42 @@ ZERO = {
 }
 
 
-def case(name, lora, residual, passes, **more):
+def case(name, lora, residual, bptt, **more):
     rates = {"learning_rate": 1e-3, "lr_thinking_projection": 1e-3}
-    options = rates | {"residual": residual, "replay_passes": passes, "max_steps": 2, "optim": "sgd"}
+    options = rates | {"residual": residual, "bptt": bptt, "max_steps": 2, "optim": "sgd"}
     options |= more.pop("options", {})
     return {"name": name, "lora": lora, "family": "llama", "options": options} | more
 
 
 MATRIX = [
-    case(f"{'lora' if lora else 'full'}-{residual}-{passes}", lora, residual, passes)
+    case(f"{'lora' if lora else 'full'}-{residual}-{bptt}", lora, residual, bptt)
     for lora in (True, False)
     for residual in ("projection", "embedding")
-    for passes in ("1", "all")
+    for bptt in ("0", "exact")
 ]
 FURTHER = [
-    case("two-passes", True, "projection", "2"),
-    case("two-passes-of-distributions", False, "embedding", "2", family="qwen3"),
-    case("tied", False, "projection", "1", model={"tie_word_embeddings": True}),
-    case("tied-all", False, "embedding", "all", model={"tie_word_embeddings": True}, family="qwen2"),
-    case("in-pieces", False, "projection", "1", logits=2000),
-    case("in-pieces-tied", False, "projection", "all", logits=2000, model={"tie_word_embeddings": True}),
-    case("in-pieces-lora", True, "projection", "1", logits=2000),
-    case("many-thoughts-lora", True, "embedding", "all", kept_thoughts=2),
-    case("two-passes-of-distributions-lora", True, "embedding", "2"),
-    case("reference-in-pieces", False, "projection", "1", logits=2000, named=True, options={"beta": 0.5}),
-    case("many-thoughts", False, "projection", "all", kept_thoughts=2),
-    case("many-thoughts-of-distributions", False, "embedding", "all", kept_thoughts=2),
-    case("checkpointed", True, "projection", "all", options={"gradient_checkpointing": True}),
-    case("reference-base", True, "projection", "1", options={"beta": 0.5}),
-    case("reference-start", False, "projection", "1", options={"beta": 0.5, "reference": "start"}),
-    case("reference-start-of-distributions", True, "embedding", "1", options={"beta": 0.5, "reference": "start"}),
-    case("two-layers", False, "projection", "1", thinking={"projection_layers": 2, "projection_norm": True}),
-    case("forced", True, "projection", "1", thinking={"thoughts": 3}),
-    case("four-groups", True, "projection", "all", options={"num_generations": 2}),
-    case("accumulated", False, "projection", "1", options={"gradient_accumulation_steps": 2}),
-    case("twice", True, "projection", "1", options={"num_iterations": 2}),
+    case("truncated", True, "projection", "2"),
+    case("truncated-of-distributions", False, "embedding", "2", family="qwen3"),
+    case("tied", False, "projection", "0", model={"tie_word_embeddings": True}),
+    case("tied-exact", False, "embedding", "exact", model={"tie_word_embeddings": True}, family="qwen2"),
+    case("in-pieces", False, "projection", "0", logits=2000),
+    case("in-pieces-tied", False, "projection", "exact", logits=2000, model={"tie_word_embeddings": True}),
+    case("in-pieces-lora", True, "projection", "0", logits=2000),
+    case("many-thoughts-lora", True, "embedding", "sequential", kept_thoughts=2),
+    case("truncated-of-distributions-lora", True, "embedding", "2"),
+    case("reference-in-pieces", False, "projection", "0", logits=2000, named=True, options={"beta": 0.5}),
+    case("many-thoughts", False, "projection", "sequential", kept_thoughts=2),
+    case("many-thoughts-of-distributions", False, "embedding", "sequential", kept_thoughts=2),
+    case("checkpointed", True, "projection", "exact", options={"gradient_checkpointing": True}),
+    case("reference-base", True, "projection", "0", options={"beta": 0.5}),
+    case("reference-start", False, "projection", "0", options={"beta": 0.5, "reference": "start"}),
+    case("reference-start-of-distributions", True, "embedding", "0", options={"beta": 0.5, "reference": "start"}),
+    case("two-layers", False, "projection", "0", thinking={"projection_layers": 2, "projection_norm": True}),
+    case("forced", True, "projection", "0", thinking={"thoughts": 3}),
+    case("four-groups", True, "projection", "exact", options={"num_generations": 2}),
+    case("accumulated", False, "projection", "0", options={"gradient_accumulation_steps": 2}),
+    case("twice", True, "projection", "0", options={"num_iterations": 2}),
+    case("twice-exact", True, "projection", "exact", options={"num_iterations": 2}),
 ]
 CASES = MATRIX + FURTHER
 
@@ -175,10 +176,10 @@ def test_two_processes_have_the_losses_and_gradients_of_one(preset, name, record
 
 STEPS = {"max_steps": 3, "optim": "adamw_torch", "save_strategy": "steps", "save_steps": 1}
 SAVED = [
-    case("saved-lora", True, "projection", "1", options=STEPS),
-    case("saved-full", False, "embedding", "1", options=STEPS),
-    case("saved-tied", False, "projection", "1", options=STEPS, model={"tie_word_embeddings": True}),
-    case("saved-with-its-start", False, "projection", "1", options=STEPS | {"beta": 0.5, "reference": "start"}),
+    case("saved-lora", True, "projection", "0", options=STEPS),
+    case("saved-full", False, "embedding", "0", options=STEPS),
+    case("saved-tied", False, "projection", "0", options=STEPS, model={"tie_word_embeddings": True}),
+    case("saved-with-its-start", False, "projection", "0", options=STEPS | {"beta": 0.5, "reference": "start"}),
 ]
 
 
@@ -239,7 +240,7 @@ def test_a_launch_with_each_preset_reaches_the_script(preset):
 
 
 def test_thinking_modules_compute_in_float32_where_the_others_do_in_bfloat16(folder):
-    cases = [case("half", False, "projection", "all", options={"bf16": True, "max_steps": 1})]
+    cases = [case("half", False, "projection", "exact", options={"bf16": True, "max_steps": 1})]
     seen = json.loads((launch(folder, "half", of("fsdp2", cases), "fsdp2") / "half.json").read_text())
     assert seen["dtypes"] == {
         "LlamaRMSNorm": "torch.bfloat16",
@@ -252,7 +253,7 @@ def test_thinking_modules_compute_in_float32_where_the_others_do_in_bfloat16(fol
 @pytest.mark.parametrize("residual", ["projection"])
 def test_rollouts_of_continuous_batching_and_the_best_checkpoint_are_had_in_shards(residual, folder):
     options = STEPS | {"use_transformers_continuous_batching": True}
-    cases = [case("packed", True, residual, "1", options=options, best="checkpoint-1")]
+    cases = [case("packed", True, residual, "exact", options=options, best="checkpoint-1")]
     out = launch(folder, "packed", of("fsdp2", cases), "fsdp2")
     held, first = (
         load_file(out / "packed.safetensors"),
@@ -286,7 +287,7 @@ def test_fsdp_of_the_first_version_and_a_swapped_reference_under_zero_3_are_refu
 # --- DeepSpeed -------------------------------------------------------------------------------------------------------
 
 
-OTHERS = ("many-thoughts", "many-thoughts-lora", "two-passes-of-distributions-lora")
+OTHERS = ("many-thoughts", "many-thoughts-lora", "truncated-of-distributions-lora")
 ALSO = ("tied", "in-pieces", "in-pieces-lora", *OTHERS)
 BIG = {"learning_rate": 1e-2, "lr_thinking_projection": 1e-1, "lr_residual_gate": 1.0, "lr_residual_Lambda": 1.0}
 STEPPED = [
@@ -345,7 +346,7 @@ def test_deepspeed_resumes_its_own_checkpoints_and_writes_files_that_one_process
 @pytest.mark.deepspeed
 @pytest.mark.parametrize("preset", ["zero2", "zero3"])
 def test_deepspeed_in_bfloat16_trains_thinking_weights_that_compute_in_it(preset, folder):
-    cases = [case("half", True, "projection", "1", options={"bf16": True, "max_steps": 2, "optim": "adamw_torch"})]
+    cases = [case("half", True, "projection", "0", options={"bf16": True, "max_steps": 2, "optim": "adamw_torch"})]
     out = launch(folder, f"{preset}-half", of(preset, cases), preset)
     assert set(json.loads((out / "half.json").read_text())["dtypes"].values()) == {"torch.bfloat16"}
     held = load_file(out / "half.safetensors")

@@ -12,9 +12,9 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import GRPOConfig
 
 from hrpo_patches import HRPOTrainer
-from hrpo_patches.thinking.replay import Rollout
 from hrpo_patches.training.rollouts import Made
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.parts import is_thinking_parameter, parts_of
 
 RESIDUALS = ["projection", "embedding"]
@@ -148,7 +148,7 @@ def test_the_separate_reference_of_a_full_fine_tuning_does_not_think(tmp_path):
     model = tiny_model("llama", thinking=None)
     model.save_pretrained(tmp_path / "base")
     trainer = small_trainer(tmp_path / "run", model=str(tmp_path / "base"), peft_config=None, beta=0.1)
-    trainer._rollout = Rollout(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool), "projection")
+    trainer._thinking = ThinkingInputs(torch.randn(1, 3, 32), torch.ones(1, 3, dtype=torch.bool), "projection")
     ids = torch.randint(0, 200, (1, 8))
     logps, _, _ = trainer._get_per_token_logps_and_entropies(trainer.ref_model, ids, torch.ones_like(ids), 3)
     expected = model(ids).logits[:, -4:-1].log_softmax(-1).gather(-1, ids[:, -3:, None])[..., 0]
@@ -159,7 +159,7 @@ def test_the_separate_reference_of_a_full_fine_tuning_does_not_think(tmp_path):
 
 def test_log_probabilities_are_the_same_in_chunks(tmp_path):
     trainer = small_trainer(tmp_path)
-    trainer._rollout = Rollout(torch.randn(5, 3, 32), torch.rand(5, 3) > 0.5, "projection")
+    trainer._thinking = ThinkingInputs(torch.randn(5, 3, 32), torch.rand(5, 3) > 0.5, "projection")
     ids = torch.randint(0, 200, (5, 8))
     whole, entropies, _ = trainer._get_per_token_logps_and_entropies(
         trainer.model, ids, torch.ones_like(ids), 3, compute_entropy=True
@@ -177,7 +177,7 @@ def test_completions_end_with_their_first_end_token(tmp_path):
     trainer.generation_config.sequence_bias = {(end,): 5.0}
     completions, _ = trainer._think([[1, 2, 3]] * 16)
     assert all(end not in ids[:-1] for ids in completions) and any(ids[-1] == end for ids in completions)
-    rollout = trainer._rollout
+    rollout = trainer._thinking
     for ids, mask in zip(completions, rollout.mask, strict=True):
         assert mask[0] and not mask[len(ids) :].any()
 
@@ -186,7 +186,7 @@ def test_the_ratios_are_means_over_thinking_positions(tmp_path):
     trainer = small_trainer(tmp_path)
     ratio = torch.tensor([[0.6, 0.8, 1.0], [0.8, 1.0, 1.0]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    trainer._record_ratios(Made(Rollout(torch.zeros(2, 3, 1), mask, "projection"), ratio, []).shares())
+    trainer._record_ratios(Made(ThinkingInputs(torch.zeros(2, 3, 1), mask, "projection"), ratio, []).shares())
     metrics = trainer._metrics["train"]
     assert metrics["embeds_ratio"] == [pytest.approx(2.2 / 3)]
     assert metrics["hidden_ratio"] == [pytest.approx((0.8 + 0.6 + 0.6) / 3)]

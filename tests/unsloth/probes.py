@@ -4,6 +4,8 @@ import torch
 from rollouts import completions, ragged, real_tokens, sample
 from tiny import FAMILIES
 
+from hrpo_thinking.inputs import ThinkingInputs
+
 __all__ = ["FAMILIES", "plain_results", "replay_inputs", "thinking_gradients", "thinking_results"]
 LENGTH = 12
 
@@ -20,9 +22,7 @@ def replay_inputs(model, tokenizer):
     return {
         "input_ids": torch.cat([prompts["input_ids"], tokens], 1),
         "attention_mask": torch.cat([prompts["attention_mask"], real.long()], 1),
-        "thinking_states": states.to(model.device),
-        "thinking_mask": thinks.to(model.device) & real,
-        "thinking_residual": "projection",
+        "thinking_inputs": ThinkingInputs(states.to(model.device), thinks.to(model.device) & real, "projection"),
     }
 
 

@@ -13,6 +13,7 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import MODULES
 from hrpo_thinking.parts import is_thinking_parameter
 from hrpo_patches.models.backends import backend_named
+from hrpo_thinking.inputs import ThinkingInputs
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
 
@@ -110,7 +111,8 @@ def lambda_gradient(model, dtype, tokenizer):
         embeds = model.get_input_embeddings()(torch.arange(8)[None])
         assert embeds.dtype == torch.bfloat16
         backbone = model.get_base_model().model
-        backbone.blend_thinking(embeds, states, torch.ones(1, 8).bool()).float().square().sum().backward()
+        thinking = ThinkingInputs(states, torch.ones(1, 8).bool())
+        backbone.blend_thinking(embeds, thinking).float().square().sum().backward()
     return model.get_base_model().model.thinking_residual_Lambda.modules_to_save.default.Lambda
 
 

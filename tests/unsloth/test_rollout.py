@@ -6,6 +6,7 @@ from rollouts import ragged, sample, worst
 
 from hrpo_patches import replay_forward
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def test_a_rollouts_states_can_be_trained_on_although_unsloth_generates_in_infer
     out = sample(model, tokenizer, inputs, max_new_tokens=4, biased=False)
     model.train()
     logits = model(
-        out.sequences.clone(), thinking_states=out.thinking_states, thinking_mask=out.thinking_mask, use_cache=False
+        out.sequences.clone(), thinking_inputs=ThinkingInputs(out.thinking_states, out.thinking_mask), use_cache=False
     ).logits
     logits.square().mean().backward()
     assert model.model.thinking_projection.weight.grad.norm() > 0
@@ -64,18 +65,18 @@ def test_an_input_that_unsloth_would_cut_is_refused_when_thinking(load, tokenize
     ids = torch.zeros(1, 6, dtype=torch.long, device=model.device)
     states, mask = torch.zeros(1, 3, 32, device=model.device), torch.ones(1, 3, dtype=torch.bool, device=model.device)
     with pytest.raises(InputError, match="6 positions.*max_seq_length=4.*max_seq_length=6"):
-        model(ids, thinking_states=states, thinking_mask=mask)
+        model(ids, thinking_inputs=ThinkingInputs(states, mask))
 
 
-def test_forced_thoughts_begin_every_completion_and_more_than_one_pass_is_refused(model, tokenizer):
+def test_forced_thoughts_begin_every_completion_and_a_gradient_through_them_is_refused(model, tokenizer):
     inputs = ragged(tokenizer).to(model.device)
     out = sample(model, tokenizer, inputs, max_new_tokens=6, biased=False, thoughts=3)
     tokens = out.sequences[:, inputs["input_ids"].shape[1] :]
     assert (tokens[:, :3] == tokenizer.get_vocab()["."]).all() and out.thinking_mask[:, :3].all()
     given = {"thinking_states": out.thinking_states, "thinking_mask": out.thinking_mask}
-    for passes in (2, "all"):
-        with pytest.raises(InputError, match="unsloth's forward replays in one pass only"):
-            replay_forward(model, out.sequences, passes=passes, **given)
+    for bptt in (2, "exact", "sequential"):
+        with pytest.raises(InputError, match="unsloth's backward overwrites"):
+            replay_forward(model, out.sequences, bptt=bptt, **given)
 
 
 def test_this_unsloth_has_no_captured_decode_step_that_could_skip_the_blend():

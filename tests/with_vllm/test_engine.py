@@ -113,7 +113,7 @@ def test_log_probabilities_of_sampled_tokens_are_the_replays(thinker, tokenizer)
         replayed = out.logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         mine = replayed.gather(-1, torch.tensor(tokens)[:, None]).squeeze(-1)
         assert (mine - logps).abs().max() < 1e-3
-        plainly = model(ids, thinking_states=None).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
+        plainly = model(ids).logits[0, len(prompt) - 1 : -1].log_softmax(-1)
         assert (plainly.gather(-1, torch.tensor(tokens)[:, None]).squeeze(-1) - logps).abs().max() > 0.05
 
 

@@ -2,6 +2,8 @@
 
 import copy
 
+from dataclasses import replace
+
 import pytest
 import torch
 from datasets import Dataset
@@ -15,6 +17,7 @@ from hrpo_patches.models.vllm_engine import ThinkingVLLM
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import MODULES
+from hrpo_thinking.inputs import ThinkingInputs
 
 VLLM = {"use_vllm": True, "vllm_mode": "colocate", "vllm_max_model_length": 256}
 
@@ -65,7 +68,7 @@ one_family = pytest.mark.parametrize("family", ["llama"], indirect=True)
     [
         ("llama", {}),
         ("qwen2", {"thoughts": 2}),
-        ("qwen3", {"replay_passes": "all"}),
+        ("qwen3", {"bptt": "sequential"}),
         ("llama", {"reference": "start", "thinking": {"residual_scale": "embedding", "projection_layers": 2}}),
     ],
     ids=str,
@@ -122,14 +125,12 @@ def test_the_engine_reads_by_the_trainers_tokenizer_also_where_the_folder_has_no
 
 @one_family
 def test_a_replay_without_thoughts_would_be_seen(base, tmp_path, monkeypatch):
-    from hrpo_patches.thinking.replay import Rollout
+    rows_of = ThinkingInputs.rows
 
-    inputs = Rollout.model_inputs
+    def forgetful(self, rows):
+        return replace(rows_of(self, rows), mask=torch.zeros_like(self.mask[rows]))
 
-    def forgetful(self, rows=slice(None)):
-        return inputs(self, rows) | {"thinking_mask": torch.zeros_like(self.mask[rows])}
-
-    monkeypatch.setattr(Rollout, "model_inputs", forgetful)
+    monkeypatch.setattr(ThinkingInputs, "rows", forgetful)
     trainer, _ = run(tmp_path / "run", base, steps=1)
     (row,) = [row for row in trainer.state.log_history if "loss" in row]
     assert row["sampling/sampling_logp_difference/max"] > 0.05

@@ -261,7 +261,7 @@ class Examination:
         if not apart < most:
             raise InputError(
                 f"log-probabilities of rollout and replay differ by {apart:.2g}, more than {most}: training would "
-                f"learn from what was never said. The model's forward has to pass thinking_states on; leave it as it "
+                f"learn from what was never said. The model's forward must pass thinking_inputs on; leave it as it "
                 f"is, or try another attn_implementation."
             )
         self.replayed = replayed

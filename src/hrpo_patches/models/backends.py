@@ -11,13 +11,17 @@ from typing import TYPE_CHECKING, Any
 
 from hrpo_patches.patching.overlay import check, installed_version
 from hrpo_thinking.errors import InputError, PatchError
+from hrpo_thinking.inputs import Depth
 
 if TYPE_CHECKING:
     import torch
     from peft import PeftConfig
 
 BACKENDS = ("auto", "transformers", "unsloth")
-ONE_PASS = "unsloth's forward replays in one pass only; leave replay_passes at 1, or use transformers."
+NO_BPTT = (
+    "unsloth's backward overwrites what its forward saved, so that a gradient cannot flow through the thoughts; use "
+    "bptt=0 and states of today's weights, or transformers."
+)
 
 
 class Backend:
@@ -25,14 +29,14 @@ class Backend:
 
     Attributes:
         fused_head: whether TRL's fused LM head can call the backbone of its models.
-        several_passes: whether its forward can replay in several passes.
+        bptt: how far the gradient flows through thoughts unless a run says so; 0 where it cannot.
         own_checkpointing: whether its models do gradient checkpointing themselves.
         own_adapters: whether an adapter has to be made by `add_adapter`, and not by a trainer from a PEFT config.
         packs: whether its models can generate in continuous batching.
     """
 
     fused_head = True
-    several_passes = True
+    bptt: Depth = "exact"
     own_checkpointing = False
     own_adapters = False
     packs = True

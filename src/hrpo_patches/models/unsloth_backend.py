@@ -47,7 +47,7 @@ class UnslothBackend(Backend):
     """See `backends.Backend`."""
 
     fused_head = False  # it calls the backbone itself, past the causal mask that unsloth's causal-LM forward makes
-    several_passes = False
+    bptt = 0
     own_checkpointing = True
     own_adapters = True
     packs = False

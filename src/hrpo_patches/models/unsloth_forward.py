@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from hrpo_patches.models.backends import ONE_PASS
+from hrpo_patches.models.backends import NO_BPTT
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
+from hrpo_thinking.inputs import LOOSE_KEYWORDS, ThinkingInputs
 from hrpo_thinking.parts import MODULES
 
-_KEYWORDS = ("thinking_states", "thinking_mask", "thinking_residual")
 
-
-def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> tuple[Any, ...] | None:
-    """The (states, mask, residual) of this forward, taken out of `kwargs`; None when thinking was not asked for.
+def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> ThinkingInputs | None:
+    """The `ThinkingInputs` of this forward, taken out of `kwargs`; None when thinking was not asked for.
 
     Args:
         backbone: the model that will blend.
@@ -21,14 +20,16 @@ def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> tuple[A
         length: L, the number of input positions.
 
     Raises:
-        InputError: the family has no patches, more than one pass is asked for, or unsloth would cut the input, and the
-            states would be out of place.
+        InputError: the family has no patches, a gradient through the thoughts is asked for, or unsloth would cut the
+            input, and the states would be out of place.
     """
-    if kwargs.pop("thinking_passes", 1) != 1:
-        raise InputError(ONE_PASS)
-    thinking = tuple(kwargs.pop(name, None) for name in _KEYWORDS)
-    if thinking[0] is None and thinking[1] is None:
+    thinking: ThinkingInputs | None = kwargs.pop("thinking_inputs", None)
+    if "thinking_states" in kwargs:
+        raise InputError(LOOSE_KEYWORDS)
+    if thinking is None:
         return None
+    if thinking.bptt is not None or thinking.states is None:
+        raise InputError(NO_BPTT)
     if not hasattr(backbone, "blend_thinking"):
         raise InputError(f"{type(backbone).__name__} cannot think: hrpo_patches has patches for {NAMES} only.")
     longest = getattr(backbone, "max_seq_length", length)

@@ -151,7 +151,7 @@ class ThinkingMonitor(TrainerCallback):
 
     def _measured(self, temperature: float) -> dict[str, Tensor]:
         values = measure_weights(self.backbone, self.start)
-        if self._first is not None and self._first.get("thinking_states") is not None:
+        if self._first is not None and self._first.get("thinking_inputs") is not None:
             values |= {"marker_rate": marker_rate(self._first)} if self.estimate_marker else {}
             values |= measure_blend(self.backbone, head_of(self.base), self._first, temperature)
         return values

@@ -92,7 +92,8 @@ def measure_blend(
         a/* and i/*; cosine/token, of the residual and the embedding of the token that was sampled; cosine/embedding,
         of the projected and the embedding residual of the same decoding step. Empty if no position thinks.
     """
-    states, mask = inputs["thinking_states"], inputs["thinking_mask"]
+    thinking = inputs["thinking_inputs"]
+    states, mask = thinking.states, thinking.mask
     width = mask.shape[1]
     positions = mask.flatten().nonzero()[:, 0]
     if not len(positions):
@@ -109,7 +110,7 @@ def measure_blend(
 
     few = _spread(torch.arange(len(e), device=e.device), RESIDUALS_AT)
     state = states.flatten(0, 1)[sample][few]
-    kind = inputs.get("thinking_residual") or backbone.config.thinking["residual"]
+    kind = thinking.residual or backbone.config.thinking["residual"]
     residual = RESIDUALS[kind].make(backbone, state).float()
     values["cosine/token"] = cosine_similarity(residual, e[few], eps=EPS).mean()
     if RESIDUALS[kind].needs_state and head is not None:
@@ -128,7 +129,7 @@ def _spread(positions: Tensor, count: int) -> Tensor:
 
 def marker_rate(inputs: dict[str, Any]) -> Tensor:
     """The share of sequences in which a position that does not think follows one that does, before the padding."""
-    mask = inputs["thinking_mask"]
+    mask = inputs["thinking_inputs"].mask
     attention = inputs.get("attention_mask")
     real = torch.ones_like(mask) if attention is None or attention.ndim != 2 else attention[:, -mask.shape[1] :].bool()
     return ((mask.cumsum(dim=1) > 0) & ~mask & real).any(dim=1).float().mean()

@@ -55,7 +55,9 @@ def refuse_spoilt(model: nn.Module, inputs: dict[str, Any], folder: Path, step: 
 def keep(model: nn.Module, inputs: dict[str, Any], folder: Path, step: int, rank: int = 0) -> Path:
     """Write the tensors among `inputs`, and what is not finite, into a new folder; returns it."""
     kept = _unused(folder / f"nonfinite-step-{step}", rank)
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+    thinking = inputs.get("thinking_inputs")
+    states = {"thinking_states": thinking.states, "thinking_mask": thinking.mask} if thinking is not None else {}
+    tensors = {name: value for name, value in (inputs | states).items() if isinstance(value, Tensor)}
     save_file(
         {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()},
         kept / "inputs.safetensors",

@@ -39,6 +39,8 @@ def family_diffs() -> dict[str, str]:
         template = (patches_root() / f"family-{kind}.template").read_text(encoding="utf-8")
         for family, classes in FAMILIES.items():
             text = template.replace("{Family}", classes).replace("{family}", family)
+            source = f"Generated: from patches/family-{kind}.template by `hrpo refresh`; edit the template.\n"
+            text = text.replace("\n\n---", f"\n{source}\n---", 1)
             diffs[name.replace("{family}", family)] = text
     return diffs
 

@@ -19,6 +19,7 @@ from hrpo_patches.thinking.backbone import ratio_of, thinking_backbone
 from hrpo_patches.thinking.decoding import check_room
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.request import ThinkingRequest
 
@@ -122,16 +123,16 @@ class BatchThinking:
                 self._news.append((at - 1, record, state.position_offset - prompt))
         kwargs["output_last_hidden_state"] = True
         if rows:
-            kwargs |= self._thinking(rows, states, kwargs["input_ids"].shape[1])
+            kwargs["thinking_inputs"] = self._inputs(rows, states, kwargs["input_ids"].shape[1])
         return args, kwargs
 
-    def _thinking(self, rows: list[int], states: list[Tensor], length: int) -> dict[str, Any]:
+    def _inputs(self, rows: list[int], states: list[Tensor], length: int) -> ThinkingInputs:
         kept = torch.stack(states)
         mask = torch.zeros(1, length, dtype=torch.bool, device=kept.device)
         mask[0, rows] = True
         whole = kept.new_zeros(1, length, kept.shape[1])
         whole[0, rows] = kept
-        return {"thinking_states": whole, "thinking_mask": mask, "thinking_residual": self.residual}
+        return ThinkingInputs(whole, mask, self.residual)
 
     def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         processor = self.manager.batch_processor

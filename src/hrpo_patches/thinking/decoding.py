@@ -17,6 +17,7 @@ from hrpo_patches.thinking.backbone import thinking_backbone
 from hrpo_patches.thinking.mixin import ThinkingMixin
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import FALLBACK, RESIDUALS, parts_of
 
@@ -242,11 +243,8 @@ class ThinkingDecoder:
         """The next forward's inputs with the thinking of the positions that it reads: one, or all without a cache."""
         input_ids = model_inputs["input_ids"]
         width = min(input_ids.shape[1], len(self.states))
-        return model_inputs | {
-            "thinking_states": torch.stack(self.states[-width:], dim=1),
-            "thinking_mask": torch.stack(self.masks[-width:], dim=1),
-            "thinking_residual": self.residual,
-        }
+        states, mask = torch.stack(self.states[-width:], dim=1), torch.stack(self.masks[-width:], dim=1)
+        return model_inputs | {"thinking_inputs": ThinkingInputs(states, mask, self.residual)}
 
     def observe(self, outputs: Any, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> Tensor:
         """Take the state that the next tokens came from; returns these: `next_tokens`, or fillers.

@@ -6,16 +6,15 @@ import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from hrpo_patches.thinking.passes import Head, Passes, check_passes, inputs_of_last_pass, one_by_one, refuse_dropout
+from hrpo_patches.thinking import adjoint
 from hrpo_thinking.blend import Blend
 from hrpo_thinking.config import ThinkingConfig, record_of
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import LOOSE_KEYWORDS, ThinkingInputs
 from hrpo_thinking.modules import ThinkingModule, make_projection, thinking_modules
-from hrpo_thinking.parts import MODULE_PATTERN, MODULES, RESIDUALS, is_thinking_parameter
+from hrpo_thinking.parts import MODULE_PATTERN, MODULES, is_thinking_parameter
 from hrpo_thinking.request import FORCED_ALONE
 
 if TYPE_CHECKING:
@@ -181,77 +180,22 @@ class ThinkingMixin(Blend, _Base):
     def think(
         self,
         embeds: Tensor,
-        states: Tensor | None,
-        mask: Tensor | None,
-        residual: str | None = None,
-        passes: Passes = 1,
-        head: Head | None = None,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> Tensor:
-        """The inputs (B, L, d) of a forward that thinks: `blend_thinking`, or the last of several `passes`.
-
-        Raises:
-            InputError: as `blend_thinking`, or several passes are not possible.
-        """
-        if passes == 1:
-            return self.blend_thinking(embeds, states, mask, residual)
-        kind, head = self._check_passes(embeds, mask, residual, passes, head, attention_mask)
-        if states is None or mask is None:
-            raise InputError("thinking_states and thinking_mask belong together; one of them is missing.")
-        assert passes != "all"  # which is `think_one_by_one`
-        return inputs_of_last_pass(self, embeds, states, mask, kind, passes, head, attention_mask, position_ids)
-
-    def think_one_by_one(
-        self,
-        embeds: Tensor,
-        mask: Tensor | None,
-        residual: str | None,
-        head: Head | None,
+        thinking: ThinkingInputs | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-        **kwargs: Any,
-    ) -> Any:
-        """A forward's output whose masked positions are thought anew, each from the live state before it.
+    ) -> tuple[Tensor, ThinkingInputs]:
+        """Called by a patched forward before its layers: their inputs (B, L, d), and what `credit` takes.
 
         Raises:
-            InputError: as `think`.
+            InputError: as `blend_thinking`, or the gradient cannot be taken as `thinking.bptt` asks.
         """
-        if captured := [name for name in ("output_hidden_states", "output_attentions") if kwargs.get(name)]:
-            raise InputError(f"{captured[0]} does not go with passes='all', whose layers see a position at a time.")
-        kind, head = self._check_passes(embeds, mask, residual, "all", head, attention_mask)
-        assert mask is not None
-        hidden = one_by_one(self, embeds, mask.to(embeds.device), kind, head, attention_mask, position_ids)
-        return BaseModelOutputWithPast(last_hidden_state=hidden)
+        if thinking is None:
+            raise InputError(LOOSE_KEYWORDS)
+        if thinking.bptt is not None or thinking.states is None:
+            thinking = adjoint.ready(self, embeds, thinking, attention_mask, position_ids)
+        return self.blend_thinking(embeds, thinking), thinking
 
-    def _check_passes(
-        self,
-        embeds: Tensor,
-        mask: Tensor | None,
-        residual: str | None,
-        passes: Passes,
-        head: Head | None,
-        attention_mask: Tensor | None,
-    ) -> tuple[str, Head | None]:
-        """Refuse what several passes cannot do; the residual, and the head if it needs one."""
-        check_passes(passes)
-        if not hasattr(self, "thinking_projection"):
-            raise InputError("thinking was asked of a plain model; build or load it with thinking={}.")
-        if mask is None or mask.dim() != 2 or mask.shape[0] != embeds.shape[0] or mask.shape[1] >= embeds.shape[1]:
-            raise InputError(
-                f"more than one replay pass needs a thinking_mask (B, K) with K < L, for the first thought comes from "
-                f"the position before it; the inputs are {tuple(embeds.shape)}."
-            )
-        if mask.dtype != torch.bool:
-            raise InputError(f"thinking_mask has to be bool, not {mask.dtype}.")
-        if attention_mask is not None and getattr(attention_mask, "shape", None) != embeds.shape[:2]:
-            raise InputError("more than one replay pass needs an attention_mask (B, L), or none.")
-        refuse_dropout(self)
-        kind = residual or self.config.thinking["residual"]
-        needs_head = not RESIDUALS[kind].needs_state
-        if needs_head and head is None:
-            raise InputError(
-                f"the {kind} residual of a live state needs the LM head; call hrpo_patches.replay_forward(model, "
-                "...), which hands it over."
-            )
-        return kind, head if needs_head else None
+    def credit(self, hidden: Tensor, thinking: ThinkingInputs) -> Tensor:
+        """Called by a patched forward after its last norm: the hidden states (B, L, d), through which a gradient flows
+        back to the thoughts."""
+        return hidden if thinking.bptt is None else adjoint.credited(self, hidden, thinking)

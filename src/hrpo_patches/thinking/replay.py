@@ -1,51 +1,22 @@
-"""A rollout's thinking, and how it is replayed; knows models and tensors, nothing of trainers or text.
+"""A replay: one parallel forward over prompts and completions that thinks as their rollout did.
 
-The rollout keeps the states, not the residuals: the replay makes the residuals anew with today's weights, which
-is what carries the gradient to the projection. The states themselves are constants, in the first pass.
+The rollout keeps states, not residuals: the replay makes the residuals again with today's weights, which carries the
+gradient to the projection. How far it flows on, through the states, is `bptt`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
-from hrpo_patches.thinking.passes import Head, Passes, check_passes, live_states
+from hrpo_patches.thinking.sequential import Head
 from hrpo_patches.thinking.shards import head_of, weight_of
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs, depth_of
 from hrpo_thinking.parts import RESIDUALS, ResidualKind
-
-
-@dataclass
-class Rollout:
-    """What a rollout's completions thought.
-
-    Attributes:
-        states: (B, C, d), the state that produced each completion token (or the finished residual).
-        mask: (B, C) bool, which completion tokens think.
-        residual: what the states are.
-    """
-
-    states: Tensor
-    mask: Tensor
-    residual: str
-
-    def aligned(self, width: int) -> Rollout:
-        """The same for completions that were cut or right-padded to `width` tokens."""
-        extra = width - self.mask.shape[1]  # negative cuts
-        return Rollout(pad(self.states, (0, 0, 0, extra)), pad(self.mask, (0, extra)), self.residual)
-
-    def model_inputs(self, rows: slice = slice(None)) -> dict[str, Any]:
-        """Keyword arguments for a forward over `rows` of (prompt + completion), aligned with its last C positions."""
-        return {
-            "thinking_states": self.states[rows].detach(),
-            "thinking_mask": self.mask[rows],
-            "thinking_residual": self.residual,
-        }
 
 
 class DistributionHead:
@@ -75,18 +46,6 @@ def distribution_head(model: Any, residual: str, temperature: float) -> Head | N
     return None if kind.needs_state else DistributionHead(model, kind, temperature)
 
 
-def passes_inputs(model: Any, passes: Passes, residual: str, temperature: float = 1.0) -> dict[str, Any]:
-    """Keyword arguments for a forward of `model` in so many passes; none for one.
-
-    Raises:
-        InputError: `passes` is neither a whole number from 1 nor "all".
-    """
-    check_passes(passes)
-    if passes == 1:
-        return {}
-    return {"thinking_passes": passes, "thinking_head": distribution_head(model, residual, temperature)}
-
-
 def replay_forward(
     model: Any,
     input_ids: Tensor,
@@ -94,43 +53,56 @@ def replay_forward(
     *,
     thinking_states: Tensor | None = None,
     thinking_mask: Tensor,
-    passes: Passes = 1,
+    thinking_residual: str | None = None,
+    bptt: Depth = 0,
+    bptt_tolerance: float = Bptt.tolerance,
+    bptt_terms: int = Bptt.terms,
+    stale: bool = False,
     temperature: float = 1.0,
     **kwargs: Any,
 ) -> Any:
-    """A forward over prompts and completions whose thinking positions are replayed in so many passes.
+    """A forward over prompts and completions whose thinking positions are replayed.
 
-    With one pass this is `model(...)`: the residuals come from the stored states, which are constants. Each later pass
-    makes them from the live states of the one before, so that a gradient also reaches what was written into a thought,
-    k - 1 thoughts back. "all" thinks the masked positions anew, one by one, and has the exact gradient; it reads no
-    stored states. On policy all have the rollout's values.
+    Backpropagation through time (BPTT): with `bptt=0` the stored states are constants, and the gradient reaches
+    whoever reads a thought (the published gradient). With `bptt=k` it also flows back through k thoughts (truncated
+    BPTT), and with "exact" through all of them, by the adjoint series of `thinking/adjoint.py`. "sequential" is the
+    same gradient by decoding the thoughts one by one. The values are those of the rollout, if the weights still are.
 
     Args:
         model: a causal language model that thinks, also a PEFT one, or wrapped for data parallel training.
         input_ids, attention_mask: (B, L).
-        thinking_states: (B, K, d), as for the model's forward; "all" needs none.
-        thinking_mask: (B, K) bool, K < L for more than one pass.
-        passes: a whole number from 1, or "all".
+        thinking_states: (B, K, d), what each position's residual is made from. None, for supervised text: the tokens
+            are thought first, without gradient (`thinking_roll`).
+        thinking_mask: (B, K) bool, aligned with the last K input positions; K < L unless `bptt` is 0.
+        thinking_residual: what the states are; by default what the model's config says.
+        bptt: 0, a number of thoughts, "exact", or "sequential".
+        bptt_tolerance: of "exact", the norm of its last term over the ordinary gradient's at the hidden states.
+        bptt_terms: after how many terms "exact" warns of a series that does not converge.
+        stale: whether the states were made by other weights (off policy); then they are computed again first, without
+            gradient, so that values and gradient are exact for today's weights.
         temperature: of the rollout, for the embedding residual.
         kwargs: for the model, e.g. labels or logits_to_keep.
 
     Returns:
-        The model's output, of the last pass.
+        The model's output.
 
     Raises:
-        InputError: the shapes do not fit, a dropout is at work in more than one pass, or the model cannot do these.
+        InputError: the shapes do not fit, or the model cannot take this gradient.
     """
     if cached := [name for name in ("past_key_values", "cache") if kwargs.get(name) is not None]:
-        raise InputError(f"a replay reads whole sequences; leave {cached[0]} out.")
-    inner = causal_lm(model)
-    residual = kwargs.pop("thinking_residual", None) or thinking_backbone(inner).config.thinking["residual"]
+        raise InputError(f"a replay reads whole sequences; remove {cached[0]}.")
+    inner, depth = causal_lm(model), depth_of(bptt)
+    residual = thinking_residual or thinking_backbone(inner).config.thinking["residual"]
+    if thinking_states is not None:
+        thinking_states = thinking_states.detach()
+    rule = None
+    if depth or stale or thinking_states is None:
+        head = distribution_head(inner, residual, temperature)
+        rule = Bptt(depth, bptt_tolerance, bptt_terms, stale, head)
     return model(
         input_ids=input_ids,
         attention_mask=attention_mask,
-        thinking_states=thinking_states,
-        thinking_mask=thinking_mask,
-        thinking_residual=residual,
-        **passes_inputs(inner, passes, residual, temperature),
+        thinking_inputs=ThinkingInputs(thinking_states, thinking_mask, residual, rule),
         **{"use_cache": False} | kwargs,
     )
 
@@ -145,20 +117,16 @@ def thinking_roll(
 ) -> Tensor:
     """The states (B, K, d) of a model that thinks given tokens: what a rollout of the same tokens would have stored.
 
+    They are decoded one by one, in evaluation mode. Columns before the first and after the last thinking one are 0.
+
     Args:
         model, input_ids, attention_mask, thinking_mask, temperature: as for `replay_forward`.
     """
     inner = causal_lm(model)
-    residual = thinking_backbone(inner).config.thinking["residual"]
-    out = replay_forward(
-        model,
-        input_ids,
-        attention_mask,
-        thinking_mask=thinking_mask,
-        passes="all",
-        temperature=temperature,
-        output_last_hidden_state=True,
-        logits_to_keep=1,
-    )
-    head = distribution_head(inner, residual, temperature)
-    return live_states(out.last_hidden_state, thinking_mask.shape[1], head)
+    backbone = thinking_backbone(inner)
+    residual = backbone.config.thinking["residual"]
+    rule = Bptt(head=distribution_head(inner, residual, temperature))
+    embeds = backbone.get_input_embeddings()(input_ids)
+    _, thinking = backbone.think(embeds, ThinkingInputs(None, thinking_mask, residual, rule), attention_mask, None)
+    assert thinking.states is not None
+    return thinking.states

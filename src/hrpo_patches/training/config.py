@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hrpo_patches.thinking.passes import Passes, check_passes
 from hrpo_patches.training.released import released
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import Bptt, Depth, depth_of
 from hrpo_thinking.parts import NONE, RATES, RESIDUALS, residual_of
 from hrpo_thinking.request import check_residual
 
@@ -61,12 +62,24 @@ class HRPOConfig(GRPOConfig):
     answer_start: str = _thinking("answer_start", ThinkingConfig.answer_start)
     thoughts: int | None = _thinking("thoughts", None)
     filler: str | None = _thinking("filler", None)
-    replay_passes: str = field(
-        default="1",
+    bptt: str | None = field(
+        default=None,
         metadata={
-            "help": "Passes of the loss's replay: 1, the published gradient; k, which carries it k - 1 thoughts back; "
-            "or all, the exact gradient."
+            "help": "Backpropagation through time, how many thoughts back the gradient flows: 0, the published "
+            "gradient; k, truncated after k thoughts; exact, through all, by the adjoint series; sequential, the same "
+            "by decoding them one by one. Default: exact, and 0 on unsloth."
         },
+    )
+    bptt_tolerance: float = field(
+        default=Bptt.tolerance,
+        metadata={"help": "bptt=exact ends with a term whose norm is at most this share of the first one's."},
+    )
+    bptt_terms: int = field(
+        default=Bptt.terms,
+        metadata={"help": "Terms after which bptt=exact warns that its series does not converge."},
+    )
+    replay_passes: str | None = field(
+        default=None, metadata={"help": "Deprecated: k passes are bptt=k-1, all is exact."}
     )
     reference: str = field(
         default="base",
@@ -87,16 +100,13 @@ class HRPOConfig(GRPOConfig):
     def __post_init__(self) -> None:
         self.residual = residual_of(self.residual)
         self._read_thinking()
-        passes: Any = self.replay_passes
-        passes = int(passes) if isinstance(passes, str) and passes.isdecimal() else passes
-        check_passes(passes)
-        self.replay_passes = passes
+        self._read_bptt()
         if self.reference not in REFERENCES:
             raise InputError(f"reference has to be one of {REFERENCES}, not {self.reference!r}.")
         if self.residual is not None or self.thoughts:
             self._refuse_what_cannot_think()
-        if self.residual is None and (self.passes != 1 or self.reference != "base"):
-            raise InputError("replay_passes and reference are about thinking; they do not go with residual='none'.")
+        if self.residual is None and (self.bptt or self.reference != "base"):
+            raise InputError("bptt and reference are about thinking; they do not go with residual='none'.")
         if self.reference == "start" and self.sync_ref_model:
             raise InputError("sync_ref_model moves the reference, and reference='start' keeps it; leave one out.")
         if self.residual is not None and self.sync_ref_model:
@@ -104,6 +114,24 @@ class HRPOConfig(GRPOConfig):
                 "sync_ref_model mixes this model's weights into a reference that has no thinking ones; leave it out."
             )
         super().__post_init__()
+
+    def _read_bptt(self) -> None:
+        """Read how far the gradient flows, also as it was said before version 0.3."""
+        if self.replay_passes is not None:
+            passes = str(self.replay_passes)
+            if passes != "all" and not (passes.isdecimal() and int(passes)):
+                raise InputError(f"replay_passes must be a whole number from 1, or 'all', not {self.replay_passes!r}.")
+            depth = "exact" if passes == "all" else str(int(passes) - 1)
+            if self.bptt is not None and depth_of(self.bptt) != depth_of(depth):
+                raise InputError(f"bptt={self.bptt} and replay_passes={passes} differ; remove replay_passes.")
+            warnings.warn(f"replay_passes={passes} is deprecated; use bptt={depth}.", FutureWarning, stacklevel=4)
+            self.bptt, self.replay_passes = depth, None
+        if self.bptt is not None:
+            self.bptt = depth_of(self.bptt)  # type: ignore[assignment]
+        if not 0 <= self.bptt_tolerance < 1:
+            raise InputError(f"bptt_tolerance must be at least 0 and below 1, not {self.bptt_tolerance}.")
+        if self.bptt_terms < 1:
+            raise InputError(f"bptt_terms must be at least 1, not {self.bptt_terms}.")
 
     def _read_thinking(self) -> None:
         """Read `thinking` into a dict, and into the fields that say the same."""
@@ -177,9 +205,9 @@ class HRPOConfig(GRPOConfig):
         return self._options() if self.residual is not None else {}
 
     @property
-    def passes(self) -> Passes:
-        """`replay_passes`, a whole number or "all"."""
-        return self.replay_passes  # type: ignore[return-value]
+    def depth(self) -> Depth:
+        """How far the gradient flows through thoughts; the trainer has set `bptt` to its backend's if it was None."""
+        return depth_of(self.bptt or 0)
 
     @property
     def learning_rates(self) -> dict[str, float]:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import set_seed
 from trl.trainer.utils import create_model_from_path
 
-from hrpo_patches.models.backends import ONE_PASS, backend_of, refuse_stranger
+from hrpo_patches.models.backends import NO_BPTT, backend_of, refuse_stranger
 from hrpo_patches.models.base import thinking_options
 from hrpo_patches.thinking.backbone import patched_backbone, temporarily, thinking_backbone
 from hrpo_patches.thinking.decoding import NEUTRAL
-from hrpo_patches.thinking.passes import refuse_dropout
+from hrpo_patches.thinking.sequential import refuse_dropout
 from hrpo_patches.thinking.shards import partitioned
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_thinking.config import ThinkingConfig, check_same_kind, record_of
@@ -130,7 +130,7 @@ def float32_copies(model: Any) -> dict[str, Tensor]:
 
 
 def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout: Any) -> None:
-    """Refuse a model that would fall back, whose thinking weights would not be trained, or that cannot do the passes.
+    """Refuse a model that would fall back, would not train its thinking weights, or cannot take the gradient.
 
     The norm of its embeddings is measured, if the residual takes it, before training can change them.
 
@@ -167,12 +167,15 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout
             f"the forward of {type(base).__name__} returns no last_hidden_state, so the {kind.name} would never "
             f"be used or trained; unwrap the model, or train with residual={FALLBACK!r}."
         )
-    if args.passes != 1:
-        if not backend_of(base).several_passes:
-            raise InputError(ONE_PASS)
+    backend = backend_of(base)
+    if args.bptt is None:
+        args.bptt = backend.bptt  # type: ignore[assignment]
+    from_start = args.reference == "start" and args.beta != 0.0
+    if (args.depth or from_start) and not backend.bptt:
+        raise InputError(NO_BPTT)
+    if args.depth == "sequential":
         refuse_dropout(backbone, today=False)
-    live = args.passes != 1 or (args.reference == "start" and args.beta != 0.0)
-    if live and not kind.needs_state:
+    if (args.depth or from_start) and not kind.needs_state:
         check_distribution(rollout, base.generation_config)
     backbone.residual_norm()
 
@@ -199,8 +202,8 @@ def check_distribution(rollout: Any, model: Any) -> None:
         value = value if value is not None else getattr(model, name, None)
         if value is not None and value not in neutral:
             raise InputError(
-                f"{name}={value!r} changes the distribution that the embedding residual is made from, and several "
-                f"replay passes, or the reference 'start', make it again from the temperature alone; leave it out."
+                f"{name}={value!r} changes the distribution that the embedding residual is made from, and bptt, or "
+                f"the reference 'start', makes it again from the temperature alone; remove it, or set bptt=0."
             )
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import pad
 
 from hrpo_patches.thinking.backbone import ratio_of, temporarily
-from hrpo_patches.thinking.replay import Rollout
+from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.request import ThinkingRequest
 
@@ -23,20 +23,20 @@ class Made:
     """A rollout, and the completions that it belongs to.
 
     Attributes:
-        rollout: states and mask of every completion token, forced thoughts included.
+        thinking: of every completion token, forced thoughts included.
         ratio: (B, C), the share of the embedding, as `generate` returns it.
         completions: the token ids of each, without forced thoughts, up to its end token.
         logprobs: of these tokens, as the engine sampled them; None where it does not say.
     """
 
-    rollout: Rollout
+    thinking: ThinkingInputs
     ratio: Tensor
     completions: list[list[int]]
     logprobs: list[list[float]] | None = None
 
     def shares(self) -> Tensor:
         """Over the positions that think: the sums of a and of sqrt(1 - a²), and how many there are; (3,)."""
-        mask = self.rollout.mask
+        mask = self.thinking.mask
         a = torch.where(mask, self.ratio, 0.0)
         hidden = torch.where(mask, torch.sqrt(1 - a.square()), 0.0)
         return torch.stack([a.sum(), hidden.sum(), mask.sum().float()])
@@ -62,8 +62,8 @@ def by_generate(
     is_end = torch.isin(tokens, torch.tensor(ends, device=tokens.device))
     kept = is_end.cumsum(dim=1) - is_end.long() == 0  # up to and including the first end token
     completions = [row[keep].tolist() for row, keep in zip(tokens.cpu(), kept.cpu(), strict=True)]
-    rollout = Rollout(out.thinking_states, out.thinking_mask, out.thinking_residual)
-    return Made(rollout, out.thinking_ratio, completions)
+    thinking = ThinkingInputs(out.thinking_states, out.thinking_mask, out.thinking_residual)
+    return Made(thinking, out.thinking_ratio, completions)
 
 
 def by_batches(
@@ -82,8 +82,8 @@ def by_batches(
     states = pad_sequence([output.thinking_states for output in ready], batch_first=True)
     mask = pad_sequence([output.thinking_mask for output in ready], batch_first=True)
     ratio = pad_sequence([output.thinking_ratio for output in ready], batch_first=True, padding_value=1.0)
-    rollout = Rollout(states, mask, ready[0].thinking_residual)
-    return Made(rollout, ratio, [output.generated_tokens[forced:] for output in ready])
+    thinking = ThinkingInputs(states, mask, ready[0].thinking_residual)
+    return Made(thinking, ratio, [output.generated_tokens[forced:] for output in ready])
 
 
 def by_vllm(
@@ -113,7 +113,7 @@ def by_vllm(
     device = ratios[0].device
     padded = pad_sequence(states, batch_first=True).to(device), pad_sequence(masks, batch_first=True).to(device)
     return Made(
-        Rollout(*padded, residual),
+        ThinkingInputs(*padded, residual),
         pad_sequence(ratios, batch_first=True, padding_value=1.0),
         [row[forced:] for row in tokens],
         [row[forced:] for row in logprobs],

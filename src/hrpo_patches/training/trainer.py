@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from dataclasses import replace
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,7 @@ from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.monitor.nonfinite import keep
 from hrpo_patches.thinking.backbone import causal_lm, hands_over_states, temporarily, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
-from hrpo_patches.thinking.passes import Passes
-from hrpo_patches.thinking.replay import Rollout, passes_inputs
+from hrpo_patches.thinking.replay import distribution_head
 from hrpo_patches.thinking.shards import head_of, partitioned, whole
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.epoch_order import EpochOrder
@@ -52,6 +52,7 @@ from hrpo_patches.training.scores import fits, scores
 from hrpo_patches.training.several import InShards, as_long_as_any
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
+from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
 
 GRPOTrainer: Any = released("trl.trainer.grpo_trainer", "GRPOTrainer")
 POSITIONAL = [*signature(GRPOTrainer.__init__).parameters][4:]  # after self, model, reward_funcs and args
@@ -79,7 +80,8 @@ class HRPOTrainer(InShards, GRPOTrainer):
         if not isinstance(args, HRPOConfig):
             raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
         kwargs |= dict(zip(POSITIONAL, positional, strict=False))
-        self._rollout: Rollout | None = None
+        self._thinking: ThinkingInputs | None = None  # of the batch at hand
+        self._rolled_out = 0  # the step whose weights made the rollout
         self._epoch_order = EpochOrder()
         turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
         if args.residual is not None and turns:
@@ -163,14 +165,14 @@ class HRPOTrainer(InShards, GRPOTrainer):
         return completion_ids, logprobs
 
     def _think(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple[list, list | None]:
-        """Sample a thinking completion for each prompt; keeps the rollout, returns token ids and log-probabilities."""
+        """Sample a thinking completion for each prompt; returns token ids and log-probabilities."""
         made = self._made(prompt_ids, *args, **kwargs)
-        if made.rollout.residual != self.args.residual:
+        if made.thinking.residual != self.args.residual:
             raise InputError(
-                f"the rollout used the {made.rollout.residual} residual instead of {self.args.residual}: the model's "
+                f"the rollout used the {made.thinking.residual} residual instead of {self.args.residual}: the model's "
                 f"forward returns no last_hidden_state."
             )
-        self._rollout = made.rollout
+        self._thinking, self._rolled_out = made.thinking, self.state.global_step
         self._record_ratios(made.shares())
         return made.completions, made.logprobs
 
@@ -211,10 +213,10 @@ class HRPOTrainer(InShards, GRPOTrainer):
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
-        if self._rollout is not None:
-            rollout = self._rollout.aligned(len(self._fillers) + output["completion_ids"].shape[1])
-            output |= {"thinking_states": rollout.states, "thinking_mask": rollout.mask}
-            self._rollout = None
+        if self._thinking is not None:  # as tensors by name, which TRL shuffles and splits by rows
+            thinking = self._thinking.aligned(len(self._fillers) + output["completion_ids"].shape[1])
+            output |= {"thinking_states": thinking.states, "thinking_mask": thinking.mask}
+            self._thinking = None
         return output
 
     # --- loss ------------------------------------------------------------------------------------------------------
@@ -223,8 +225,8 @@ class HRPOTrainer(InShards, GRPOTrainer):
         if self.args.residual is None:
             return super()._compute_loss(model, inputs)
         # Within, every log-probability that TRL asks for is that of a model that thinks as in this rollout.
-        rollout = Rollout(inputs["thinking_states"], inputs["thinking_mask"], self.args.residual)
-        with temporarily(self, _rollout=rollout):
+        thinking = ThinkingInputs(inputs["thinking_states"], inputs["thinking_mask"], self.args.residual)
+        with temporarily(self, _thinking=thinking):
             return super()._compute_loss(model, inputs)
 
     def _is_reference(self, model: nn.Module) -> bool:
@@ -252,9 +254,22 @@ class HRPOTrainer(InShards, GRPOTrainer):
             raise InputError("HRPOTrainer trains dense text models: images and router losses are not supported.")
         if isinstance(model, StartReference):
             with model.in_place():
-                return self._scored(self.model, input_ids, attention_mask, logits_to_keep, batch_size, "all")
-        passes = self.args.passes if torch.is_grad_enabled() else 1  # the values of all are the rollout's
-        return self._scored(model, input_ids, attention_mask, logits_to_keep, batch_size, passes, compute_entropy)
+                start = self._bptt(0, stale=True)
+                return self._scored(self.model, input_ids, attention_mask, logits_to_keep, batch_size, start)
+        rule: Bptt | None = None
+        if torch.is_grad_enabled() and self.args.depth:
+            rule = self._bptt(self.args.depth, stale=self.state.global_step != self._rolled_out)
+        return self._scored(model, input_ids, attention_mask, logits_to_keep, batch_size, rule, compute_entropy)
+
+    def _bptt(self, depth: Depth, stale: bool) -> Bptt:
+        """How a gradient flows through the thoughts of a forward; `stale`: of states that other weights made."""
+        head = distribution_head(self._base_model(), self.args.residual, self.temperature)
+        observe = self._observe if depth else None
+        return Bptt(depth, self.args.bptt_tolerance, self.args.bptt_terms, stale, head, observe)
+
+    def _observe(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._metrics["train"][name].append(value)
 
     def _scored(
         self,
@@ -263,21 +278,21 @@ class HRPOTrainer(InShards, GRPOTrainer):
         attention_mask: Tensor,
         logits_to_keep: int,
         batch_size: int | None,
-        passes: Passes,
+        rule: Bptt | None,
         compute_entropy: bool = False,
     ) -> tuple[Tensor, Tensor | None, None]:
-        """Log-probabilities and entropies (B, C), a few rows at once, thinking in so many `passes`."""
-        rollout, own = self._rollout, logits_to_keep
+        """Log-probabilities and entropies (B, C), a few rows at once, thinking as in the batch's rollout."""
+        thinking, own = self._thinking, logits_to_keep
         input_ids, attention_mask, logits_to_keep = as_long_as_any(self.model, input_ids, attention_mask, own)
-        if rollout is not None:
-            rollout = None if self._is_reference(model) else rollout.aligned(len(self._fillers) + logits_to_keep)
+        if thinking is not None:
+            aligned = replace(thinking.aligned(len(self._fillers) + logits_to_keep), bptt=rule)
+            thinking = None if self._is_reference(model) else aligned
         size = batch_size or len(input_ids)
-        again = passes_inputs(self._base_model(), passes, self.args.residual, self.temperature) if rollout else {}
         made = []
         for rows in (slice(start, start + size) for start in range(0, len(input_ids), size)):
-            thinking = rollout.model_inputs(rows) | again if rollout is not None else {}
+            inputs = {"thinking_inputs": thinking.rows(rows)} if thinking is not None else {}
             score = self._score_fused if self._has_fused_head(model) else self._score_plain
-            made.append(score(model, input_ids[rows], attention_mask[rows], logits_to_keep, thinking))
+            made.append(score(model, input_ids[rows], attention_mask[rows], logits_to_keep, inputs))
         logps, entropies = (torch.cat(column)[:, :own] for column in zip(*made, strict=True))
         return logps, entropies if compute_entropy else None, None
 
@@ -292,7 +307,12 @@ class HRPOTrainer(InShards, GRPOTrainer):
         return self._on_triton() and backend_of(self.accelerator.unwrap_model(model)).fused_head
 
     def _score_fused(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        width: int,
+        thinking: dict[str, ThinkingInputs],
     ) -> tuple[Tensor, Tensor]:
         labels = input_ids.masked_fill(attention_mask == 0, -100)
         labels[:, :-width] = -100
@@ -304,7 +324,12 @@ class HRPOTrainer(InShards, GRPOTrainer):
         return outputs.log_probs[:, -width:], entropy[:, -width:]
 
     def _score_plain(
-        self, model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int, thinking: dict[str, Any]
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        width: int,
+        thinking: dict[str, ThinkingInputs],
     ) -> tuple[Tensor, Tensor]:
         inner, tokens = causal_lm(self.accelerator.unwrap_model(model)), input_ids[:, -width:]
         pieces = hands_over_states(inner) and not partitioned(inner)  # ZeRO-3 takes a frozen head's weight back
