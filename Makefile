@@ -64,8 +64,8 @@ bench: install $(VLLM_VENV)/.installed
 	$(BIN)/python benchmarks/step.py
 	$(BIN)/python benchmarks/step.py --vocabulary
 	$(BIN)/python benchmarks/decode.py
-	$(BIN)/python benchmarks/passes.py --thoughts 16
-	$(BIN)/python benchmarks/passes.py --thoughts 128 --rounds 3
+	$(BIN)/python benchmarks/bptt.py --rounds 3
+	$(BIN)/python benchmarks/bptt.py --rounds 3 --r_min 0.5 --r_max 0.9 --residual_scale embedding
 
 # Needs a GPU, and the environment that docs/unsloth.md names; writes what it saw under benchmarks/results/.
 test-gpu:

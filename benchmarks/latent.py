@@ -14,6 +14,7 @@ import math
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,12 +25,12 @@ import torch
 from latent_words import ELEMENTS, END, EQUALS, PAD, SLOTS, TASKS, lesson, prefix_products, words_of
 from rich.progress import track
 from safetensors.torch import load_model, save_model
-from torch.nn.functional import cross_entropy, pad
+from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hrpo_patches.commands.main import said
 from hrpo_patches.thinking.controls import CONTROLS, controlled
-from hrpo_patches.thinking.replay import replay_forward, thinking_roll
+from hrpo_patches.thinking.replay import replay_forward
 
 LONGEST = 16  # of the words whose products are thought in training; the start has written out SLOTS
 CURVED = (8, 16, 24)  # lengths on a learning curve; of 24 elements, no blank is left between word and thoughts
@@ -43,13 +44,13 @@ class Arm:
     Attributes:
         steps: what stands between word and product: "none", "written", or "thoughts".
         residual: "projection", "embedding", or None for fillers that are blended with nothing.
-        passes: of the loss.
+        bptt: how many thoughts back the gradient of the loss flows.
         layers: of the model.
     """
 
     steps: str = "thoughts"
     residual: str | None = "projection"
-    passes: int | str = 1
+    bptt: int | str = 0
     layers: int = 2
 
 
@@ -58,19 +59,27 @@ ARMS = {
     "none": Arm(steps="none", residual=None),
     "fillers": Arm(residual=None),
     "fillers-5": Arm(residual=None, layers=5),
-    "k1": Arm(passes=1),
-    "k4": Arm(passes=4),
-    "all": Arm(passes="all"),
-    "embedding-all": Arm(residual="embedding", passes="all"),
+    "k1": Arm(bptt=0),
+    "k4": Arm(bptt=3),
+    "all": Arm(bptt="sequential"),
+    "embedding-all": Arm(residual="embedding", bptt="sequential"),
+    "exact": Arm(bptt="exact"),
 }
 
 
 def loss_of(
-    model: LlamaForCausalLM, arm: Arm, words: torch.Tensor, table: torch.Tensor, c: int, readout: float = 0.0
+    model: LlamaForCausalLM,
+    arm: Arm,
+    words: torch.Tensor,
+    table: torch.Tensor,
+    c: int,
+    readout: float = 0.0,
+    observe: Callable[[dict[str, float]], None] | None = None,
 ) -> torch.Tensor:
-    """Cross-entropy of the written products and the answer; the states of the first pass come from a thinking roll.
+    """Cross-entropy of the written products and the answer.
 
-    `readout` is the weight of another one: of each prefix product, read out of the state before its place.
+    `readout` is the weight of another one: of each prefix product, read out of the state before its place. `observe`
+    is told what the gradient through the thoughts was.
     """
     tokens, labels = lesson(words, table, c, arm.steps != "none")
     inputs, width = tokens[:, :-1], tokens.shape[1] - 1 - SLOTS
@@ -78,11 +87,8 @@ def loss_of(
         logits = model(inputs, use_cache=False, logits_to_keep=width + 1).logits
     else:
         mask = (torch.arange(width) < c).expand(len(inputs), width)
-        states = None
-        if arm.passes != "all":
-            states = pad(thinking_roll(model, inputs[:, : SLOTS + c], None, mask[:, :c]), (0, 0, 0, width - c))
         logits = replay_forward(
-            model, inputs, thinking_states=states, thinking_mask=mask, passes=arm.passes, logits_to_keep=width + 1
+            model, inputs, thinking_mask=mask, bptt=arm.bptt, observe=observe, logits_to_keep=width + 1
         ).logits
     loss = cross_entropy(logits.flatten(0, 1), labels[:, SLOTS:].flatten(), ignore_index=-100)
     if readout:
@@ -109,7 +115,7 @@ def accuracy(
     else:
         mask = (torch.arange(h + 1) < h).expand(n, h + 1)
         with controlled(model, control, products[:, -1].tolist()):
-            logits = replay_forward(model, tokens, thinking_mask=mask, passes="all", logits_to_keep=1).logits
+            logits = replay_forward(model, tokens, thinking_mask=mask, logits_to_keep=1).logits
     return (logits[:, -1].argmax(-1) == products[:, -1]).float().mean().item()
 
 
@@ -158,6 +164,7 @@ class Course:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01, betas=(0.9, 0.98))
         self.generator = torch.Generator().manual_seed(seed)
         self.step, self.most, self.curve, self.seconds = 0, 1, [], 0.0
+        self.measured: dict[str, list[float]] = {}  # of the gradient, since the last point of the curve
 
     def run(self, phase: str, steps: int, batch_size: int, title: str) -> None:
         """At most so many steps of a phase: "written", "taught" or "product", in which the product is the only loss.
@@ -183,11 +190,17 @@ class Course:
             if self.step % self.args.every == 0 or all_taught:
                 row = {"step": self.step, "phase": phase, "most": self.most, "loss": sum(losses) / len(losses)}
                 row |= {str(h): accuracy(self.model, self.arm, tests(h, 300), self.table) for h in CURVED}
+                row |= {name: round(sum(values) / len(values), 4) for name, values in self.measured.items()}
                 self.curve.append(row)
                 losses.clear()
+                self.measured.clear()
                 print(title, {k: round(v, 3) if k != "phase" else v for k, v in row.items()}, flush=True)
                 if all_taught or (phase == "written" and min(row[str(h)] for h in CURVED) >= 0.99):
                     break
+
+    def observe(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.measured.setdefault(name, []).append(value)
 
     def advance(self, phase: str, share: float, batch_size: int, rate: float) -> float:
         """One step, when this share of the phase is over, at this share of the learning rate; its loss."""
@@ -201,7 +214,8 @@ class Course:
             c = min(h, self.most if draw[2] < 0.5 else int((2 * draw[2] - 1) * (self.most + 1)))
         elif phase == "taught":
             readout = 1 - share
-        loss = loss_of(self.model, self.arm, words_of(batch_size, h, False, self.generator), self.table, c, readout)
+        words = words_of(batch_size, h, False, self.generator)
+        loss = loss_of(self.model, self.arm, words, self.table, c, readout, self.observe)
         self.optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -46,7 +46,7 @@ def teach_form(model, words: torch.Tensor, table: torch.Tensor, optimizer: torch
     tokens = torch.cat([tokens, torch.full((len(tokens), 1), END)], 1)
     width = tokens.shape[1] - 1 - SLOTS
     mask = (torch.arange(width) < words.shape[1]).expand(len(tokens), width)
-    logits = replay_forward(model, tokens[:, :-1], thinking_mask=mask, passes="all", logits_to_keep=3).logits
+    logits = replay_forward(model, tokens[:, :-1], thinking_mask=mask, logits_to_keep=3).logits
     optimizer.zero_grad()
     cross_entropy(logits.flatten(0, 1), tokens[:, -3:].flatten()).backward()
     optimizer.step()
@@ -85,7 +85,7 @@ def accuracies(model, args: argparse.Namespace) -> dict[str, float]:
     return {str(h): latent.accuracy(model.eval(), arm, latent.tests(h, args.tests), table) for h in lengths}
 
 
-def run(passes: int | str, args: argparse.Namespace, seed: int) -> dict:
+def run(bptt: int | str, args: argparse.Namespace, seed: int) -> dict:
     """One GRPO run; its row of results."""
     model = begun(args, seed)
     before = accuracies(model, args)
@@ -95,7 +95,7 @@ def run(passes: int | str, args: argparse.Namespace, seed: int) -> dict:
             answer_start="=",
             filler=".",
             thoughts=args.length,
-            replay_passes=passes,
+            bptt=bptt,
             reference="start",
             beta=args.beta,
             learning_rate=args.lr,
@@ -124,20 +124,20 @@ def run(passes: int | str, args: argparse.Namespace, seed: int) -> dict:
         started = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - started
-    kept = ("step", "reward", "kl", "grad_norm")
+    kept = ("step", "reward", "kl", "grad_norm", "bptt/terms", "bptt/gain", "bptt/remainder")
     log = [{key: row.get(key) for key in kept} for row in trainer.state.log_history if "kl" in row]
-    row = {"passes": passes, "seed": seed, "options": options_of(args), "before": before, "seconds": seconds}
+    row = {"bptt": bptt, "seed": seed, "options": options_of(args), "before": before, "seconds": seconds}
     return row | {"after": accuracies(trainer.model, args), "log": log}
 
 
 def options_of(args: argparse.Namespace) -> dict:
-    """What makes two runs the same one, beside passes and seed."""
-    return {k: v for k, v in vars(args).items() if k not in ("passes", "seeds", "runs", "out", "tests")}
+    """What makes two runs the same one, beside bptt and seed."""
+    return {k: v for k, v in vars(args).items() if k not in ("bptt", "seeds", "runs", "out", "tests")}
 
 
 def main(flags: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--passes", nargs="+", default=["1", "all"], help="of the loss: what is compared")
+    parser.add_argument("--bptt", nargs="+", default=["0", "exact"], help="of the loss: what is compared")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of latent.py's models, and of GRPO")
     parser.add_argument("--task", default="a5", choices=TASKS, help="the word problem of A5, or the control")
     parser.add_argument("--length", type=int, default=16, help="elements of a word, and thoughts")
@@ -153,14 +153,14 @@ def main(flags: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/latent-grpo.jsonl"), help="a line a run")
     args = parser.parse_args(flags)
     done = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.is_file() else []
-    keys = [(str(row["passes"]), row["seed"], row["options"]) for row in done]
+    keys = [(str(row["bptt"]), row["seed"], row["options"]) for row in done]
     for seed in args.seeds:
-        for passes in args.passes:
-            if (passes, seed, options_of(args)) in keys:
-                print(f"{passes}, seed {seed}: done already")
+        for bptt in args.bptt:
+            if (bptt, seed, options_of(args)) in keys:
+                print(f"{bptt}, seed {seed}: done already")
                 continue
-            row = run(passes, args, seed)
-            print({k: row[k] for k in ("passes", "seed", "before", "after", "seconds")}, flush=True)
+            row = run(bptt, args, seed)
+            print({k: row[k] for k in ("bptt", "seed", "before", "after", "seconds")}, flush=True)
             args.out.parent.mkdir(parents=True, exist_ok=True)
             with args.out.open("a") as file:
                 file.write(json.dumps(row) + "\n")

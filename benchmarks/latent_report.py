@@ -63,13 +63,13 @@ def control_table(rows: list[dict]) -> str:
 def grpo_table(rows: list[dict]) -> str:
     """Accuracies before and after GRPO, and its reward."""
     lines = []
-    for passes, group in grouped(rows, "passes").items():
+    for bptt, group in grouped(rows, "bptt").items():
         lengths = list(group[0]["before"])
         before = [statistics.mean(row["before"][h] for row in group) for h in lengths]
         after = [mean_and_each([row["after"][h] for row in group]) for h in lengths]
         change = [f"{was:.{ROUND}f} to {now}" for was, now in zip(before, after, strict=True)]
-        lines.append([str(passes), *change])
-    return table(["passes", *(f"h = {h}" for h in lengths)], lines) if rows else ""
+        lines.append([str(bptt), *change])
+    return table(["bptt", *(f"h = {h}" for h in lengths)], lines) if rows else ""
 
 
 def draw(rows: list[dict], grpo: list[dict], path: Path) -> None:
@@ -86,11 +86,11 @@ def draw(rows: list[dict], grpo: list[dict], path: Path) -> None:
     left.set(xlabel="step", ylabel="products of 16 elements right", ylim=(-0.02, 1.02))
     left.set_title("dotted: thinking is taught; solid: the product is the only loss", fontsize=9)
     left.legend(fontsize=8)
-    for color, (passes, group) in enumerate(grouped(grpo, "passes").items()):
+    for color, (bptt, group) in enumerate(grouped(grpo, "bptt").items()):
         for i, row in enumerate(group):
             rewards = [point["reward"] for point in row["log"]]
             smooth = [statistics.mean(rewards[max(0, j - 9) : j + 1]) for j in range(len(rewards))]
-            right.plot(smooth, f"C{color}", label=f"GRPO, passes = {passes}" if i == 0 else None, alpha=0.7)
+            right.plot(smooth, f"C{color}", label=f"GRPO, bptt = {bptt}" if i == 0 else None, alpha=0.7)
     right.set(xlabel="step of GRPO", ylabel="mean reward (of 10 steps)", ylim=(-0.02, 1.02))
     if grpo:
         right.legend(fontsize=8)

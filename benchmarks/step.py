@@ -17,8 +17,8 @@ import hrpo_patches  # noqa: F401 - before transformers
 
 # isort: split
 import torch
+from bptt import QUESTION, resident, settle
 from datasets import Dataset
-from passes import QUESTION, resident, settle
 from peft import LoraConfig
 from rich.console import Console
 from rich.progress import track

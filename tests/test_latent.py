@@ -106,18 +106,19 @@ def test_every_arm_runs_is_written_once_and_is_done_when_asked_again(latent, tmp
     assert len(out.read_text().splitlines()) == 2
 
 
-def test_the_values_of_an_arm_do_not_depend_on_its_passes_and_its_gradient_does(latent, data, tmp_path):
+def test_the_values_of_an_arm_do_not_depend_on_its_bptt_and_its_gradient_does(latent, data, tmp_path):
     args = latent.parsed(["--runs", str(tmp_path), "--written", "1", "--width", "16"])
     table, words = data.alternating(), torch.randint(60, (4, 6))
     values, gradients = [], []
-    for name in ("k1", "k4", "all"):
+    for name in ("k1", "k4", "all", "exact"):
         model = latent.begun(latent.ARMS[name], args, 0)
         loss = latent.loss_of(model, latent.ARMS[name], words, table, 6)
         loss.backward()
         values.append(loss.item())
         gradients.append(model.model.layers[1].mlp.down_proj.weight.grad.clone())
-    assert values == pytest.approx([values[0]] * 3, rel=1e-4)
+    assert values == pytest.approx([values[0]] * 4, rel=1e-4)
     assert not torch.allclose(gradients[0], gradients[2], rtol=0.01) and not torch.allclose(gradients[0], gradients[1])
+    assert (gradients[2] - gradients[3]).norm() < 5e-3 * gradients[2].norm()
 
 
 def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the_answer(data, tmp_path, capsys):
@@ -132,7 +133,7 @@ def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the
     flags = list(map(str, [*flags, "--form", 2, "--tests", 20, "--written", 1, "--taught", 2]))
     grpo.main(flags)
     rows = [json.loads(line) for line in out.read_text().splitlines()]
-    assert [row["passes"] for row in rows] == ["1", "all"] and rows[0]["before"] == rows[1]["before"]
+    assert [row["bptt"] for row in rows] == ["0", "exact"] and rows[0]["before"] == rows[1]["before"]
     assert [len(row["log"]) for row in rows] == [2, 2]
     assert [row["log"][0]["kl"] for row in rows] == pytest.approx([0, 0], abs=1e-5)
     assert rows[0]["log"][0]["reward"] == rows[1]["log"][0]["reward"]
@@ -141,18 +142,18 @@ def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the
     report = ["--results", tmp_path / "out.jsonl", "--grpo", out, "--png", tmp_path / "latent.png"]
     loaded("latent_report").main(list(map(str, report)))
     printed = capsys.readouterr().out
-    assert "| `all` | **" in printed and "| 1 | " in printed and "swapped" in printed
+    assert "| `all` | **" in printed and "| 0 | " in printed and "swapped" in printed
     assert (tmp_path / "latent.png").stat().st_size > 10_000
 
 
-def test_the_cost_benchmark_measures_every_number_of_passes_and_the_drift(tmp_path, capsys):
+def test_the_cost_benchmark_measures_every_bptt_and_the_drift(tmp_path, capsys):
     tiny_model("llama", thinking=False).save_pretrained(tmp_path / "base")
     byte_tokenizer().save_pretrained(tmp_path / "base")
-    bench = loaded("passes")
+    bench = loaded("bptt")
     flags = ["--model_name", str(tmp_path / "base"), "--thoughts", "4", "--out", str(tmp_path / "cost.json")]
     bench.main([*flags, "--rounds", "2"])
     (found,) = json.loads((tmp_path / "cost.json").read_text())["costs"]
     assert len(found["rounds"]) == 2 and all(set(row) == set(bench.KINDS) for row in found["rounds"])
     bench.main([*flags, "--drift"])
     drift = json.loads((tmp_path / "cost.json").read_text())
-    assert drift["float32, k = 2"]["largest"] < 1e-3 and drift["bfloat16, k = all"]["largest"] < 1
+    assert drift["float32"]["largest"] < 1e-3 and drift["bfloat16"]["largest"] < 1

@@ -31,7 +31,7 @@ class Bptt:
     Attributes:
         depth: 0, the thinking states are constants (the published gradient); k, truncated after k thoughts; "exact",
             by the adjoint series; "sequential", exact by decoding the thoughts one by one in the graph.
-        tolerance: "exact" ends with the first term whose norm is at most this share of the first one's.
+        tolerance: "exact" ends where the next term's norm is expected to be at most this share of the first one's.
         terms: "exact" warns of a series that has not converged after this number of terms, and computes it to its end.
         stale: whether the states were made by other weights, and must be computed again before they are used.
         head: (..., d) -> (..., d), makes residuals from hidden states; None where the state alone is needed.

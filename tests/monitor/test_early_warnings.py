@@ -26,6 +26,7 @@ FAULTS = {
     "no_gradient": {"projection/grad_norm": 0.0},
     "not_moving": {"projection/drift": 0.25},
     "kl": {"kl": 3.0},
+    "gain": {"bptt/gain": 500.0},
 }
 REMEDY = {
     "marker": r"'####'.*worked example.*cut at 10 tokens",
@@ -35,6 +36,7 @@ REMEDY = {
     "no_gradient": "loss replays hidden states",
     "not_moving": "optimizer holds it",
     "kl": "raise beta",
+    "gain": r"500.*larger residual_r_min",
 }
 
 

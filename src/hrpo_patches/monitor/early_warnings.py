@@ -8,6 +8,7 @@ from typing import Any
 PATIENCE = 20  # optimizer steps after which something that never came is missed
 IN_A_ROW = 5  # rows that a fault has to last
 SHARE = 0.01  # of the input; less of the embedding, or of the residual, is as good as none
+GAIN = 100.0  # of the gradient through thoughts over the published one
 RUNAWAY = 1.0  # KL divergence from the base model, nats a token
 
 Row = dict[str, Any]
@@ -58,6 +59,7 @@ class EarlyWarnings:
             "no_gradient": trained and not gradient and base > 0,
             "not_moving": still and gradient > 0 and row.get("learning_rate", 0) > 0,
             "kl": kl is not None and kl > RUNAWAY,
+            "gain": (row.get("bptt/gain") or 0.0) > GAIN,
         }
         return {name for name, holds in faults.items() if holds}
 
@@ -87,4 +89,7 @@ class EarlyWarnings:
             f"lr_thinking_projection is above 0, and that its weights are float32.",
             "kl": f"The KL divergence from the base model has been above {RUNAWAY} nats a token in {IN_A_ROW} logged "
             f"steps and is at {kl}. Lower the learning rates, or raise beta.",
+            "gain": f"The gradient through the thoughts has been more than {GAIN:.0f} times the published one in "
+            f"{IN_A_ROW} logged steps and is at {row.get('bptt/gain') or 0:.3g} (bptt/gain): it grows from thought to "
+            f"thought. Start from a larger residual_r_min, or truncate it (bptt=4).",
         }[name]

@@ -18,6 +18,7 @@ PANELS = {
     "marker_rate": ("Marker rate", "share of completions with the marker"),
     "completions/mean_length": ("Completion length", "mean, in tokens"),
     "a/mean": ("Share a of the token's embedding", "mean a over thinking positions"),
+    "bptt/gain": ("Gradient through the thoughts", "norm, over the published gradient's"),
     "projection/drift": ("Drift of the projection", "‖W − W₀‖ / ‖W₀‖, W₀ at the start"),
     "cosine/embedding": ("Projected against embedding residual", "mean cosine, same decoding step"),
 }
@@ -103,12 +104,15 @@ def read_runs(folders: list[Path]) -> list[Run]:
 
 
 def draw(runs: list[Run], path: Path) -> Path:
-    """Draw reward, marker rate, length, a, drift and cosine of the runs over their steps into a PNG at `path`."""
+    """Draw reward, marker rate, length, a, drift and the like of the runs over their steps into a PNG at `path`."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(13, 7.5), layout="constrained")
-    for axes, (key, (title, label)) in zip(figure.subplots(2, 3).flat, PANELS.items(), strict=True):
+    figure = Figure(figsize=(16, 7.5), layout="constrained")
+    panels = [*figure.subplots(2, 4).flat]
+    for spare in panels[len(PANELS) :]:
+        spare.remove()
+    for axes, (key, (title, label)) in zip(panels, PANELS.items(), strict=False):
         axes.set(title=title, xlabel="optimizer step", ylabel=label)
         drawn = [values for i, run in enumerate(runs) if (values := _draw_one(axes, run, key, f"C{i}"))]
         if not drawn:

@@ -26,7 +26,7 @@ from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
 from hrpo_patches.thinking.sequential import Head, decoded_states, recomputed, refuse_dropout
-from hrpo_patches.thinking.shards import in_shards, largest
+from hrpo_patches.thinking.shards import in_shards, largest, partitioned, unsharded
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import Bptt, ThinkingInputs
 from hrpo_thinking.parts import RESIDUALS
@@ -100,6 +100,10 @@ def _check(
         raise InputError(f"the thinking mask must be bool, not {mask.dtype}.")
     if attention_mask is not None and getattr(attention_mask, "shape", None) != embeds.shape[:2]:
         raise InputError("bptt requires an attention_mask (B, L), or none.")
+    if partitioned(backbone) and rule.depth not in (0, "sequential"):
+        raise InputError(
+            "DeepSpeed's ZeRO-3 gives a layer's weights back after one product; use bptt='sequential' or 0."
+        )
     for module in backbone.modules() if torch.is_grad_enabled() and rule.depth else ():
         options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None) or {}
         if getattr(module, "gradient_checkpointing", False) and options.get("use_reentrant", False):
@@ -188,21 +192,25 @@ class _Adjoint(torch.autograd.Function):
         together = in_shards(ctx.backbone)  # then each product is one of all processes
         exact, most = rule.depth == "exact", states.shape[1]
         base = _number(_norm(g), together)
-        size, count, term, whole, total = base, 0, g, g, torch.zeros_like(states)
+        size, following, count = base, base, 0  # norms of this term and, by its ratio to the one before, of the next
+        term, whole, total = g, g, torch.zeros_like(states)
         smallest, most = (rule.tolerance * base, most) if exact else (0.0, min(rule.depth, most))
         # Where nothing leads from a state to the loss, as with a residual that is cut, the product is zeros.
         options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        while size > smallest and count < most:  # neither if it is no number
+        while following > smallest and count < most:  # not if it is no number
             count += 1
+            unsharded(ctx.backbone.norm)
             (at_states,) = torch.autograd.grad(hidden, states, term, **options)
             total = total + at_states
             (term,) = torch.autograd.grad(live, hidden, at_states, **options)
             whole = whole + term
-            size = _number(_norm(term), together)
+            before, size = size, _number(_norm(term), together)
+            following = size * size / before
+        unsharded(ctx.backbone.norm)
         if exact and count > rule.terms:
             logger.warning_once(GROWS)
         if rule.observe is not None and base > 0:
-            remainder = size / base if count < states.shape[1] else 0.0  # J is nilpotent
+            remainder = following / base if count < states.shape[1] else 0.0  # J is nilpotent
             gain = _number(_norm(whole), together) / base
             rule.observe({"bptt/terms": count, "bptt/remainder": remainder, "bptt/gain": gain})
         return g, total, None, None, None

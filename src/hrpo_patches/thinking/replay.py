@@ -6,6 +6,7 @@ gradient to the projection. How far it flows on, through the states, is `bptt`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def replay_forward(
     bptt_terms: int = Bptt.terms,
     stale: bool = False,
     temperature: float = 1.0,
+    observe: Callable[[dict[str, float]], None] | None = None,
     **kwargs: Any,
 ) -> Any:
     """A forward over prompts and completions whose thinking positions are replayed.
@@ -76,11 +78,15 @@ def replay_forward(
         thinking_mask: (B, K) bool, aligned with the last K input positions; K < L unless `bptt` is 0.
         thinking_residual: what the states are; by default what the model's config says.
         bptt: 0, a number of thoughts, "exact", or "sequential".
-        bptt_tolerance: of "exact", the norm of its last term over the ordinary gradient's at the hidden states.
+        bptt_tolerance: of "exact", the norm of the first term left out over the ordinary gradient's at the hidden
+            states, as expected from the last two.
         bptt_terms: after how many terms "exact" warns of a series that does not converge.
         stale: whether the states were made by other weights (off policy); then they are computed again first, without
             gradient, so that values and gradient are exact for today's weights.
         temperature: of the rollout, for the embedding residual.
+        observe: called in the backward with `bptt/terms`, `bptt/remainder` (the expected norm of the first term left
+            out, over the first one's) and `bptt/gain` (the norm of the whole gradient over the published one's, at
+            the hidden states).
         kwargs: for the model, e.g. labels or logits_to_keep.
 
     Returns:
@@ -98,7 +104,7 @@ def replay_forward(
     rule = None
     if depth or stale or thinking_states is None:
         head = distribution_head(inner, residual, temperature)
-        rule = Bptt(depth, bptt_tolerance, bptt_terms, stale, head)
+        rule = Bptt(depth, bptt_tolerance, bptt_terms, stale, head, observe)
     return model(
         input_ids=input_ids,
         attention_mask=attention_mask,

@@ -102,6 +102,16 @@ def head_of(model: Any) -> Any:
     return head
 
 
+def unsharded(module: nn.Module) -> None:
+    """Gather the weights of a module of FSDP2's before a backward that begins at its output.
+
+    The last norm shares a unit with the head, which is gathered where a backward comes to the head, and given back
+    where it leaves the norm: a second one that begins between the two would read memory that is no longer there.
+    """
+    if isinstance(module, FSDPModule):
+        module.unshard()
+
+
 def like(value: Tensor, other: Tensor) -> Tensor:
     """An ordinary tensor that all processes have, in shards as `other` is, if it is."""
     value = value.to(other.device, other.dtype)

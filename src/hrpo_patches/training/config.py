@@ -72,7 +72,7 @@ class HRPOConfig(GRPOConfig):
     )
     bptt_tolerance: float = field(
         default=Bptt.tolerance,
-        metadata={"help": "bptt=exact ends with a term whose norm is at most this share of the first one's."},
+        metadata={"help": "bptt=exact leaves terms out whose norm is at most this share of the first one's."},
     )
     bptt_terms: int = field(
         default=Bptt.terms,

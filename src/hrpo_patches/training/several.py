@@ -6,6 +6,7 @@ shards or not.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +27,8 @@ from hrpo_patches.thinking.backbone import temporarily
 from hrpo_patches.thinking.shards import give_back, in_shards, in_units, largest, like, plain, thinking_stays_float32
 from hrpo_thinking.errors import InputError, SaveError
 
+logger = logging.getLogger(__name__)
+
 _Trainer: Any = Trainer
 _TORCH_SAVE = ("iostream", "inline_container")  # of the errors by which torch.save says that it could not write
 
@@ -34,7 +37,7 @@ class InShards(_Trainer):
     """A `Trainer` whose model may be in shards.
 
     Raises:
-        InputError: it is told to use FSDP's first version, or ZeRO-3 with the reference `start`.
+        InputError: it is told to use FSDP's first version, or ZeRO-3 with the reference `start` or truncated BPTT.
         SaveError: in training, if a checkpoint cannot be written.
     """
 
@@ -154,6 +157,12 @@ def check_sharding(args: Any, fsdp: Any, deepspeed: Any) -> None:
             "reference='start' puts other weights in place of today's for a while, which ZeRO-3 does not allow; use "
             "ZeRO-2 or FSDP2, or reference='base'."
         )
+    if deepspeed is not None and deepspeed.zero_stage == 3 and args.residual is not None:
+        if args.bptt not in (None, 0, "exact", "sequential"):
+            raise InputError(f"bptt={args.bptt} is not supported by ZeRO-3; use bptt=exact, bptt=0, ZeRO-2 or FSDP2.")
+        if args.bptt in (None, "exact"):
+            args.bptt = "sequential"
+            logger.warning("ZeRO-3: bptt=exact is computed by decoding the thoughts one by one (bptt=sequential).")
 
 
 def as_long_as_any(model: Any, input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[Tensor, Tensor, int]:

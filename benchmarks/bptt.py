@@ -1,9 +1,9 @@
-"""What credit through time costs: a trainer's loss and backward by number of passes, against plain GRPO's.
+"""What backpropagation through thoughts costs: a trainer's loss and backward by `bptt`, against plain GRPO's.
 
 Every round takes all kinds in turn, from another one on; ratios are taken within a round. Each kind has its own
 trainer on its own copy of the model; all replay the same completions, every token of which thinks. Memory is the
 growth of the process's resident memory over a step, at its peak (Linux). With --drift it measures instead by how much
-the values of several passes differ from those of one, in float32 and bfloat16.
+the values of sequential decoding differ from those of a replay, in float32 and bfloat16.
 """
 
 import argparse
@@ -30,21 +30,24 @@ from hrpo_patches.commands.main import said
 from hrpo_patches.models.base import load_model
 from hrpo_patches.thinking.replay import replay_forward
 
-KINDS = {"none": ("none", 1)} | {f"k = {k}": ("thinking", k) for k in (1, 2, 4, "all")}
+PLAIN, PUBLISHED = "residual = none", "bptt = 0"
+KINDS: dict[str, int | str | None] = {PLAIN: None} | {f"bptt = {k}": k for k in (0, 1, 4, "exact", "sequential")}
 QUESTION = "A farmer has {} hens. Each hen lays {} eggs a week. How many eggs does the farmer have after three weeks?"
 
 
 def trainer_of(kind: str, args: argparse.Namespace, folder: str) -> HRPOTrainer:
     """A trainer with LoRA on a fresh copy of the model."""
-    residual, passes = KINDS[kind]
-    residual = args.residual if residual != "none" else residual
-    model, tokenizer = load_model(
-        args.model_name, ThinkingConfig(residual) if residual != "none" else None, torch.float32
-    )
+    bptt = KINDS[kind]
+    residual = args.residual if bptt is not None else "none"
+    thinking = ThinkingConfig(residual, r_min=args.r_min, r_max=args.r_max) if bptt is not None else None
+    if thinking is not None and residual == "projection":
+        thinking.residual_scale = args.residual_scale
+    torch.manual_seed(0)
+    model, tokenizer = load_model(args.model_name, thinking, torch.float32)
     config = HRPOConfig(
         output_dir=folder,
         residual=residual,
-        replay_passes=passes,
+        bptt=bptt,
         per_device_train_batch_size=args.batch,
         num_generations=args.batch,
         max_completion_length=8,
@@ -61,6 +64,16 @@ def trainer_of(kind: str, args: argparse.Namespace, folder: str) -> HRPOTrainer:
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = 1
     return trainer
+
+
+@torch.no_grad()
+def share_thinking_weights(trainers: dict[str, HRPOTrainer]) -> None:
+    """Let all trainers have the same weights: LoRA and thinking modules are drawn at random."""
+    first = dict(trainers[PUBLISHED].model.named_parameters())
+    for trainer in trainers.values():
+        for name, parameter in trainer.model.named_parameters():
+            if parameter.requires_grad and name in first:
+                parameter.copy_(first[name])
 
 
 def batch_of(model, tokenizer, args: argparse.Namespace, thoughts: int) -> dict:
@@ -103,22 +116,24 @@ def settle() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(trainer: HRPOTrainer, batch: dict) -> tuple[float, float]:
-    """Seconds and peak memory (GiB, over what was there before) of one loss with its backward."""
+def measure(trainer: HRPOTrainer, batch: dict) -> tuple[float, float, int]:
+    """Seconds and peak memory (GiB, over what was there before) of one loss with its backward; terms of the series."""
     settle()
+    trainer._metrics["train"].clear()
     before, started = resident("VmRSS"), time.perf_counter()
     trainer.compute_loss(trainer.model, batch).backward()
     seconds, peak = time.perf_counter() - started, resident("VmHWM") - before
     trainer.model.zero_grad(set_to_none=True)
-    return seconds, peak
+    return seconds, peak, int(trainer._metrics["train"].get("bptt/terms", [0])[0])
 
 
 def costs(args: argparse.Namespace, thoughts: int) -> dict:
     """All rounds at one number of thoughts."""
-    kinds = list(KINDS)
+    kinds = [kind for kind in KINDS if not args.bptt or kind == PLAIN or str(KINDS[kind]) in args.bptt]
     with tempfile.TemporaryDirectory() as folder:
         trainers = {kind: trainer_of(kind, args, folder) for kind in kinds}
-        one = trainers["k = 1"]
+        share_thinking_weights(trainers)
+        one = trainers[PUBLISHED]
         started = time.perf_counter()
         batch = batch_of(one._base_model().eval(), one._tokenizer, args, thoughts)
         rollout = time.perf_counter() - started
@@ -134,25 +149,28 @@ def show(found: dict) -> None:
     """Print one number of thoughts as a table."""
     title = f"{found['thoughts']} thoughts; their rollout takes {found['rollout_seconds']:.1f} s"
     table = Table(title=title)
-    for column in ("", "seconds (range)", "of none (range)", "peak GiB", "of none"):
+    for column in ("", "seconds (range)", "of plain GRPO", "of bptt = 0 (range)", "peak GiB", "of bptt = 0", "terms"):
         table.add_column(column)
-    for kind in KINDS:
-        seconds, peaks = zip(*(row[kind] for row in found["rounds"]), strict=True)
-        slower = [row[kind][0] / row["none"][0] for row in found["rounds"]]
-        larger = [row[kind][1] / row["none"][1] for row in found["rounds"]]
+    for kind in found["rounds"][0]:
+        seconds, peaks, terms = zip(*(row[kind] for row in found["rounds"]), strict=True)
+        plain = [row[kind][0] / row[PLAIN][0] for row in found["rounds"]]
+        slower = [row[kind][0] / row[PUBLISHED][0] for row in found["rounds"]]
+        larger = [row[kind][1] / row[PUBLISHED][1] for row in found["rounds"]]
         table.add_row(
             kind,
             f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
+            f"{statistics.median(plain):.2f}",
             f"{statistics.median(slower):.2f} ({min(slower):.2f} to {max(slower):.2f})",
             f"{statistics.median(peaks):.2f}",
             f"{statistics.median(larger):.2f}",
+            str(max(terms)),
         )
     Console().print(table)
 
 
 @torch.no_grad()
 def drift(args: argparse.Namespace) -> dict:
-    """The largest and the mean difference between a pass's log-probabilities and one pass's, by dtype and passes."""
+    """The largest and the mean difference of log-probabilities from those of a replay, by dtype."""
     found: dict[str, dict] = {}
     for dtype in (torch.float32, torch.bfloat16):
         model, tokenizer = load_model(args.model_name, ThinkingConfig(r_min=args.r_min, r_max=args.r_max), dtype)
@@ -162,24 +180,24 @@ def drift(args: argparse.Namespace) -> dict:
         states = {"thinking_states": batch["thinking_states"], "thinking_mask": batch["thinking_mask"]}
         width = batch["completion_ids"].shape[1]
 
-        def logps(k, model=model, ids=ids, mask=mask, states=states, width=width):
-            logits = replay_forward(model, ids, mask, passes=k, logits_to_keep=width + 1, **states).logits[:, :-1]
-            return logits.float().log_softmax(-1).gather(-1, ids[:, -width:, None])[..., 0]
-
-        one = logps(1)
-        for k in (2, 4, 8, "all"):
-            difference = (logps(k) - one).abs()
-            found[f"{str(dtype).removeprefix('torch.')}, k = {k}"] = {
-                "largest": difference.max().item(),
-                "mean": difference.mean().item(),
-            }
+        logps = []
+        for given in (states, {"thinking_mask": states["thinking_mask"]}):  # replayed, and decoded again
+            logits = replay_forward(model, ids, mask, logits_to_keep=width + 1, **given).logits[:, :-1]
+            logps.append(logits.float().log_softmax(-1).gather(-1, ids[:, -width:, None])[..., 0])
+        difference = (logps[0] - logps[1]).abs()
+        found[str(dtype).removeprefix("torch.")] = {
+            "largest": difference.max().item(),
+            "mean": difference.mean().item(),
+        }
     return found
 
 
 def main(flags: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--model_name", default="smollm2-135m", help="hub id, folder, or smollm2-135m")
-    parser.add_argument("--thoughts", nargs="+", type=int, default=[16, 128], help="thinking tokens of a completion")
+    parser.add_argument(
+        "--thoughts", nargs="+", type=int, default=[16, 64, 128], help="thinking tokens of a completion"
+    )
     parser.add_argument("--batch", type=int, default=4, help="completions in a step")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, each with all kinds")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="of the layers")
@@ -187,8 +205,10 @@ def main(flags: list[str] | None = None) -> None:
         "--residual", default="projection", choices=("projection", "embedding"), help="of the thoughts"
     )
     parser.add_argument("--drift", action="store_true", help="measure values instead of costs")
-    parser.add_argument("--r_min", type=float, default=0.5, help="lower end of λ, for --drift")
-    parser.add_argument("--r_max", type=float, default=0.9, help="upper end of λ, for --drift")
+    parser.add_argument("--bptt", nargs="+", default=[], help="only these, 0 among them; by default all")
+    parser.add_argument("--r_min", type=float, default=ThinkingConfig.r_min, help="lower end of λ")
+    parser.add_argument("--r_max", type=float, default=ThinkingConfig.r_max, help="upper end of λ")
+    parser.add_argument("--residual_scale", default="unit", help="norm of the projected residual: unit or embedding")
     parser.add_argument("--out", type=Path, default=None, help="also write the numbers to this JSON file")
     args = parser.parse_args(flags)
     if args.drift:
