@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 _HOMES = {
+    "ThinkingGenerationMixin": "hrpo_patches.thinking.generation",
     "ThinkingInputs": "hrpo_thinking.inputs",
     "ThinkingMixin": "hrpo_patches.thinking.mixin",
     "check_modules_to_save": "hrpo_patches.thinking.mixin",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any, NamedTuple
 
 from hrpo_thinking.errors import InputError
@@ -141,17 +142,18 @@ class ThinkingConfig:
 
     @classmethod
     def of(cls, model_config: Any) -> ThinkingConfig | None:
-        """The thinking config of a model's config: the defaults for `True` and `{}`, None for None and `False`."""
+        """The thinking config of a model's config: the defaults for `True` and `{}`, None for None and `False`.
+
+        None also for a value that is somebody else's: no dict, or one in which no key is or resembles an option.
+        """
         value = getattr(model_config, "thinking", None)
-        if value is None or value is False:
+        if value is None or value is False or _is_strangers(value):
             return None
         if value is True:
             return cls()
         if isinstance(value, cls):
             return value
-        if isinstance(value, dict):
-            return cls.from_dict(value)
-        raise InputError(f"config.thinking has to be a dict, a ThinkingConfig, True, False or None, not {value!r}.")
+        return cls.from_dict(value)
 
     def chosen(self) -> dict[str, Any]:
         """The options, but forced thoughts that are as by default: no weights depend on them; a model has its own."""
@@ -170,6 +172,13 @@ OPTIONS: dict[str, Option] = {one.name: one.metadata["option"] for one in fields
 # that a checkpoint holds thinking weights, so that one without does not load, which is set in the written file only.
 RECORD: dict[str, Any] = {"embedding_norm": None, "in_checkpoint": False}
 _NORM = Option("", float, optional=True, above=0)
+
+
+def _is_strangers(value: Any) -> bool:
+    """Whether a config's `thinking` is another library's, which means something else by the word."""
+    if not isinstance(value, dict):
+        return not isinstance(value, (bool, ThinkingConfig))
+    return bool(value) and not any(get_close_matches(str(name), [*OPTIONS, *RECORD]) for name in value)
 
 
 def record_of(thinking: ThinkingConfig, held: Any = None) -> dict[str, Any]:

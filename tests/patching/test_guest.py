@@ -1,5 +1,7 @@
 """Whoever imports hrpo_patches and does not think cannot tell; whoever thinks says so, or is refused."""
 
+import copy
+import inspect
 import json
 import shutil
 import subprocess
@@ -11,10 +13,19 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from runs import lora, small_trainer
 from safetensors.torch import load_file, save_file
-from tiny import byte_tokenizer, tiny_model
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2ForSequenceClassification
+from tiny import FAMILIES, byte_tokenizer, tiny_config, tiny_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaModel,
+    LlamaPreTrainedModel,
+)
+from transformers.generation import GenerationMixin
 
 from hrpo_patches import ThinkingConfig, load_adapter
+from hrpo_patches.models import record
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import MODULES
 
@@ -262,3 +273,68 @@ def test_a_published_adapter_that_lacks_a_gate_is_said_to_be_damaged(adapter, tm
     save_file(kept, folder / "adapter_model.safetensors")
     with pytest.raises(InputError, match="lacks .*thinking_residual_gate_r"):
         load_adapter(AutoModelForCausalLM.from_pretrained(adapter[1]), folder)
+
+
+def test_peft_saves_and_loads_adapters_of_a_strangers_module_and_asks_the_hub_nothing_more(tmp_path, monkeypatch):
+    monkeypatch.setattr(record, "find_file", lambda *args, **kwargs: pytest.fail("the hub was asked"))
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+    adapted = get_peft_model(model, LoraConfig(target_modules=["0"], init_lora_weights=False))
+    adapted.save_pretrained(tmp_path)
+    again = PeftModel.from_pretrained(torch.nn.Sequential(*map(copy.deepcopy, model.children())), tmp_path)
+    again.load_adapter(tmp_path, "other")
+    assert set(again.peft_config) == {"default", "other"}
+
+
+def test_the_hub_is_asked_about_a_thinking_adapter_as_its_caller_asks(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(record, "find_file", lambda name, file, **hub: asked.append((name, hub)))
+    model = get_peft_model(tiny_model("llama"), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(Exception, match="owner/name"):  # there is no such adapter
+        model.load_adapter("owner/name", "other", revision="v2", token="t", local_files_only=True)
+    ((name, hub),) = asked
+    assert name == "owner/name" and hub["revision"] == "v2" and hub["token"] == "t" and hub["local_files_only"]
+
+
+@pytest.mark.parametrize("value", ["deep", {"budget": 3}, 7])
+def test_a_config_in_which_thinking_is_another_librarys_is_left_alone(value, family, tmp_path):
+    for config in (GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=9), tiny_config(family, thinking=None)):
+        config.thinking = value
+        model = AutoModelForCausalLM.from_config(config)
+        assert not any("thinking" in name for name in model.state_dict())
+        model.save_pretrained(tmp_path / config.model_type)
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / config.model_type)
+        assert again.config.thinking == value
+        adapted = get_peft_model(again, LoraConfig(target_modules="all-linear"))
+        adapted.save_pretrained(tmp_path / "adapter")
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_config(config), tmp_path / "adapter")
+
+
+def test_an_option_that_is_mistyped_is_still_refused():
+    with pytest.raises(InputError, match="unknown thinking option 'residuall'"):
+        tiny_model("llama", thinking={"residuall": "projection"})
+
+
+def test_parts_of_a_family_gain_no_methods_of_generation(family):
+    config = tiny_config(family, thinking=None)
+    model = FAMILIES[family][1](config)
+    for stranger in (type(model.model), AutoModelForSequenceClassification.from_config(config).__class__):
+        for name in ("generate_batch", "init_continuous_batching", "adjust_generation_fn"):
+            assert not hasattr(stranger, name), (stranger, name)
+    stock = inspect.signature(GenerationMixin.generate_batch).parameters
+    ours = inspect.signature(type(model).generate_batch).parameters
+    assert [*stock] == [name for name in ours if name not in ("thinking", "thoughts", "tokenizer")] and len(ours) > 7
+
+
+def test_remote_code_with_a_generation_of_its_own_is_loaded(tmp_path):
+    class Own:
+        def generate(self, ids):
+            return self.model(ids).last_hidden_state.argmax(-1)
+
+    class Remote(LlamaPreTrainedModel, Own):
+        def __init__(self, config):
+            super().__init__(config)
+            self.model = LlamaModel(config)
+            self.post_init()
+
+    tiny_model("llama", thinking=None).save_pretrained(tmp_path)
+    assert Remote.from_pretrained(tmp_path).generate(torch.zeros(1, 2, dtype=torch.long)).shape == (1, 2)

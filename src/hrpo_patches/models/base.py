@@ -44,7 +44,7 @@ def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
             another residual or marker.
     """
     config = read_config(source)
-    saved = config.thinking if isinstance(config.thinking, dict) else {}
+    saved = config.thinking if ThinkingConfig.of(config) is not None and isinstance(config.thinking, dict) else {}
     check_same_kind(saved, wanted, repr(str(source)))
     if saved.get("in_checkpoint"):  # forced thoughts are no weights, and may be others
         return saved | {name: wanted[name] for name in FORCED if name in wanted}

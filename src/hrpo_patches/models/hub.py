@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -13,13 +14,16 @@ CONFIG = "adapter_config.json"  # PEFT's, which an adapter has
 _FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]  # weights, configs and tokenizers; nothing pickled
 
 
-def find_file(name: str | Path, file: str) -> Path | None:
-    """A file in a folder, or of the hub id `owner/repository`; None if it is not there, or the hub cannot be asked."""
+def find_file(name: str | Path, file: str, **hub: Any) -> Path | None:
+    """A file in a folder, or of the hub id `owner/repository`; None if it is not there, or the hub cannot be asked.
+
+    `hub` are options of `hf_hub_download`, such as token, revision and cache_dir.
+    """
     folder = Path(name)
     if folder.exists() or str(name).count("/") != 1:
         return folder / file if (folder / file).is_file() else None
     try:
-        return Path(hf_hub_download(str(name), file))
+        return Path(hf_hub_download(str(name), file, **hub))
     except (HfHubHTTPError, HFValidationError, OSError):
         return None
 

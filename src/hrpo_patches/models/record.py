@@ -11,6 +11,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from hrpo_patches.models.hub import find_file
 from hrpo_patches.thinking.backbone import causal_lm
+from hrpo_patches.thinking.mixin import ThinkingMixin
 from hrpo_thinking.config import OPTIONS, ThinkingConfig, about_parts, record_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import parts_of, spelled
@@ -66,21 +67,27 @@ def read_thinking(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _record_at(source: Any) -> dict[str, Any] | None:
+def _record_at(source: Any, **hub: Any) -> dict[str, Any] | None:
     """How the adapter at `source`, a folder or a hub id, says that it thinks; None where it does not."""
-    file = find_file(source, THINKING_FILE) if isinstance(source, (str, Path)) else None
+    file = find_file(source, THINKING_FILE, **hub) if isinstance(source, (str, Path)) else None
     return read_thinking(file.parent) if file is not None else None
 
 
-def check_thinking_adapter(model: Any, source: Any) -> None:
-    """Called by PEFT before it loads an adapter's weights into `model`.
+def check_thinking_adapter(model: Any, source: Any, hub: dict[str, Any] | None = None) -> None:
+    """Called by PEFT before it loads an adapter's weights into `model`; looks at nothing unless that model thinks.
+
+    Args:
+        model: a PEFT model, of any module.
+        source: a folder or a hub id.
+        hub: how the caller asks the hub: token, revision, cache_dir and the like.
 
     Raises:
         InputError: the adapter was trained to think in another way than the model was built to.
     """
-    saved, thinking = _record_at(source), ThinkingConfig.of(causal_lm(model).config)
-    if saved is None or thinking is None:  # a plain model has been refused by `check_modules_to_save`
-        return
+    base = causal_lm(model)
+    thinking = ThinkingConfig.of(base.config) if isinstance(base, ThinkingMixin) else None
+    if thinking is None or (saved := _record_at(source, **hub or {})) is None:
+        return  # a plain model has been refused by `check_modules_to_save`
     for name in ("residual", "answer_start", *about_parts()):
         was = saved.get(name, getattr(ThinkingConfig, name))
         if was != getattr(thinking, name):

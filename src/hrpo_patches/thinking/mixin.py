@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +14,6 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import LOOSE_KEYWORDS, ThinkingInputs
 from hrpo_thinking.modules import ThinkingModule, make_projection, thinking_modules
 from hrpo_thinking.parts import MODULE_PATTERN, MODULES, is_thinking_parameter
-from hrpo_thinking.request import FORCED_ALONE
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel as _Base
@@ -53,8 +51,10 @@ class ThinkingMixin(Blend, _Base):
         """
         thinking = ThinkingConfig.of(config)
         if thinking is None:
-            if vars(config).pop("thinking", None) is False:
+            if config.thinking is False:
                 self.declines_thinking = True
+            if config.thinking in (None, False):  # another library's value is its own
+                vars(config).pop("thinking", None)
             return
         config.thinking = record_of(thinking, config.thinking)
         for name, module in thinking_modules(config, thinking).items():
@@ -109,73 +109,15 @@ class ThinkingMixin(Blend, _Base):
                 f"was saved without. To start all of them anew, load it once with thinking=False and save that."
             )
 
-    def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Called by `from_pretrained`: a model that declined to think leaves its file's wish to think, too."""
-        super().adjust_generation_fn(*args, **kwargs)  # type: ignore[misc]  # GenerationMixin's
-        if getattr(getattr(self, self.base_model_prefix, self), "declines_thinking", False):
-            for name in ("thinking", "thoughts", "filler_token_id"):
-                self.generation_config.__dict__.pop(name, None)
-
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
         thinking = getattr(self.config, "thinking", None)
-        if not isinstance(thinking, dict):
+        if not isinstance(thinking, dict) or ThinkingConfig.of(self.config) is None:
             return super().save_pretrained(*args, **kwargs)
         self.config.thinking = thinking | {"in_checkpoint": True}  # of the file that is written, not of this model
         try:
             return super().save_pretrained(*args, **kwargs)
         finally:
             self.config.thinking = thinking
-
-    def init_continuous_batching(
-        self, generation_config: Any = None, continuous_batching_config: Any = None, *args: Any, **kwargs: Any
-    ) -> Any:
-        """As stock's; the manager's requests think where `generation_config` asks for it (`generate_batch`)."""
-        parent: Any = super()
-        asked = generation_config if generation_config is not None else getattr(self, "generation_config", None)
-        if not getattr(asked, "thinking", None):
-            if getattr(asked, "thoughts", None):
-                raise InputError(FORCED_ALONE)
-            return parent.init_continuous_batching(generation_config, continuous_batching_config, *args, **kwargs)
-        from hrpo_patches.thinking import batching, continuous
-
-        if getattr(asked, "cache_implementation", None) == "paged":
-            raise InputError("generate(cache_implementation='paged') hands no thoughts over; call generate_batch.")
-        plain: Any = copy.deepcopy(asked)
-        plain.thinking = plain.thoughts = None
-        config = batching.batching_config(continuous_batching_config, self, kwargs.get("workload_hints"))
-        if getattr(self, "_cached_continuous_batching_manager", None) is not None:
-            raise InputError("a manager that was kept cannot think; destroy_cached_continuous_batching_manager first.")
-        wanted, tokenizer = copy.deepcopy(asked), getattr(self, "_batch_tokenizer", None)
-        batching.check(self, tokenizer, wanted)
-        manager = parent.init_continuous_batching(plain, config, *args, **kwargs)
-        continuous.begin(manager, self, tokenizer, wanted)
-        return manager
-
-    def generate_batch(
-        self,
-        inputs: list[list[int]],
-        generation_config: Any = None,
-        *args: Any,
-        thinking: bool | None = None,
-        thoughts: int | None = None,
-        tokenizer: Any = None,
-        **kwargs: Any,
-    ) -> Any:
-        """As stock's; with `thinking=True` and a `tokenizer`, each output has thinking_states and the like.
-
-        Raises:
-            InputError: as `generate`, or this engine cannot think as the model does.
-        """
-        parent: Any = super()
-        # The engine is told the length by a word of its own, but forced thoughts have to fit into it.
-        said = {"thinking": thinking, "thoughts": thoughts, "max_new_tokens": kwargs.get("max_new_tokens")}
-        if given := {name: value for name, value in said.items() if value is not None}:
-            generation_config = copy.deepcopy(generation_config or self.generation_config)
-            generation_config.update(**given)
-        from hrpo_patches.thinking.continuous import thinking_batches
-
-        with thinking_batches(self, tokenizer):
-            return parent.generate_batch(inputs, generation_config, *args, **kwargs)
 
     def think(
         self,

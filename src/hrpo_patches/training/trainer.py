@@ -72,6 +72,11 @@ class HRPOTrainer(InShards, GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "hrpo"]  # noqa: RUF012 - TRL's own type
     _name = "HRPO"
+    # Of a trainer that was made without its constructor, as tests of other libraries do.
+    _fillers: list[int] = []  # noqa: RUF012
+    _thinking: ThinkingInputs | None = None  # of the batch at hand
+    _rolled_out = 0  # the step whose weights made the rollout
+    monitor: ThinkingMonitor | None = None
 
     def __init__(
         self, model: Any, reward_funcs: Any = None, args: HRPOConfig | None = None, *positional: Any, **kwargs: Any
@@ -80,8 +85,6 @@ class HRPOTrainer(InShards, GRPOTrainer):
         if not isinstance(args, HRPOConfig):
             raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
         kwargs |= dict(zip(POSITIONAL, positional, strict=False))
-        self._thinking: ThinkingInputs | None = None  # of the batch at hand
-        self._rolled_out = 0  # the step whose weights made the rollout
         self._epoch_order = EpochOrder()
         turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
         if args.residual is not None and turns:
@@ -116,7 +119,6 @@ class HRPOTrainer(InShards, GRPOTrainer):
             self.beta = args.beta
             self.ref_model = StartReference(self.accelerator.unwrap_model(self.model))
             self.add_callback(self.ref_model)
-        self.monitor: ThinkingMonitor | None = None
         if args.monitor:
             model = self.accelerator.unwrap_model(self.model)
             self.monitor = ThinkingMonitor(model, args, estimate_marker=False).first_in(self)
@@ -130,7 +132,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
             known = own.filler_token_id if self.args.filler is None else None
             thinking = ThinkingConfig(thoughts=count, filler=self.args.filler or thinking.filler)
         self.args.thoughts, self.args.filler = thinking.thoughts, thinking.filler
-        self._fillers: list[int] = []
+        self._fillers = []
         own.thoughts = thinking.thoughts or None
         if not thinking.thoughts:
             return
