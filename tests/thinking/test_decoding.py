@@ -6,11 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from rollouts import completions, ragged, real_tokens, sample
+from rollouts import TEMPERATURE, bias, completions, ragged, real_tokens, sample, sampled_logps
 from tiny import tiny_config, tiny_model
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from hrpo_patches import replay_forward
 from hrpo_patches.thinking.decoding import ForcedThoughts, ThinkingDecoder, start_thinking
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
@@ -296,3 +297,29 @@ def test_a_plain_generation_is_asked_nothing_about_the_room_for_thoughts(tokeniz
     model, inputs = tiny_model("llama"), ragged(tokenizer)
     plain = GenerationConfig(max_length=longest)
     assert start_thinking(model, inputs["input_ids"], plain, {}, StoppingCriteriaList()) is None
+
+
+@pytest.mark.parametrize("pad", ["own", "end"])
+def test_the_attention_mask_of_a_generation_is_that_of_an_exact_replay(family, tokenizer, pad):
+    model = tiny_model(family, thinking=BOLD)
+    inputs = ragged(tokenizer, ("Hi<end>", "What<end> is 3 + 4?", "abc"))  # as a chat template ends its turns
+    if pad == "end":
+        tokenizer.pad_token = tokenizer.eos_token
+        inputs = ragged(tokenizer, ("Hi<end>", "What<end> is 3 + 4?", "abc"))
+    out = sample(model, tokenizer, inputs, num_return_sequences=4)
+    tokens = completions(out, inputs)
+    expected = torch.cat([inputs["attention_mask"].repeat_interleave(4, 0), real_tokens(model, tokens).long()], 1)
+    assert torch.equal(out.attention_mask, expected) and (expected == 0).any()
+    logits = replay_forward(
+        model, out.sequences, out.attention_mask, thinking_states=out.thinking_states, thinking_mask=out.thinking_mask
+    ).logits[:, inputs["input_ids"].shape[1] - 1 : -1]
+    for i, value in bias(tokenizer).items():
+        logits[..., i] += value
+    logps = (logits / TEMPERATURE).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
+    assert (logps - sampled_logps(out, inputs))[real_tokens(model, tokens)].abs().max() < 1e-4
+
+
+def test_prompts_that_are_padded_on_the_right_are_refused(tokenizer):
+    tokenizer.padding_side = "right"
+    with pytest.raises(InputError, match="padded on the left"):
+        think(tiny_model("llama"), tokenizer, ragged(tokenizer))

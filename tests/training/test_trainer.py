@@ -356,3 +356,15 @@ def test_lora_on_all_linear_layers_leaves_the_thinking_modules_whole(tmp_path):
     names = [name for name, p in trainer.model.named_parameters() if p.requires_grad and "thinking" in name]
     assert names and not [name for name in names if "lora" in name]
     trainer.train()
+
+
+def test_a_completion_that_ends_with_a_stop_string_has_no_padding_under_its_mask(tmp_path):
+    trainer = small_trainer(tmp_path, generation_kwargs={"stop_strings": ["a", "e", "i"]}, max_completion_length=16)
+    pad = byte_tokenizer().pad_token_id
+    trainer.generation_config.sequence_bias = {(pad,): -100.0}  # a random model might say it
+    completions, _ = trainer._think([[1, 2, 3]] * 32)
+    texts = byte_tokenizer().batch_decode(completions)
+    assert len(set(map(len, completions))) > 1 and not any(pad in ids for ids in completions)
+    end = byte_tokenizer().eos_token_id
+    for ids, text in zip(completions, texts, strict=True):
+        assert len(ids) == 16 or ids[-1] == end or any(stop in text for stop in "aei"), text

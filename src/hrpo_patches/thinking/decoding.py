@@ -149,7 +149,7 @@ def start_thinking(
     text do not see forced thoughts.
 
     Raises:
-        InputError: there are more forced thoughts than a completion has room for.
+        InputError: there are more forced thoughts than a completion has room for, or prompts are padded on the right.
     """
     forced = generation_config.thoughts or 0
     if forced:
@@ -158,7 +158,14 @@ def start_thinking(
     if not generation_config.thinking:
         return ForcedThoughts(forced, generation_config.filler_token_id) if forced else None
     record = generation_config.return_dict_in_generate or not model_kwargs["use_cache"]
-    decoder = ThinkingDecoder(model, input_ids, model_kwargs.pop("tokenizer"), bool(record))
+    seen = model_kwargs.get("attention_mask")
+    seen = seen if isinstance(seen, Tensor) and seen.shape == input_ids.shape else None
+    if seen is not None and not seen[:, -1].all():
+        raise InputError(
+            "generate(thinking=True) requires prompts that are padded on the left: the first thought is made from the "
+            "last position. Set tokenizer.padding_side = 'left'."
+        )
+    decoder = ThinkingDecoder(model, input_ids, model_kwargs.pop("tokenizer"), bool(record), seen)
     decoder.forced = ForcedThoughts(forced, generation_config.filler_token_id)
     model_kwargs["output_last_hidden_state"] = True
     return decoder
@@ -217,13 +224,19 @@ class ThinkingDecoder:
         input_ids: (B, P), the prompt.
         tokenizer: spells the answer marker.
         record: whether every step is kept for the output; without it only the last step is.
+        attention_mask: (B, P) of the prompt; by default no position is padding.
 
     Attributes:
         residual: what is really used, "projection" or "embedding".
     """
 
     def __init__(
-        self, model: PreTrainedModel, input_ids: Tensor, tokenizer: PreTrainedTokenizerBase, record: bool
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        tokenizer: PreTrainedTokenizerBase,
+        record: bool,
+        attention_mask: Tensor | None = None,
     ) -> None:
         self.backbone = thinking_backbone(model)
         thinking = ThinkingConfig.from_dict(self.backbone.config.thinking)
@@ -238,6 +251,8 @@ class ThinkingDecoder:
         self.forced = ForcedThoughts(0, None)
         self.states: list[Tensor] = []  # each (B, d)
         self.masks: list[Tensor] = []  # each (B,)
+        self.prompt_mask = attention_mask if attention_mask is not None else torch.ones_like(input_ids)
+        self.real: list[Tensor] = []  # each (B,), 0 where a sequence had ended before
 
     def model_inputs(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         """The next forward's inputs with the thinking of the positions that it reads: one, or all without a cache."""
@@ -267,8 +282,10 @@ class ThinkingDecoder:
         if not self.record and len(self.states) == 1:
             self.states.clear()
             self.masks.clear()
+            self.real.clear()
         self.states.append(state)
         self.masks.append(mask)
+        self.real.append(unfinished)
         return next_tokens
 
     def _fall_back(self) -> None:
@@ -286,14 +303,15 @@ class ThinkingDecoder:
         """Forget the last steps, as `_undo_generation_steps` does for the tokens."""
         self.forced.undo(steps)
         if steps:
-            del self.states[-steps:], self.masks[-steps:]
+            del self.states[-steps:], self.masks[-steps:], self.real[-steps:]
 
     def outputs(self, sequences: Tensor) -> dict[str, Any]:
         """What `generate` returns beside `sequences` (B, P + C); column c belongs to completion token c.
 
         Returns:
             thinking_states (B, C, d), thinking_mask (B, C) bool, thinking_ratio (B, C) float32, the mean over d of the
-            share a of the embedding, 1 where a position does not think, and thinking_residual.
+            share a of the embedding, 1 where a position does not think, thinking_residual, and attention_mask
+            (B, P + C) of `sequences`.
         """
         # unsloth generates in inference mode, whose tensors no backward could use: the replay needs ordinary ones.
         with torch.inference_mode(False), torch.no_grad():
@@ -309,4 +327,5 @@ class ThinkingDecoder:
             "thinking_mask": mask,
             "thinking_ratio": torch.where(mask.to(ratio.device), ratio, 1.0),
             "thinking_residual": self.residual,
+            "attention_mask": torch.cat([self.prompt_mask, torch.stack(self.real, dim=1).to(self.prompt_mask)], dim=1),
         }

@@ -30,12 +30,14 @@ class ThinkingDecoderOnlyOutput(GenerateDecoderOnlyOutput):
         thinking_mask: (B, C) bool, which tokens think: not yet answering, not padding.
         thinking_ratio: (B, C) float32, the share of the token's embedding in its input, 1 where it does not think.
         thinking_residual: the residual that was really used, by name.
+        attention_mask: (B, P + C) of `sequences`: 0 at the padding of prompts and behind the end of completions.
     """
 
     thinking_states: torch.Tensor | None = None
     thinking_mask: torch.Tensor | None = None
     thinking_ratio: torch.Tensor | None = None
     thinking_residual: str | None = None
+    attention_mask: torch.Tensor | None = None
 
 
 def causal_lm_output(last_hidden_state: torch.Tensor | None, **fields: Any) -> CausalLMOutputWithPast:

@@ -42,26 +42,22 @@ class Made:
         return torch.stack([a.sum(), hidden.sum(), mask.sum().float()])
 
 
-def by_generate(
-    model: Any, tokenizer: Any, prompts: list[list[int]], generation_config: Any, ends: list[int], forced: int
-) -> Made:
+def by_generate(model: Any, tokenizer: Any, prompts: list[list[int]], generation_config: Any, forced: int) -> Made:
     """A rollout by `model.generate`, of all prompts in one padded batch.
 
     Args:
         model, tokenizer: that think.
         prompts: token ids.
         generation_config: with `thinking=True` and `return_dict_in_generate=True`.
-        ends: the tokens that end a completion.
         forced: how many forced thoughts a completion begins with.
     """
     rows = [torch.tensor(ids) for ids in prompts]
     ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(model.device)
     seen = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(model.device)
     out = model.generate(input_ids=ids, attention_mask=seen, generation_config=generation_config, tokenizer=tokenizer)
-    tokens = out.sequences[:, ids.shape[1] + forced :]
-    is_end = torch.isin(tokens, torch.tensor(ends, device=tokens.device))
-    kept = is_end.cumsum(dim=1) - is_end.long() == 0  # up to and including the first end token
-    completions = [row[keep].tolist() for row, keep in zip(tokens.cpu(), kept.cpu(), strict=True)]
+    own = slice(ids.shape[1] + forced, None)
+    tokens, kept = out.sequences[:, own].cpu(), out.attention_mask[:, own].cpu().bool()
+    completions = [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
     thinking = ThinkingInputs(out.thinking_states, out.thinking_mask, out.thinking_residual)
     return Made(thinking, out.thinking_ratio, completions)
 

@@ -196,7 +196,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
                 given = (model, self._tokenizer, prompt_ids, self.generation_config)
                 if self.args.use_transformers_continuous_batching:
                     return by_batches(*given, self.continuous_batching_config, forced)
-                return by_generate(*given, self.eos_token_ids, forced)
+                return by_generate(*given, forced)
         except RuntimeError as error:
             if "probability tensor" not in str(error):  # torch's words for logits that are not finite
                 raise
