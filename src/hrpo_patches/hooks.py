@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 
 _HOMES = {
+    "LOOSE_KEYWORDS": "hrpo_thinking.inputs",
     "ThinkingGenerationMixin": "hrpo_patches.thinking.generation",
     "ThinkingInputs": "hrpo_thinking.inputs",
     "ThinkingMixin": "hrpo_patches.thinking.mixin",

@@ -15,9 +15,13 @@ from hrpo_thinking.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOOSE_KEYWORDS = (
-    "a forward takes no thinking_states and thinking_mask since version 0.3; call hrpo_patches.replay_forward(model, "
-    "...), or pass thinking_inputs=ThinkingInputs(states, mask)."
+# What a forward took until version 0.3, or might be thought to take; its **kwargs would ignore them.
+LOOSE_KEYWORDS = frozenset(
+    ("thinking_states", "thinking_mask", "thinking_residual", "thinking_passes", "thinking_head", "bptt")
+)
+LOOSE = (
+    "a forward takes no thinking_states, thinking_mask or bptt since version 0.3; call hrpo_patches.replay_forward("
+    "model, ...), or pass thinking_inputs=ThinkingInputs(states, mask)."
 )
 
 Depth = int | Literal["exact", "sequential"]
@@ -44,6 +48,13 @@ class Bptt:
     stale: bool = False
     head: Callable[[Tensor], Tensor] | None = None
     observe: Callable[[dict[str, float]], None] | None = None
+
+    def __post_init__(self) -> None:
+        depth_of(self.depth)
+        if not isinstance(self.tolerance, (int, float)) or not 0 <= self.tolerance < 1:
+            raise InputError(f"bptt_tolerance must be a number from 0 and below 1, not {self.tolerance!r}.")
+        if isinstance(self.terms, bool) or not isinstance(self.terms, int) or self.terms < 1:
+            raise InputError(f"bptt_terms must be a whole number from 1, not {self.terms!r}.")
 
 
 @dataclass(frozen=True, eq=False)

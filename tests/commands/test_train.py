@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import parse
+from runs import parse, run_of_sums
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 from trl import GRPOConfig
 
 from hrpo_patches.commands.main import train as main
 from hrpo_patches.commands.train_flags import TrainingFlags, make_parser
+from hrpo_patches.monitor.report import read_run
 from hrpo_thinking.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -235,7 +236,7 @@ def test_the_script_says_one_sentence_and_exits_with_2(arguments, sentence, tmp_
         (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
         (["--temperature", "0"], "--temperature has to be above 0"),
-        (["--max_completion_length", "0"], "--max_completion_length has to be above 0"),
+        (["--max_completion_length", "0"], "max_completion_length must be at least 1"),
         (["--eval_problems", "-1"], "--eval_problems has to be 0 or more"),
         (["--report_to", "paper"], "--report_to.*: invalid choice: 'paper'"),
         (["--report_to", "trackio"], "pip install trackio"),
@@ -328,3 +329,23 @@ def test_every_option_of_trl_is_a_flag_and_a_published_name_is_the_same_one(tmp_
         assert flags[f"--{published}"] is flags[f"--{own}"]
     for published, own in {"warmup_ratio": "warmup_steps", "residual_r_min": "r_min"}.items():
         assert flags[f"--{published}"] is flags[f"--{own}"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--format_reward", "0.1", "--reward_weights", "0.2", "0.8"], "both give weights of rewards"),
+        (["--reward_weights", "1", "2", "3"], "needs one weight, the answer's, not 3"),
+    ],
+)
+def test_weights_of_rewards_that_would_be_replaced_are_refused(flags, message, data, tmp_path):
+    with pytest.raises(InputError, match=message):
+        parse([*flags, "--dataset", data, "--output_dir", str(tmp_path / "run")])
+
+
+def test_a_run_without_a_monitor_ends_well_and_is_reported_on(tmp_path):
+    flags = run_of_sums(tmp_path, 6, max_steps=2, monitor="false", report="true", eval_problems=2)
+    flags += ["--per_device_train_batch_size=4", "--gradient_accumulation_steps=1", "--max_completion_length=8"]
+    assert main([*flags, "--output_dir", str(tmp_path / "run")])["after"]["total"] == 2
+    assert (tmp_path / "run" / "report.png").is_file() and not (tmp_path / "run" / "monitor.jsonl").exists()
+    assert len([row for row in read_run(tmp_path / "run").rows if "loss" in row]) == 2

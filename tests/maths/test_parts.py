@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from gradients import difference, gradients
+from rollouts import ragged, sample
 from runs import small_trainer
 from tiny import tiny_model
 
-from hrpo_patches import ThinkingConfig, load_adapter
+from hrpo_patches import ThinkingConfig, load_adapter, replay_forward, thinking_roll
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import MODULES, PARTS, RESIDUALS, ResidualKind, parts_of, register, residual_of
 
@@ -100,3 +102,21 @@ def test_an_adapter_with_a_residual_that_nobody_registered_says_so(tmp_path, bar
             load_adapter(tiny_model("llama", thinking=None), tmp_path / "adapter")
     finally:
         RESIDUALS["bare_state"] = row
+
+
+def test_a_residual_that_keeps_something_else_of_a_state_is_decoded_and_credited_as_it_was_rolled_out(tokenizer):
+    register(ResidualKind("half", True, lambda h, scores, table: 0.5 * h, lambda backbone, kept: kept))
+    try:
+        model = tiny_model("llama", thinking={"residual": "half", "r_min": 0.5, "r_max": 0.9})
+        inputs = ragged(tokenizer)
+        out = sample(model, tokenizer, inputs, biased=False, max_new_tokens=6)
+        given = {"thinking_states": out.thinking_states, "thinking_mask": out.thinking_mask}
+        states = thinking_roll(model, out.sequences, out.attention_mask, out.thinking_mask)
+        assert (states - out.thinking_states)[out.thinking_mask].abs().max() < 1e-3
+        found = [
+            gradients(model, replay_forward(model, out.sequences, out.attention_mask, bptt=bptt, **given).logits.sum())
+            for bptt in ("exact", "sequential")
+        ]
+    finally:
+        del RESIDUALS["half"]
+    assert difference(*found) < 1e-2  # in float32

@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -259,9 +260,13 @@ def test_thinking_inputs_that_do_not_fit_are_refused(states, mask):
         tiny_model("llama")(torch.zeros(1, 5, dtype=torch.long), thinking_inputs=inputs)
 
 
-def test_the_loose_keywords_of_before_are_refused_and_not_ignored(family):
+@pytest.mark.parametrize("name", ["thinking_states", "thinking_mask", "thinking_passes", "bptt"])
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_the_loose_keywords_of_before_are_refused_and_not_ignored(family, name, wrapped):
+    model = tiny_model(family)
+    model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if wrapped else model
     with pytest.raises(InputError, match="since version 0.3"):
-        tiny_model(family)(torch.zeros(1, 5, dtype=torch.long), thinking_states=torch.zeros(1, 3, 32))
+        model(input_ids=torch.zeros(1, 5, dtype=torch.long), **{name: torch.zeros(1, 3, 32)})
 
 
 def test_thinking_inputs_to_a_model_without_thinking_are_refused():

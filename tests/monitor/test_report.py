@@ -69,7 +69,7 @@ def test_the_figure_has_title_axes_units_and_a_legend_that_names_each_run_once(t
     for axes, (title, label) in zip(figure.axes, PANELS.values(), strict=True):
         assert (axes.get_title(), axes.get_ylabel(), axes.get_xlabel()) == (title, label, "optimizer step")
     drawn = [len(axes.lines) for axes in figure.axes]
-    assert drawn == [4, 4, 4, 2, 2, 2]  # each run: single steps and their mean
+    assert drawn == [4, 4, 4, 2, 2, 2, 2]  # each run: single steps and their mean
 
 
 def test_a_figure_of_one_run_says_what_it_is_and_how_it_ended(tmp_path, figures):
@@ -79,7 +79,7 @@ def test_a_figure_of_one_run_says_what_it_is_and_how_it_ended(tmp_path, figures)
     assert figure.get_suptitle() == (
         "a run\ngreedy accuracy on 25 held-out problems: 0.500 ± 0.100 before, 0.700 ± 0.100 after"
     )
-    assert texts(figure).count("nothing logged") == 3
+    assert texts(figure).count("nothing logged") == 4
 
 
 def test_rounding_noise_is_drawn_as_a_flat_line(tmp_path, figures):
@@ -119,7 +119,7 @@ def test_the_command_writes_both_files_and_never_over_others(tmp_path, capsys, m
 
 
 def test_a_folder_that_holds_no_run_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"holds no monitor.jsonl, so it is no run"):
+    with pytest.raises(InputError, match=r"holds neither monitor.jsonl nor report.json"):
         read_run(tmp_path)
     (tmp_path / "monitor.jsonl").write_text("")
     with pytest.raises(InputError, match="does not begin with what the run is"):

@@ -218,6 +218,47 @@ def test_given_positions_are_those_of_every_product(family, float64_everywhere):
     assert difference(gradients(model, replayed(model, untold, "exact")), expected) > 1e-2
 
 
+def test_a_control_and_given_positions_are_those_of_states_that_are_made_again(family, float64_everywhere):
+    model = thinking_model(family)
+    tokens, attention, _, mask = rollout = rollout_of(model)
+    positions = torch.arange(tokens.shape[1]).expand_as(tokens) * 3
+    with controlled(model, "mean"):
+        for options in ({}, {"position_ids": positions}):
+            found = replayed(model, rollout, "exact", stale=True, **options)
+            expected = replayed(model, (tokens, attention, None, mask), "sequential", **options)
+            assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+            assert difference(gradients(model, found), gradients(model, expected)) < EXACT
+
+
+def test_a_graph_that_is_retained_is_good_for_another_backward(family, float64_everywhere):
+    model = thinking_model(family)
+    rollout = rollout_of(model)
+    value = replayed(model, rollout, "exact")
+    value.backward(retain_graph=True)
+    once = {name: p.grad.clone() for name, p in model.named_parameters()}
+    again = gradients(model, value)
+    assert difference(again, once) < 1e-12
+    with pytest.raises(RuntimeError, match="second time"):
+        value.backward()
+
+
+def test_a_loss_on_the_prompt_does_not_end_the_series_early(float64_everywhere):
+    model = thinking_model("llama")
+    tokens, attention, states, mask = rollout_of(model)
+
+    def loss(bptt):
+        out = replay_forward(
+            model, tokens, attention, thinking_states=states, thinking_mask=mask, bptt=bptt, temperature=TEMPERATURE
+        )
+        logps = out.logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+        width = mask.shape[1]
+        return 1000 * (logps * attention[:, 1:])[:, : -width - 1].sum() + logps[:, -width:].sum()
+
+    exact, sequential = gradients(model, loss("exact")), gradients(model, loss("sequential"))
+    name = "model.thinking_projection.weight"
+    assert (exact[name] - sequential[name]).norm() < 1e-2 * sequential[name].norm()
+
+
 def test_a_control_stands_in_every_product(family, float64_everywhere):
     model = thinking_model(family)
     tokens, attention, _, mask = rollout_of(model)
@@ -303,6 +344,16 @@ def test_what_was_measured_is_handed_over(family):
         assert seen["bptt/terms"] == (3 if bptt == 3 else 7)
         assert seen["bptt/remainder"] == 0 if bptt == "exact" else seen["bptt/remainder"] > 1e-6  # seven thoughts
         assert seen["bptt/gain"] > 0.1 and seen["bptt/refreshes"] >= 1
+    found = {}
+    model.model.norm.register_forward_hook(
+        lambda module, args, hidden: hidden.register_hook(lambda g: found.update(whole=g)) and None
+    )
+    given = {"thinking_states": states, "thinking_mask": mask, "output_last_hidden_state": True}
+    out = replay_forward(model, tokens, attention, bptt="exact", observe=seen.update, **given)
+    out.last_hidden_state.register_hook(lambda g: found.update(published=g))
+    out.logits.sum().backward()
+    assert seen["bptt/gain"] == pytest.approx((found["whole"].norm() / found["published"].norm()).item(), rel=1e-6)
+    assert abs(seen["bptt/gain"] - 1) > 1e-3
 
 
 def test_a_series_that_grows_is_computed_to_its_end_with_a_warning(family, float64_everywhere, caplog):
@@ -373,7 +424,10 @@ def test_what_has_no_gradient_through_thoughts_is_refused(bptt):
         model(tokens, thinking_inputs=inputs)
     with pytest.raises(InputError, match="plain model"):
         tiny_model("llama", thinking=None)(tokens, thinking_inputs=inputs)
-    if bptt != "sequential":
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+    for options in ({"use_reentrant": True}, {"preserve_rng_state": True}) if bptt != "sequential" else ():
+        model.train().gradient_checkpointing_enable(options)
         with pytest.raises(InputError, match="'use_reentrant': False"):
             replay_forward(model, tokens, attention, bptt=bptt, **given)
+        assert replayed(model.eval(), (tokens, attention, states, mask), bptt).isfinite()
+    with pytest.raises(InputError, match="0 < K < L"):
+        replay_forward(model, tokens, attention, bptt=bptt, thinking_mask=mask[:, :0])

@@ -8,6 +8,7 @@ from runs import PROMPTS, config, lengths_differ, lora, small_trainer
 from safetensors.torch import save_file
 from tiny import byte_tokenizer, tiny_model
 from transformers import GenerationConfig
+from transformers.trainer_utils import IntervalStrategy
 
 from hrpo_patches import HRPOConfig, HRPOTrainer, load_adapter, replay_forward
 from hrpo_patches.models.adapter import load_plain_adapter
@@ -69,6 +70,8 @@ def steps_of(trainer, monkeypatch):
     found, compute = [], trainer._compute_loss
 
     def compute_loss(model, inputs):
+        if not torch.is_grad_enabled():  # an evaluation
+            return compute(model, inputs)
         pairs, stale = [], trainer.state.global_step != trainer._rolled_out
         for depth in ("exact", "sequential"):
             with monkeypatch.context() as patch:
@@ -84,9 +87,15 @@ def steps_of(trainer, monkeypatch):
 
 
 @pytest.mark.parametrize("residual", ["projection", "embedding"])
-def test_off_policy_the_gradient_is_that_of_decoding_with_todays_weights(family, residual, tmp_path, monkeypatch):
+@pytest.mark.parametrize("evaluates", [False, True])
+def test_off_policy_the_gradient_is_that_of_decoding_with_todays_weights(
+    family, residual, evaluates, tmp_path, monkeypatch
+):
     once = {"gradient_accumulation_steps": 1, "num_iterations": 3, "max_steps": 4}
     trainer = small_trainer(tmp_path, family, residual=residual, bptt="exact", max_completion_length=6, **once)
+    if evaluates:  # its rollouts are of later weights than the batch at hand
+        trainer.eval_dataset = trainer.train_dataset.select(range(4))
+        trainer.args.eval_strategy, trainer.args.eval_steps = IntervalStrategy.STEPS, 1
     found = steps_of(trainer, monkeypatch)
     trainer.train()
     assert [stale for stale, _, _ in found] == [False, True, True, False]
@@ -288,6 +297,13 @@ def test_the_options_are_texts_on_a_command_line_and_numbers_in_python():
     for given, depth in (("1", 0), (4, 3), ("all", "exact")):
         with pytest.warns(FutureWarning, match=f"use bptt={depth}"):
             assert HRPOConfig(replay_passes=given, **options).depth == depth
+
+
+def test_reentrant_checkpointing_is_refused_before_any_work(tmp_path):
+    options = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
+    with pytest.raises(InputError, match="bptt=exact is not supported with reentrant gradient checkpointing"):
+        small_trainer(tmp_path / "exact", **options)
+    small_trainer(tmp_path / "published", bptt=0, **options)
 
 
 def test_the_exact_gradient_is_the_default(tmp_path):

@@ -1,6 +1,9 @@
 """What HRPOConfig refuses."""
 
 import json
+import os
+import subprocess
+import sys
 
 import pytest
 from runs import small_trainer
@@ -83,3 +86,30 @@ def test_how_a_model_thinks_is_said_at_once_and_reaches_it(tmp_path, given):
 def test_what_is_said_in_two_ways_has_to_agree(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         HRPOConfig(output_dir=str(tmp_path), **PLAIN, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_thinking_projection": -1e-4}, "lr_thinking_projection must be at least 0"),
+        ({"learning_rate": -1e-4}, "learning_rate must be at least 0"),
+        ({"num_iterations": 0}, "num_iterations must be at least 1"),
+        ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
+        ({"max_completion_length": None}, "max_completion_length must be at least 1, not None"),
+        ({"generation_kwargs": {"stop_string": "x"}}, "'stop_string' is not an option.*did you mean 'stop_strings'"),
+    ],
+)
+def test_values_that_train_nothing_or_are_not_read_are_refused(tmp_path, options, message):
+    with pytest.raises(InputError, match=message):
+        HRPOConfig(output_dir=str(tmp_path), **PLAIN, **options)
+
+
+def test_of_two_conflicts_the_same_one_is_reported_in_every_process(tmp_path):
+    both = {"thinking": {"thoughts": 2, "filler": "~"}, "thoughts": 3, "filler": "!"}
+    program = f"import hrpo_patches; hrpo_patches.HRPOConfig('{tmp_path}', use_cpu=True, bf16=False, **{both!r})"
+    said = set()
+    for seed in ("0", "1", "2", "3"):
+        environment = os.environ | {"PYTHONHASHSEED": seed}
+        done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+        said.add(done.stderr.strip().splitlines()[-1])
+    assert len(said) == 1 and "thoughts is 3" in said.pop()

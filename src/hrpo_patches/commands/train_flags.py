@@ -109,7 +109,8 @@ class TrainingFlags(HRPOConfig):
     dataloader_pin_memory: bool = published(HRPOConfig, "dataloader_pin_memory", _GPU)
 
     def __post_init__(self) -> None:
-        if "8bit" in self.optim and not (_GPU and find_spec("bitsandbytes") is not None):
+        of_bitsandbytes = "8bit" in self.optim and "torch" not in self.optim  # adamw_torch_8bit is torchao's
+        if of_bitsandbytes and not (_GPU and find_spec("bitsandbytes") is not None):
             print(f"{self.optim} needs bitsandbytes and a GPU; using adamw_torch.")
             self.optim = "adamw_torch"
         super().__post_init__()
@@ -172,6 +173,15 @@ class Run:
         for name in ("lora_rank", "temperature", "max_prompt_length", "max_completion_length", "eval_batch_size"):
             if numbers[name] is not None and not numbers[name] > 0:
                 raise InputError(f"--{name} has to be above 0, not {numbers[name]}.")
+        if about.format_reward and config.reward_weights is not None:
+            raise InputError("--format_reward and --reward_weights both give weights of rewards; remove one of them.")
+        if config.reward_weights is not None and len(config.reward_weights) != 1:
+            raise InputError(
+                f"--reward_weights needs one weight, the answer's, not {len(config.reward_weights)}; --format_reward "
+                f"is the weight of the marker."
+            )
+        if about.adapter is not None and about.lora_rank != RunArguments.lora_rank:
+            raise InputError("--lora_rank is for a fresh adapter, and --adapter has a rank; remove one of them.")
         if about.eval_problems < 0:
             raise InputError(f"--eval_problems has to be 0 or more, not {about.eval_problems}.")
         for tracker in config.report_to:

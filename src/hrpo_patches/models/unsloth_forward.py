@@ -7,7 +7,7 @@ from typing import Any
 from hrpo_patches.models.backends import NO_BPTT
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
-from hrpo_thinking.inputs import LOOSE_KEYWORDS, ThinkingInputs
+from hrpo_thinking.inputs import LOOSE, LOOSE_KEYWORDS, ThinkingInputs
 from hrpo_thinking.parts import MODULES
 
 
@@ -24,8 +24,8 @@ def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> Thinkin
             input, and the states would be out of place.
     """
     thinking: ThinkingInputs | None = kwargs.pop("thinking_inputs", None)
-    if "thinking_states" in kwargs:
-        raise InputError(LOOSE_KEYWORDS)
+    if not LOOSE_KEYWORDS.isdisjoint(kwargs):
+        raise InputError(LOOSE)
     if thinking is None:
         return None
     if thinking.bptt is not None or thinking.states is None:

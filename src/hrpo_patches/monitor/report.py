@@ -77,10 +77,10 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         InputError: the folder holds no log, or a damaged one.
     """
     log, report = folder / LOG_FILE, folder / "report.json"
-    if not log.is_file():
-        raise InputError(f"{folder} holds no {LOG_FILE}, so it is no run (or one with monitor=False).")
-    rows = read_rows(log)
-    if not rows or "run" not in rows[0]:
+    if not log.is_file() and not report.is_file():
+        raise InputError(f"{folder} holds neither {LOG_FILE} nor report.json, so it is no run.")
+    rows = read_rows(log) if log.is_file() else []
+    if log.is_file() and (not rows or "run" not in rows[0]):
         raise InputError(f"{log} does not begin with what the run is: the file is damaged.")
     try:
         record = json.loads(report.read_text()) if report.is_file() else {}
@@ -88,6 +88,9 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         raise InputError(f"{report} is no JSON: the file is damaged.") from None
     if not isinstance(record, dict):
         raise InputError(f"{report} holds no report: the file is damaged.")
+    if not rows:  # a run with monitor=False
+        header = {"run": {"residual": record.get("arguments", {}).get("residual", "projection")}}
+        rows = [header, *record.get("log", [])]
     run = Run(name or folder.resolve().name, rows[0]["run"]["residual"], rows[1:], record)
     if run.last_step > max((row.get("step", 0) for row in record.get("log", [])), default=0):
         run.record.pop("after", None)  # the run has gone on since

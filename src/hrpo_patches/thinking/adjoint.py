@@ -28,7 +28,7 @@ from transformers.utils import logging
 from hrpo_patches.thinking.sequential import Head, decoded_states, recomputed, refuse_dropout
 from hrpo_patches.thinking.shards import in_shards, largest, partitioned, unsharded
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.inputs import Bptt, ThinkingInputs
+from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
 from hrpo_thinking.parts import RESIDUALS
 
 if TYPE_CHECKING:  # transformers is importing this module
@@ -68,11 +68,11 @@ def ready(
     sequential = wanted and rule.depth == "sequential"
     if thinking.states is not None and not rule.stale and not wanted:
         return replace(thinking, bptt=None)
-    rule = replace(rule, head=_check(backbone, embeds, thinking, rule, attention_mask))
-    thinking = replace(thinking, bptt=rule)
+    head = _check(backbone, embeds, thinking, rule, attention_mask)
+    thinking = replace(thinking, bptt=replace(rule, head=head))
     if sequential:
         refuse_dropout(backbone)
-        states = decoded_states(backbone, embeds, thinking, rule.head, attention_mask, position_ids)
+        states = decoded_states(backbone, embeds, thinking, head, attention_mask, position_ids)
         return replace(thinking, states=states, bptt=None)
     if thinking.states is None or rule.stale:
         with torch.no_grad(), _evaluating(backbone):
@@ -81,20 +81,21 @@ def ready(
     if not wanted:
         return replace(thinking, bptt=None)
     assert thinking.states is not None
-    return replace(thinking, states=thinking.states.detach().to(embeds.device).requires_grad_())
+    leaf = thinking.states.detach().to(embeds.device, copy=True)  # a copy, for states may be of inference mode
+    return replace(thinking, states=leaf.requires_grad_())
 
 
 def _check(
     backbone: ThinkingMixin, embeds: Tensor, thinking: ThinkingInputs, rule: Bptt, attention_mask: Tensor | None
-) -> Head | None:
-    """Refuse what has no live states; the head, if the residual needs it."""
+) -> Head:
+    """Refuse what has no live states; what makes them of hidden states."""
     mask = thinking.mask
     if not hasattr(backbone, "thinking_projection"):
         raise InputError("thinking_inputs were given to a plain model; build or load it with thinking={}.")
-    if mask.dim() != 2 or mask.shape[0] != embeds.shape[0] or mask.shape[1] >= embeds.shape[1]:
+    if mask.dim() != 2 or mask.shape[0] != embeds.shape[0] or not 0 < mask.shape[1] < embeds.shape[1]:
         raise InputError(
-            f"bptt requires a mask (B, K) with K < L, for the first state comes from the position before: expected "
-            f"B, L = {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
+            f"states of today's weights require a mask (B, K) with 0 < K < L, for the first one comes from the "
+            f"position before: expected B, L = {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
         )
     if mask.dtype != torch.bool:
         raise InputError(f"the thinking mask must be bool, not {mask.dtype}.")
@@ -105,30 +106,36 @@ def _check(
             "DeepSpeed's ZeRO-3 gives a layer's weights back after one product; use bptt='sequential' or 0."
         )
     for module in backbone.modules() if torch.is_grad_enabled() and rule.depth else ():
-        options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None) or {}
-        if getattr(module, "gradient_checkpointing", False) and options.get("use_reentrant", False):
-            raise InputError(
-                "bptt is not supported with reentrant gradient checkpointing; set gradient_checkpointing_kwargs="
-                "{'use_reentrant': False}."
-            )
-    kind = thinking.residual or backbone.config.thinking["residual"]
-    if RESIDUALS[kind].needs_state:
-        return None
+        if module.training and getattr(module, "gradient_checkpointing", False):
+            refuse_reentrant(getattr(module._gradient_checkpointing_func, "keywords", {}), rule.depth)
+    kind = RESIDUALS[thinking.residual or backbone.config.thinking["residual"]]
+    if kind.needs_state:
+        table: Any = backbone.get_input_embeddings()
+        return lambda hidden: kind.observe(hidden, None, table.weight)
     if rule.head is None:
         raise InputError(
-            f"the {kind} residual of a live state needs the LM head; call hrpo_patches.replay_forward(model, ...), "
-            "which hands it over."
+            f"the {kind.name} residual of a live state needs the LM head; call hrpo_patches.replay_forward(model, "
+            "...), which hands it over."
         )
     return rule.head
 
 
-def live_states(hidden: Tensor, width: int, head: Head | None) -> Tensor:
+def refuse_reentrant(checkpointing: dict[str, Any], depth: Depth) -> None:
+    """Raise `InputError` if layers are checkpointed with these options in a way that takes one backward only."""
+    if depth not in (0, "sequential") and checkpointing.get("use_reentrant", True):  # torch's default
+        raise InputError(
+            f"bptt={depth} is not supported with reentrant gradient checkpointing; set gradient_checkpointing_kwargs="
+            "{'use_reentrant': False}, or bptt=0."
+        )
+
+
+def live_states(hidden: Tensor, width: int, head: Head) -> Tensor:
     """What the residuals of the last `width` positions are made from: the states (B, K, d) one position earlier."""
     before = hidden[:, -width - 1 : -1]
-    if head is None:
-        return before
+    if not hasattr(head, "vocabulary"):  # which needs no logits
+        return head(before)
     # A few columns at once, and again for the gradient: the head holds (B, columns, V) logits.
-    columns = max(1, _LOGITS // (len(before) * getattr(head, "vocabulary", 2**15)))
+    columns = max(1, _LOGITS // (len(before) * head.vocabulary))
     return torch.cat([recomputed(head, chunk) for chunk in before.split(columns, dim=1)], dim=1)
 
 
@@ -145,7 +152,7 @@ def _todays_states(
     forwards as there are thoughts, and after two or three where weights have moved by a few optimizer steps.
     """
     rule, states = thinking.bptt, thinking.states
-    assert rule is not None
+    assert rule is not None and rule.head is not None
     if states is None:
         return decoded_states(backbone, embeds, thinking, rule.head, attention_mask, position_ids)
     states, mask = states.to(embeds.device), thinking.mask.to(embeds.device).unsqueeze(-1)
@@ -170,7 +177,7 @@ def _todays_states(
 
 def credited(backbone: ThinkingMixin, hidden: Tensor, thinking: ThinkingInputs) -> Tensor:
     """The hidden states (B, L, d), whose backward also carries what flows through the thoughts."""
-    assert thinking.states is not None and thinking.bptt is not None
+    assert thinking.states is not None and thinking.bptt is not None and thinking.bptt.head is not None
     live = live_states(hidden, thinking.mask.shape[1], thinking.bptt.head)
     credited: Tensor = _Adjoint.apply(hidden, live, thinking.states, thinking.bptt, backbone)
     return credited
@@ -181,17 +188,17 @@ class _Adjoint(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, live: Tensor, states: Tensor, rule: Bptt, backbone: ThinkingMixin) -> Tensor:
-        ctx.graph, ctx.rule, ctx.backbone = (hidden, live, states), rule, backbone
+        ctx.save_for_backward(hidden, live, states)
+        ctx.rule, ctx.backbone = rule, backbone
         return hidden.view_as(hidden)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden, live, states), rule = ctx.graph, ctx.rule
-        ctx.graph = None
+        (hidden, live, states), rule = ctx.saved_tensors, ctx.rule
         together = in_shards(ctx.backbone)  # then each product is one of all processes
         exact, most = rule.depth == "exact", states.shape[1]
-        base = _number(_norm(g), together)
+        base = _number(_norm(g[:, -states.shape[1] :]), together)  # what stands before the thoughts reaches none
         size, following, count = base, base, 0  # norms of this term and, by its ratio to the one before, of the next
         term, whole, total = g, g, torch.zeros_like(states)
         smallest, most = (rule.tolerance * base, most) if exact else (0.0, min(rule.depth, most))
@@ -202,6 +209,7 @@ class _Adjoint(torch.autograd.Function):
             unsharded(ctx.backbone.norm)
             (at_states,) = torch.autograd.grad(hidden, states, term, **options)
             total = total + at_states
+            at_states = at_states.to(live.device)
             (term,) = torch.autograd.grad(live, hidden, at_states, **options)
             whole = whole + term
             before, size = size, _number(_norm(term), together)
@@ -211,9 +219,9 @@ class _Adjoint(torch.autograd.Function):
             logger.warning_once(GROWS)
         if rule.observe is not None and base > 0:
             remainder = following / base if count < states.shape[1] else 0.0  # J is nilpotent
-            gain = _number(_norm(whole), together) / base
+            gain = _number(_norm(whole), together) / _number(_norm(g), together)
             rule.observe({"bptt/terms": count, "bptt/remainder": remainder, "bptt/gain": gain})
-        return g, total, None, None, None
+        return g, total.to(live.device), None, None, None
 
 
 def _norm(values: Tensor) -> Tensor:

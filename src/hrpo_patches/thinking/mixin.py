@@ -11,7 +11,7 @@ from hrpo_patches.thinking import adjoint
 from hrpo_thinking.blend import Blend
 from hrpo_thinking.config import ThinkingConfig, record_of
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.inputs import LOOSE_KEYWORDS, ThinkingInputs
+from hrpo_thinking.inputs import LOOSE, ThinkingInputs
 from hrpo_thinking.modules import ThinkingModule, make_projection, thinking_modules
 from hrpo_thinking.parts import MODULE_PATTERN, MODULES, is_thinking_parameter
 
@@ -132,7 +132,7 @@ class ThinkingMixin(Blend, _Base):
             InputError: as `blend_thinking`, or the gradient cannot be taken as `thinking.bptt` asks.
         """
         if thinking is None:
-            raise InputError(LOOSE_KEYWORDS)
+            raise InputError(LOOSE)
         if thinking.bptt is not None or thinking.states is None:
             thinking = adjoint.ready(self, embeds, thinking, attention_mask, position_ids)
         return self.blend_thinking(embeds, thinking), thinking

@@ -62,7 +62,7 @@ def decoded_states(
     backbone: ThinkingMixin,
     embeds: Tensor,
     thinking: ThinkingInputs,
-    head: Head | None,
+    head: Head,
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
 ) -> Tensor:
@@ -76,7 +76,7 @@ def decoded_states(
         backbone: whose forward is running.
         embeds: (B, L, d), the input embeddings.
         thinking: which of the last K < L positions think, and with which residual; its states are not read.
-        head: makes finished residuals of states, where the residual needs the distribution.
+        head: makes states, or finished residuals, of hidden states.
         attention_mask, position_ids: of the forward.
 
     Returns:
@@ -93,7 +93,7 @@ def decoded_states(
         position_ids = torch.arange(length, device=embeds.device).unsqueeze(0)
     checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
     saves_memory = last - first >= KEPT or checkpointed
-    if head is not None and in_shards(backbone):
+    if in_shards(backbone):
         head = partial(recomputed, head)  # by the time of its backward, the weights that it read have been given back
     past: list[Stretch] = []
     hidden: Tensor | None = None
@@ -103,7 +103,7 @@ def decoded_states(
         if start >= first:
             assert hidden is not None
             column = start - length + width
-            states[column] = hidden[:, -1:] if head is None else head(hidden[:, -1:])
+            states[column] = head(hidden[:, -1:]).to(embeds.device)
             now = ThinkingInputs(states[column], mask[:, column : column + 1], thinking.residual)
             advance = partial(_think_and_advance, backbone, now, backbone.thinking_control)
         seen = attention_mask[:, :end] if attention_mask is not None else None
@@ -112,7 +112,7 @@ def decoded_states(
         past.append(own)
         start = end
     assert hidden is not None
-    states[columns[-1]] = hidden[:, -1:] if head is None else head(hidden[:, -1:])
+    states[columns[-1]] = head(hidden[:, -1:]).to(embeds.device)
     return torch.cat(states, dim=1)
 
 

@@ -6,7 +6,10 @@ import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
+
+from transformers import GenerationConfig
 
 from hrpo_patches.training.released import released
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
@@ -21,7 +24,7 @@ else:
     GRPOConfig = released("trl.trainer.grpo_config", "GRPOConfig")
 
 REFERENCES = ("base", "start")
-SHARED = {"residual", "answer_start", "thoughts", "filler"}  # options of ThinkingConfig that are fields here, too
+SHARED = ("residual", "answer_start", "thoughts", "filler")  # options of ThinkingConfig that are fields here, too
 
 
 class _Spellings:
@@ -114,6 +117,26 @@ class HRPOConfig(GRPOConfig):
                 "sync_ref_model mixes this model's weights into a reference that has no thinking ones; leave it out."
             )
         super().__post_init__()
+        self._refuse_what_does_nothing()
+
+    def _refuse_what_does_nothing(self) -> None:
+        """Raise `InputError` for values that train nothing, uphill, or are not read."""
+        rates = ("learning_rate", "lr_residual_gate", "lr_residual_Lambda", "lr_thinking_projection")
+        for name in rates:
+            if getattr(self, name) < 0:
+                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        for name in ("num_iterations", "max_completion_length"):
+            value = getattr(self, name)
+            if value is None or value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}.")
+        if self.max_steps == 0:
+            raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, not 0.")
+        known = GenerationConfig().to_dict() | dict.fromkeys(("thinking", "thoughts", "filler_token_id"))
+        for name in self.generation_kwargs or {}:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                raise InputError(f"generation_kwargs: {name!r} is not an option of GenerationConfig{hint}")
 
     def _read_bptt(self) -> None:
         """Read how far the gradient flows, also as it was said before version 0.3."""
@@ -128,10 +151,7 @@ class HRPOConfig(GRPOConfig):
             self.bptt, self.replay_passes = depth, None
         if self.bptt is not None:
             self.bptt = depth_of(self.bptt)  # type: ignore[assignment]
-        if not 0 <= self.bptt_tolerance < 1:
-            raise InputError(f"bptt_tolerance must be at least 0 and below 1, not {self.bptt_tolerance}.")
-        if self.bptt_terms < 1:
-            raise InputError(f"bptt_terms must be at least 1, not {self.bptt_terms}.")
+        Bptt(self.depth, self.bptt_tolerance, self.bptt_terms)  # checks them
 
     def _read_thinking(self) -> None:
         """Read `thinking` into a dict, and into the fields that say the same."""
@@ -146,7 +166,7 @@ class HRPOConfig(GRPOConfig):
         options: dict[str, Any] = asdict(given) if isinstance(given, ThinkingConfig) else given or {}
         if options and self.residual is None:
             raise InputError("thinking does not go with residual='none', which is plain GRPO; leave one of them out.")
-        for name in SHARED & set(options):
+        for name in [name for name in SHARED if name in options]:
             own, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if own not in (default, options[name]):
                 raise InputError(f"{name} is {own!r}, and thinking says {options[name]!r}; leave one of them out.")

@@ -19,6 +19,7 @@ from trl.trainer.utils import create_model_from_path
 
 from hrpo_patches.models.backends import NO_BPTT, backend_of, refuse_stranger
 from hrpo_patches.models.base import thinking_options
+from hrpo_patches.thinking.adjoint import refuse_reentrant
 from hrpo_patches.thinking.backbone import patched_backbone, temporarily, thinking_backbone
 from hrpo_patches.thinking.decoding import NEUTRAL
 from hrpo_patches.thinking.sequential import refuse_dropout
@@ -173,6 +174,9 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout
     from_start = args.reference == "start" and args.beta != 0.0
     if (args.depth or from_start) and not backend.bptt:
         raise InputError(NO_BPTT)
+    if args.gradient_checkpointing and not backend.own_checkpointing:
+        given: Any = args.gradient_checkpointing_kwargs or {"use_reentrant": False}  # which is transformers' default
+        refuse_reentrant(given, args.depth)
     if args.depth == "sequential":
         refuse_dropout(backbone, today=False)
     if (args.depth or from_start) and not kind.needs_state:

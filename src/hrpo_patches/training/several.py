@@ -38,6 +38,7 @@ class InShards(_Trainer):
 
     Raises:
         InputError: it is told to use FSDP's first version, or ZeRO-3 with the reference `start` or truncated BPTT.
+            ZeRO-3 decodes for the exact gradient (`check_sharding`).
         SaveError: in training, if a checkpoint cannot be written.
     """
 

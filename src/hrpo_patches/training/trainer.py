@@ -174,7 +174,9 @@ class HRPOTrainer(InShards, GRPOTrainer):
                 f"the rollout used the {made.thinking.residual} residual instead of {self.args.residual}: the model's "
                 f"forward returns no last_hidden_state."
             )
-        self._thinking, self._rolled_out = made.thinking, self.state.global_step
+        self._thinking = made.thinking
+        if self.model.training:  # an evaluation may stand between a generation and its use
+            self._rolled_out = self.state.global_step
         self._record_ratios(made.shares())
         return made.completions, made.logprobs
 
