@@ -3,7 +3,7 @@
 Every round takes all kinds in turn, from another one on; ratios are taken within a round. Each kind has its own
 trainer on its own copy of the model; all replay the same completions, every token of which thinks. Memory is the
 growth of the process's resident memory over a step, at its peak (Linux). With --drift it measures instead by how much
-the values of sequential decoding differ from those of a replay, in float32 and bfloat16.
+the values of states that are made again in parallel differ from the rollout's, in float32 and bfloat16.
 """
 
 import argparse
@@ -181,8 +181,8 @@ def drift(args: argparse.Namespace) -> dict:
         width = batch["completion_ids"].shape[1]
 
         logps = []
-        for given in (states, {"thinking_mask": states["thinking_mask"]}):  # replayed, and decoded again
-            logits = replay_forward(model, ids, mask, logits_to_keep=width + 1, **given).logits[:, :-1]
+        for stale in (False, True):  # the rollout's states, and those that the parallel forward makes of them
+            logits = replay_forward(model, ids, mask, logits_to_keep=width + 1, stale=stale, **states).logits[:, :-1]
             logps.append(logits.float().log_softmax(-1).gather(-1, ids[:, -width:, None])[..., 0])
         difference = (logps[0] - logps[1]).abs()
         found[str(dtype).removeprefix("torch.")] = {
