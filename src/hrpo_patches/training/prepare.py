@@ -31,6 +31,9 @@ from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import FALLBACK, RESIDUALS, canonical, is_thinking_parameter, parts_of
 
 
+logger = logging.getLogger(__name__)
+
+
 def policy(model: Any, args: HRPOConfig, quantization_config: Any = None) -> Any:
     """`model` as the run trains it: with the thinking modules, unless it is plain GRPO.
 
@@ -171,6 +174,8 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout
     backend = backend_of(base)
     if args.bptt is None:
         args.bptt = backend.bptt  # type: ignore[assignment]
+        if not backend.bptt:
+            logger.warning(f"bptt is 0, the published gradient: {NO_BPTT}")
     from_start = args.reference == "start" and args.beta != 0.0
     if (args.depth or from_start) and not backend.bptt:
         raise InputError(NO_BPTT)
