@@ -30,7 +30,6 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import FALLBACK, RESIDUALS, canonical, is_thinking_parameter, parts_of
 
-
 logger = logging.getLogger(__name__)
 
 
