@@ -24,7 +24,7 @@ from hrpo_thinking.errors import InputError
         ({"projection_layers": True}, "projection_layers has to be a whole number, not True"),
         ({"projection_layers": 2, "projection_hidden": 2.5}, "projection_hidden has to be a whole number"),
         ({"embedding_norm": float("nan")}, "embedding_norm has to be a finite number"),
-        ({"marker": "####"}, "unknown thinking option 'marker'"),
+        ({"answer_starts": "####"}, "unknown thinking option 'answer_starts'"),
     ],
 )
 def test_a_value_out_of_range_is_one_sentence(values, message):

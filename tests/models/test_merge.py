@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
-from hrpo_patches import load_adapter
+from hrpo_patches import load_adapter, replay_forward
 from hrpo_patches.commands.main import main
 from hrpo_patches.models.merge import convert, merge
 from hrpo_patches.models.record import save_thinking
@@ -28,7 +28,7 @@ from rollouts import ragged
 from safetensors.torch import load_file, save_file
 model = AutoModelForCausalLM.from_pretrained(sys.argv[1]).eval()
 tokenizer = AutoTokenizer.from_pretrained(sys.argv[1], padding_side="left")
-logits = model(**load_file(sys.argv[2])).logits
+logits = hrpo_patches.replay_forward(model, **load_file(sys.argv[2])).logits
 out = model.generate(**ragged(tokenizer), tokenizer=tokenizer, max_new_tokens=24, do_sample=False,
                      return_dict_in_generate=True)  # thinking is its default
 save_file({"logits": logits, "mask": out.thinking_mask, "first": out.thinking_states[:, 0].contiguous()}, sys.argv[3])
@@ -86,7 +86,7 @@ def test_a_merged_model_gives_the_adapters_logits_in_a_new_process_and_thinks(fo
     assert done.returncode == 0, done.stderr
     found = load_file(folder / "out")
     with torch.no_grad():
-        expected = model(**given).logits
+        expected = replay_forward(model, **given).logits
         without = model(out.sequences, attention_mask=mask).logits
     assert relative(found["logits"], expected) < 1e-5 < 1e-2 < relative(without, expected)
     assert found["mask"].any()

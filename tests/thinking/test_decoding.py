@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rollouts import TEMPERATURE, bias, completions, ragged, real_tokens, sample, sampled_logps
-from tiny import tiny_config, tiny_model
+from tiny import byte_tokenizer, tiny_config, tiny_model
 from transformers import GenerationConfig, GPT2Config, GPT2LMHeadModel, StoppingCriteriaList
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -67,10 +67,12 @@ def test_undone_steps_are_forgotten(tokenizer):
     model = tiny_model("llama")
     decoder = ThinkingDecoder(model, torch.zeros(1, 2, dtype=torch.long), tokenizer, record=True)
     decoder.states, decoder.masks = [torch.full((1, 32), float(i)) for i in range(3)], [torch.ones(1) == 1] * 3
+    decoder.real = [torch.ones(1, dtype=torch.long)] * 3
     decoder.undo(0)
     decoder.undo(1)
     out = decoder.outputs(torch.zeros(1, 4, dtype=torch.long))
     assert out["thinking_states"][0, :, 0].tolist() == [0, 1] and out["thinking_mask"].shape == (1, 2)
+    assert out["attention_mask"].tolist() == [[1] * 4]
 
 
 def test_a_hidden_state_that_comes_and_goes_is_an_error(tokenizer):
@@ -300,12 +302,12 @@ def test_a_plain_generation_is_asked_nothing_about_the_room_for_thoughts(tokeniz
 
 
 @pytest.mark.parametrize("pad", ["own", "end"])
-def test_the_attention_mask_of_a_generation_is_that_of_an_exact_replay(family, tokenizer, pad):
+def test_the_attention_mask_of_a_generation_is_that_of_an_exact_replay(family, pad):
+    tokenizer = byte_tokenizer()
     model = tiny_model(family, thinking=BOLD)
-    inputs = ragged(tokenizer, ("Hi<end>", "What<end> is 3 + 4?", "abc"))  # as a chat template ends its turns
     if pad == "end":
         tokenizer.pad_token = tokenizer.eos_token
-        inputs = ragged(tokenizer, ("Hi<end>", "What<end> is 3 + 4?", "abc"))
+    inputs = ragged(tokenizer, ("Hi<end>", "What<end> is 3 + 4?", "abc"))  # as a chat template ends its turns
     out = sample(model, tokenizer, inputs, num_return_sequences=4)
     tokens = completions(out, inputs)
     expected = torch.cat([inputs["attention_mask"].repeat_interleave(4, 0), real_tokens(model, tokens).long()], 1)
@@ -319,7 +321,8 @@ def test_the_attention_mask_of_a_generation_is_that_of_an_exact_replay(family, t
     assert (logps - sampled_logps(out, inputs))[real_tokens(model, tokens)].abs().max() < 1e-4
 
 
-def test_prompts_that_are_padded_on_the_right_are_refused(tokenizer):
+def test_prompts_that_are_padded_on_the_right_are_refused():
+    tokenizer = byte_tokenizer()
     tokenizer.padding_side = "right"
     with pytest.raises(InputError, match="padded on the left"):
         think(tiny_model("llama"), tokenizer, ragged(tokenizer))

@@ -197,7 +197,7 @@ REFUSED = [
     ({"bptt": "most"}, "bptt must be a whole number from 0"),
     ({"replay_passes": 0}, "replay_passes must be a whole number from 1"),
     ({"replay_passes": 2, "bptt": 5}, "bptt=5 and replay_passes=2 differ"),
-    ({"bptt_terms": 0}, "bptt_terms must be at least 1"),
+    ({"bptt_terms": 0}, "bptt_terms must be a whole number from 1"),
     ({"bptt_tolerance": 1.0}, "bptt_tolerance must be"),
     ({"reference": "last"}, "reference has to be one of"),
     ({"bptt": 2, "residual": "none"}, "about thinking"),

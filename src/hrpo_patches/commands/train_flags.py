@@ -24,6 +24,7 @@ from hrpo_patches.commands.flags import (
 from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP
 from hrpo_patches.extras import require
 from hrpo_patches.files import LOCK
+from hrpo_patches.models.adapter import config_of
 from hrpo_patches.models.backends import BACKENDS
 from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.models.record import check_same_pauses, check_same_thinking, read_thinking
@@ -181,7 +182,9 @@ class Run:
                 f"is the weight of the marker."
             )
         if about.adapter is not None and about.lora_rank != RunArguments.lora_rank:
-            raise InputError("--lora_rank is for a fresh adapter, and --adapter has a rank; remove one of them.")
+            rank = config_of(Path(about.adapter)).r
+            if about.lora_rank != rank:
+                raise InputError(f"--lora_rank {about.lora_rank} cannot change --adapter, which has rank {rank}.")
         if about.eval_problems < 0:
             raise InputError(f"--eval_problems has to be 0 or more, not {about.eval_problems}.")
         for tracker in config.report_to:
