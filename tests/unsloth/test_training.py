@@ -72,6 +72,7 @@ def arguments(backend, residual, checkpoints, folder):
         "dataset": folder / "sums.jsonl",
         "output_dir": folder / backend,
     }
+    options |= {"bptt": 0} if backend == "transformers" else {}  # which is unsloth's default
     return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
 
 
