@@ -96,12 +96,18 @@ def test_what_is_said_in_two_ways_has_to_agree(tmp_path, options, message):
         ({"num_iterations": 0}, "num_iterations must be at least 1"),
         ({"max_steps": 0}, "max_steps must be at least 1, or -1"),
         ({"max_completion_length": None}, "max_completion_length must be at least 1, not None"),
-        ({"generation_kwargs": {"stop_string": "x"}}, "'stop_string' is not an option.*did you mean 'stop_strings'"),
     ],
 )
 def test_values_that_train_nothing_or_are_not_read_are_refused(tmp_path, options, message):
     with pytest.raises(InputError, match=message):
         HRPOConfig(output_dir=str(tmp_path), **PLAIN, **options)
+
+
+def test_generation_options_that_generate_does_not_know_are_refused(tmp_path):
+    with pytest.raises(InputError, match="'stop_string' is not an option.*did you mean 'stop_strings'"):
+        small_trainer(tmp_path, generation_kwargs={"stop_string": "x"})
+    args = HRPOConfig(output_dir=str(tmp_path), use_vllm=True, generation_kwargs={"stop": ["x"]}, **PLAIN)
+    args.check_generation_kwargs()  # vLLM's own name
 
 
 def test_of_two_conflicts_the_same_one_is_reported_in_every_process(tmp_path):

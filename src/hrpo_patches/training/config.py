@@ -131,6 +131,11 @@ class HRPOConfig(GRPOConfig):
                 raise InputError(f"{name} must be at least 1, not {value}.")
         if self.max_steps == 0:
             raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, not 0.")
+
+    def check_generation_kwargs(self) -> None:
+        """Raise `InputError` for generation options that `generate` does not know; vLLM has names of its own."""
+        if self.use_vllm:
+            return
         known = GenerationConfig().to_dict() | dict.fromkeys(("thinking", "thoughts", "filler_token_id"))
         for name in self.generation_kwargs or {}:
             if name not in known:

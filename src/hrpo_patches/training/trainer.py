@@ -84,6 +84,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
         args = args if args is not None else HRPOConfig(output_dir="HRPO")
         if not isinstance(args, HRPOConfig):
             raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
+        args.check_generation_kwargs()
         kwargs |= dict(zip(POSITIONAL, positional, strict=False))
         self._epoch_order = EpochOrder()
         turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
