@@ -120,7 +120,7 @@ class HRPOConfig(GRPOConfig):
         self._refuse_what_does_nothing()
 
     def _refuse_what_does_nothing(self) -> None:
-        """Raise `InputError` for values that train nothing, uphill, or are not read."""
+        """Raise `InputError` for values that train nothing, or uphill."""
         rates = ("learning_rate", "lr_residual_gate", "lr_residual_Lambda", "lr_thinking_projection")
         for name in rates:
             if getattr(self, name) < 0:
