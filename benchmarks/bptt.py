@@ -1,9 +1,10 @@
 """What backpropagation through thoughts costs: a trainer's loss and backward by `bptt`, against plain GRPO's.
 
 Every round takes all kinds in turn, from another one on; ratios are taken within a round. Each kind has its own
-trainer on its own copy of the model; all replay the same completions, every token of which thinks. Memory is the
-growth of the process's resident memory over a step, at its peak (Linux). With --drift it measures instead by how much
-the values of states that are made again in parallel differ from the rollout's, in float32 and bfloat16.
+trainer on its own copy of the model; all replay the same completions, every token of which thinks. Memory is taken in
+a step of its own after the rounds: the growth of the process's resident memory, at its peak (Linux).
+With --drift it measures instead by how much the values of states that are made again in parallel differ from the
+rollout's, in float32 and bfloat16.
 """
 
 import argparse
@@ -116,20 +117,27 @@ def settle() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def measure(trainer: HRPOTrainer, batch: dict) -> tuple[float, float, int]:
-    """Seconds and peak memory (GiB, over what was there before) of one loss with its backward; terms of the series."""
-    settle()
+def measure(trainer: HRPOTrainer, batch: dict) -> tuple[float, int]:
+    """Seconds of one loss with its backward, and terms of the series."""
     trainer._metrics["train"].clear()
-    before, started = resident("VmRSS"), time.perf_counter()
+    started = time.perf_counter()
     trainer.compute_loss(trainer.model, batch).backward()
-    seconds, peak = time.perf_counter() - started, resident("VmHWM") - before
+    seconds = time.perf_counter() - started
     trainer.model.zero_grad(set_to_none=True)
-    return seconds, peak, int(trainer._metrics["train"].get("bptt/terms", [0])[0])
+    return seconds, int(trainer._metrics["train"].get("bptt/terms", [0])[0])
+
+
+def peak_of(trainer: HRPOTrainer, batch: dict) -> float:
+    """GiB that a step takes at its peak, over what was there before."""
+    settle()
+    before = resident("VmRSS")
+    measure(trainer, batch)
+    return resident("VmHWM") - before
 
 
 def costs(args: argparse.Namespace, thoughts: int) -> dict:
     """All rounds at one number of thoughts."""
-    kinds = [kind for kind in KINDS if not args.bptt or kind == PLAIN or str(KINDS[kind]) in args.bptt]
+    kinds = [kind for kind in KINDS if not args.bptt or not KINDS[kind] or str(KINDS[kind]) in args.bptt]
     with tempfile.TemporaryDirectory() as folder:
         trainers = {kind: trainer_of(kind, args, folder) for kind in kinds}
         share_thinking_weights(trainers)
@@ -142,7 +150,8 @@ def costs(args: argparse.Namespace, thoughts: int) -> dict:
         for n in track(range(args.rounds), description=f"{thoughts} thoughts"):
             order = kinds[n % len(kinds) :] + kinds[: n % len(kinds)]
             rounds.append({kind: measure(trainers[kind], batch) for kind in order})
-    return {"thoughts": thoughts, "rollout_seconds": rollout, "rounds": rounds}
+        peaks = {kind: peak_of(trainers[kind], batch) for kind in kinds}
+    return {"thoughts": thoughts, "rollout_seconds": rollout, "rounds": rounds, "peak_gib": peaks}
 
 
 def show(found: dict) -> None:
@@ -151,18 +160,17 @@ def show(found: dict) -> None:
     table = Table(title=title)
     for column in ("", "seconds (range)", "of plain GRPO", "of bptt = 0 (range)", "peak GiB", "of bptt = 0", "terms"):
         table.add_column(column)
-    for kind in found["rounds"][0]:
-        seconds, peaks, terms = zip(*(row[kind] for row in found["rounds"]), strict=True)
+    for kind, peak in found["peak_gib"].items():
+        seconds, terms = zip(*(row[kind] for row in found["rounds"]), strict=True)
         plain = [row[kind][0] / row[PLAIN][0] for row in found["rounds"]]
         slower = [row[kind][0] / row[PUBLISHED][0] for row in found["rounds"]]
-        larger = [row[kind][1] / row[PUBLISHED][1] for row in found["rounds"]]
         table.add_row(
             kind,
             f"{statistics.median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f})",
             f"{statistics.median(plain):.2f}",
             f"{statistics.median(slower):.2f} ({min(slower):.2f} to {max(slower):.2f})",
-            f"{statistics.median(peaks):.2f}",
-            f"{statistics.median(larger):.2f}",
+            f"{peak:.2f}",
+            f"{peak / found['peak_gib'][PUBLISHED]:.2f}",
             str(max(terms)),
         )
     Console().print(table)
@@ -205,7 +213,9 @@ def main(flags: list[str] | None = None) -> None:
         "--residual", default="projection", choices=("projection", "embedding"), help="of the thoughts"
     )
     parser.add_argument("--drift", action="store_true", help="measure values instead of costs")
-    parser.add_argument("--bptt", nargs="+", default=[], help="only these, 0 among them; by default all")
+    parser.add_argument(
+        "--bptt", nargs="+", choices=[str(k) for k in KINDS.values() if k], default=[], help="beside 0; by default all"
+    )
     parser.add_argument("--r_min", type=float, default=ThinkingConfig.r_min, help="lower end of λ")
     parser.add_argument("--r_max", type=float, default=ThinkingConfig.r_max, help="upper end of λ")
     parser.add_argument("--residual_scale", default="unit", help="norm of the projected residual: unit or embedding")

@@ -333,6 +333,33 @@ def test_stale_states_that_do_not_stand_still_are_decoded(family, float64_everyw
     assert difference(gradients(model, replayed(model, rollout, "exact", stale=True, bptt_terms=1)), expected) < EXACT
 
 
+@pytest.mark.parametrize("told", [{}, {"output_hidden_states": True}], ids=["stretches", "one"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_products_do_not_go_through_the_prompt(family, checkpointed, told):
+    model = thinking_model(family).train()
+    tokens, attention, states, mask = rollout_of(model)
+    prompt, width = tokens.shape[1] - mask.shape[1], mask.shape[1]
+    if checkpointed:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    read, credited = [], []
+
+    def note(module, args, kwargs, output):
+        output = output[0] if isinstance(output, tuple) else output
+        read.append(output.shape[1])
+        if output.requires_grad:
+            output.register_hook(lambda g: credited.append(g.shape[1]))
+
+    model.model.layers[-1].register_forward_hook(note, with_kwargs=True)
+    given = {"thinking_states": states, "thinking_mask": mask} | told
+    logits = replay_forward(model, tokens, attention, bptt=2, **given).logits
+    if checkpointed or told:  # checkpointing drops keys and values, and hooks capture what one forward does
+        assert read == [prompt + width]
+    else:
+        assert read == [prompt, width]
+        logits.sum().backward()
+        assert sorted(credited) == sorted([prompt, width, width, width])
+
+
 def test_what_was_measured_is_handed_over(family):
     model = thinking_model(family)
     tokens, attention, states, mask = rollout_of(model)
@@ -344,15 +371,17 @@ def test_what_was_measured_is_handed_over(family):
         assert seen["bptt/terms"] == (3 if bptt == 3 else 7)
         assert seen["bptt/remainder"] == 0 if bptt == "exact" else seen["bptt/remainder"] > 1e-6  # seven thoughts
         assert seen["bptt/gain"] > 0.1 and seen["bptt/refreshes"] >= 1
-    found = {}
+    found, whole = {}, {}  # the latter by width: prompts and completions are read one after the other; last wins
     model.model.norm.register_forward_hook(
-        lambda module, args, hidden: hidden.register_hook(lambda g: found.update(whole=g)) and None
+        lambda module, args, hidden: hidden.register_hook(lambda g: whole.update({g.shape[1]: g.flatten()})) and None
     )
     given = {"thinking_states": states, "thinking_mask": mask, "output_last_hidden_state": True}
     out = replay_forward(model, tokens, attention, bptt="exact", observe=seen.update, **given)
     out.last_hidden_state.register_hook(lambda g: found.update(published=g))
     out.logits.sum().backward()
-    assert seen["bptt/gain"] == pytest.approx((found["whole"].norm() / found["published"].norm()).item(), rel=1e-6)
+    assert seen["bptt/gain"] == pytest.approx(
+        (torch.cat(list(whole.values())).norm() / found["published"].norm()).item(), rel=1e-6
+    )
     assert abs(seen["bptt/gain"] - 1) > 1e-3
 
 

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from transformers.utils import logging
 
-from hrpo_patches.thinking.sequential import Head, decoded_states, recomputed, refuse_dropout
+from hrpo_patches.thinking.sequential import (
+    Head,
+    advance,
+    checkpoints_layers,
+    decoded_states,
+    recomputed,
+    refuse_dropout,
+)
 from hrpo_patches.thinking.shards import in_shards, largest, partitioned, unsharded
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
@@ -181,6 +188,30 @@ def credited(backbone: ThinkingMixin, hidden: Tensor, thinking: ThinkingInputs) 
     live = live_states(hidden, thinking.mask.shape[1], thinking.bptt.head)
     credited: Tensor = _Adjoint.apply(hidden, live, thinking.states, thinking.bptt, backbone)
     return credited
+
+
+def hidden_in_stretches(
+    backbone: ThinkingMixin,
+    embeds: Tensor,
+    thinking: ThinkingInputs,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+) -> Tensor | None:
+    """The hidden states (B, L, d), computed in two forwards: the positions before the last K, then the last K.
+
+    No thought reaches a position before it, so that the products of the series, which end at the states, do not go
+    through the first forward. None under gradient checkpointing, which drops keys and values.
+    """
+    start = embeds.shape[1] - thinking.mask.shape[1]
+    if start == 1 or checkpoints_layers(backbone):
+        return None
+    if position_ids is None:
+        position_ids = torch.arange(embeds.shape[1], device=embeds.device).unsqueeze(0)
+    seen = attention_mask[:, :start] if attention_mask is not None else None
+    before, past = advance(backbone, embeds[:, :start], seen, position_ids[:, :start], [])
+    blended = backbone.blend_thinking(embeds[:, start:], thinking)
+    after, _ = advance(backbone, blended, attention_mask, position_ids[:, start:], [past])
+    return credited(backbone, torch.cat([before, after], dim=1), thinking)
 
 
 class _Adjoint(torch.autograd.Function):

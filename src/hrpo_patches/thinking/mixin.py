@@ -125,8 +125,10 @@ class ThinkingMixin(Blend, _Base):
         thinking: ThinkingInputs | None,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
-    ) -> tuple[Tensor, ThinkingInputs]:
-        """Called by a patched forward before its layers: their inputs (B, L, d), and what `credit` takes.
+        **kwargs: Any,
+    ) -> tuple[Tensor, ThinkingInputs, Tensor | None]:
+        """Called by a patched forward before its layers: their inputs (B, L, d), what `credit` takes, and the last
+        hidden states (B, L, d), if they were computed already.
 
         Raises:
             InputError: as `blend_thinking`, or the gradient cannot be taken as `thinking.bptt` asks.
@@ -135,7 +137,13 @@ class ThinkingMixin(Blend, _Base):
             raise InputError(LOOSE)
         if thinking.bptt is not None or thinking.states is None:
             thinking = adjoint.ready(self, embeds, thinking, attention_mask, position_ids)
-        return self.blend_thinking(embeds, thinking), thinking
+        plain = all(value is None or value is False for value in kwargs.values())  # e.g. nothing is captured by hooks
+        captures = self.config.output_hidden_states or self.config.output_attentions
+        if thinking.bptt is not None and plain and not captures:
+            hidden = adjoint.hidden_in_stretches(self, embeds, thinking, attention_mask, position_ids)
+            if hidden is not None:
+                return embeds, thinking, hidden
+        return self.blend_thinking(embeds, thinking), thinking, None
 
     def credit(self, hidden: Tensor, thinking: ThinkingInputs) -> Tensor:
         """Called by a patched forward after its last norm: the hidden states (B, L, d), through which a gradient flows

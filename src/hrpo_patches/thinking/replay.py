@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hrpo_patches.thinking.adjoint import ready
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.thinking.sequential import Head
 from hrpo_patches.thinking.shards import head_of, weight_of
@@ -133,6 +134,6 @@ def thinking_roll(
     residual = backbone.config.thinking["residual"]
     rule = Bptt(head=distribution_head(inner, residual, temperature))
     embeds = backbone.get_input_embeddings()(input_ids)
-    _, thinking = backbone.think(embeds, ThinkingInputs(None, thinking_mask, residual, rule), attention_mask, None)
+    thinking = ready(backbone, embeds, ThinkingInputs(None, thinking_mask, residual, rule), attention_mask, None)
     assert thinking.states is not None
     return thinking.states

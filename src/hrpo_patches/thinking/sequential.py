@@ -91,24 +91,23 @@ def decoded_states(
     first, last = length - width + columns[0], length - width + columns[-1]
     if position_ids is None:
         position_ids = torch.arange(length, device=embeds.device).unsqueeze(0)
-    checkpointed = any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
-    saves_memory = last - first >= KEPT or checkpointed
+    saves_memory = last - first >= KEPT or checkpoints_layers(backbone)
     if in_shards(backbone):
         head = partial(recomputed, head)  # by the time of its backward, the weights that it read have been given back
     past: list[Stretch] = []
     hidden: Tensor | None = None
     start = 0
     for end in [*range(STRETCH, first, STRETCH), *range(first, last + 1)]:
-        advance: Callable[..., Any] = partial(_advance, backbone)
+        step: Callable[..., Any] = partial(advance, backbone)
         if start >= first:
             assert hidden is not None
             column = start - length + width
             states[column] = head(hidden[:, -1:]).to(embeds.device)
             now = ThinkingInputs(states[column], mask[:, column : column + 1], thinking.residual)
-            advance = partial(_think_and_advance, backbone, now, backbone.thinking_control)
+            step = partial(_think_and_advance, backbone, now, backbone.thinking_control)
         seen = attention_mask[:, :end] if attention_mask is not None else None
         given = (embeds[:, start:end], seen, position_ids[:, start:end], list(past))
-        hidden, own = recomputed(advance, *given) if saves_memory else advance(*given)
+        hidden, own = recomputed(step, *given) if saves_memory else step(*given)
         past.append(own)
         start = end
     assert hidden is not None
@@ -119,16 +118,16 @@ def decoded_states(
 def _think_and_advance(
     backbone: ThinkingMixin, thinking: ThinkingInputs, control: Any, inputs: Tensor, *rest: Any
 ) -> tuple[Tensor, Stretch]:
-    """`_advance` by one column (B, 1, d) that thinks.
+    """`advance` by one column (B, 1, d) that thinks.
 
     The control is that of the forward, for a backward may compute this again when the control is gone.
     """
     with temporarily(backbone, thinking_control=control):
         blended = backbone.blend_thinking(inputs, thinking)
-    return _advance(backbone, blended, *rest)
+    return advance(backbone, blended, *rest)
 
 
-def _advance(
+def advance(
     backbone: ThinkingMixin,
     inputs: Tensor,
     attention_mask: Tensor | None,
@@ -167,6 +166,11 @@ class _Columns(DynamicLayer):
 
     def get_seq_length(self) -> int:
         return sum(keys.shape[-2] for keys, _ in self.before)
+
+
+def checkpoints_layers(backbone: nn.Module) -> bool:
+    """Whether gradient checkpointing is on."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in backbone.modules())
 
 
 @contextmanager
