@@ -66,7 +66,7 @@ def test_importing_it_costs_less_than_50_ms():
 
 @pytest.mark.parametrize("function", [LlamaModel.forward, Qwen2Model.forward])
 def test_getsource_shows_the_patched_lines(function):
-    assert "inputs_embeds, thinking_inputs = self.think(" in inspect.getsource(function)
+    assert "inputs_embeds, thinking_inputs, hidden_states = self.think(" in inspect.getsource(function)
     assert "thinking.observe(outputs" in inspect.getsource(GenerationMixin._sample)
 
 
@@ -78,7 +78,7 @@ def test_a_traceback_shows_the_patched_line():
             thinking_inputs=ThinkingInputs(torch.zeros(1, 9, 32), torch.ones(1, 9)),
         )
     except ValueError:
-        assert "inputs_embeds, thinking_inputs = self.think(" in traceback.format_exc()
+        assert "inputs_embeds, thinking_inputs, hidden_states = self.think(" in traceback.format_exc()
     else:
         pytest.fail("nothing was raised")
 

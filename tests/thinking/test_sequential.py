@@ -15,10 +15,10 @@ def test_long_stretches_without_thoughts_are_read_at_once(family, monkeypatch):
     mask[:, :2] = False
     rollout = (tokens, attention, states, mask)
     expected = gradients(model, replayed(model, rollout, "sequential"))
-    widths, advance = [], sequential._advance
+    widths, advance = [], sequential.advance
     monkeypatch.setattr(
         sequential,
-        "_advance",
+        "advance",
         lambda backbone, inputs, *rest: widths.append(inputs.shape[1]) or advance(backbone, inputs, *rest),
     )
     monkeypatch.setattr(sequential, "STRETCH", 5)
