@@ -78,6 +78,8 @@ class ThinkingConfig:
         answer_start: the text that ends the thinking.
         filler: the name of an existing token, which stands for a forced thought.
         thoughts: how many forced thoughts every completion begins with.
+        span: which tokens of a completion think. "marker": all until the answer marker; "thoughts": the forced
+            thoughts alone, after which the model writes as a plain one.
         r_min, r_max: the range that the decay at a fully open gate starts in, 0 < r_min < r_max < 1.
         init_std: the standard deviation of the projection's initial weights. It sets no scale, for the residual is
             normalised; the start is smooth because r_min is near 1.
@@ -98,6 +100,11 @@ class ThinkingConfig:
     answer_start: str = _option("####", "The text that ends the thinking and starts the answer.")
     filler: str = _option(".", "Name of the existing token that a forced thought is.")
     thoughts: int = _option(0, "Forced thoughts that every completion begins with.", low=0)
+    span: str = _option(
+        "marker",
+        "Which tokens think: marker, all until the answer marker; thoughts, the forced thoughts alone.",
+        choices=("marker", "thoughts"),
+    )
     r_min: float = _option(0.99, "Lower end of the initial decay.", published="residual_r_min")
     r_max: float = _option(0.999, "Upper end of the initial decay.", published="residual_r_max")
     init_std: float = _option(
@@ -223,7 +230,7 @@ def check_r_range(r_min: float, r_max: float) -> None:
 
 def check_same_kind(saved: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
     """Raise `InputError` if thinking weights that were `saved` with one residual or marker are wanted with another."""
-    for key in ("residual", "answer_start", *about_parts()):
+    for key in ("residual", "answer_start", "span", *about_parts()):
         was = saved.get(key, getattr(ThinkingConfig, key))
         if saved.get("in_checkpoint") and key in wanted and was != wanted[key]:
             raise InputError(f"the thinking weights of {what} were trained with {key}={was!r}, not {wanted[key]!r}.")

@@ -13,6 +13,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 
 if TYPE_CHECKING:
@@ -51,6 +52,13 @@ def _check_reachable(table: Tensor, tokenizer: PreTrainedTokenizerBase, marker: 
             f"no sequence of {type(tokenizer).__name__}'s tokens spells the answer marker {marker!r}, so an answer "
             f"could never start; choose an answer_start that the tokenizer can produce."
         )
+
+
+def thinking_table(tokenizer: PreTrainedTokenizerBase, thinking: ThinkingConfig, vocab_size: int = 0) -> Tensor:
+    """The automaton whose last state ends the thinking: `marker_table`, or, if the forced thoughts alone think, one
+    that any token of text ends."""
+    table = marker_table(tokenizer, thinking.answer_start, vocab_size)
+    return table if thinking.span == "marker" else torch.full_like(table, table.shape[1] - 1)
 
 
 def marker_table(tokenizer: PreTrainedTokenizerBase, marker: str, vocab_size: int = 0) -> Tensor:

@@ -15,7 +15,7 @@ from hrpo_thinking.blend import Blend
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
-from hrpo_thinking.marker import marker_table
+from hrpo_thinking.marker import thinking_table
 from hrpo_thinking.modules import thinking_modules
 from hrpo_thinking.parts import MODULES, is_thinking_parameter
 from hrpo_vllm.engine import tokenizer_of
@@ -59,7 +59,7 @@ class ThinkingModel:
             config.hidden_size,
             scheduler.max_num_batched_tokens,
             scheduler.max_num_seqs,
-            marker_table(tokenizer, thinking.answer_start, config.vocab_size),
+            thinking_table(tokenizer, thinking, config.vocab_size),
             thinking.thoughts,
             tokenizer.get_vocab().get(thinking.filler),
             vllm_config.model_config.dtype,

@@ -88,7 +88,7 @@ def check_thinking_adapter(model: Any, source: Any, hub: dict[str, Any] | None =
     thinking = ThinkingConfig.of(base.config) if isinstance(base, ThinkingMixin) else None
     if thinking is None or (saved := _record_at(source, **hub or {})) is None:
         return  # a plain model has been refused by `check_modules_to_save`
-    for name in ("residual", "answer_start", *about_parts()):
+    for name in ("residual", "answer_start", "span", *about_parts()):
         was = saved.get(name, getattr(ThinkingConfig, name))
         if was != getattr(thinking, name):
             raise InputError(
@@ -118,7 +118,7 @@ def check_same_thinking(folder: Path, residual: str | None, wanted: ThinkingConf
         return
     forced = ("thoughts", "filler") if residual is not None else ()  # which an adapter may be trained further with
     variant = [name for name in about_parts() if was == wanted.residual and OPTIONS[name].part in parts_of(was)]
-    for name in ("answer_start", *forced, *variant):
+    for name in ("answer_start", "span", *forced, *variant):
         value = saved.get(name, getattr(ThinkingConfig, name))
         if value != getattr(wanted, name):
             raise InputError(f"{folder} was trained with --{name} {value!r}, not {getattr(wanted, name)!r}.")

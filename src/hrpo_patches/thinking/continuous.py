@@ -20,7 +20,7 @@ from hrpo_patches.thinking.decoding import check_room
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
-from hrpo_thinking.marker import marker_table
+from hrpo_thinking.marker import thinking_table
 from hrpo_thinking.request import ThinkingRequest
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class BatchThinking:
         thinking = ThinkingConfig.of(self.backbone.config)
         assert thinking is not None  # thinking_backbone has checked it
         self.residual = thinking.residual
-        self.table: Any = marker_table(tokenizer, thinking.answer_start, self.backbone.config.vocab_size).numpy()
+        self.table: Any = thinking_table(tokenizer, thinking, self.backbone.config.vocab_size).numpy()
         self.forced, self.filler = forced, filler
         self.records: dict[str, ThinkingRequest] = {}
         self.plain: set[str] = set()  # requests that do not think

@@ -18,7 +18,7 @@ from hrpo_patches.thinking.mixin import ThinkingMixin
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
-from hrpo_thinking.marker import marker_table
+from hrpo_thinking.marker import marker_table, thinking_table
 from hrpo_thinking.parts import FALLBACK, RESIDUALS, parts_of
 
 if TYPE_CHECKING:  # transformers is importing this module
@@ -243,7 +243,7 @@ class ThinkingDecoder:
         self.residual = thinking.residual
         self.record = record
         self.embeddings: Any = model.get_input_embeddings().weight
-        table = marker_table(tokenizer, thinking.answer_start, self.backbone.config.vocab_size)
+        table = thinking_table(tokenizer, thinking, self.backbone.config.vocab_size)
         self.table = table.to(input_ids.device)
         self.answering = table.shape[1] - 1
         self.progress = input_ids.new_zeros(input_ids.shape[0])

@@ -13,8 +13,9 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import pad
 
 from hrpo_patches.thinking.backbone import ratio_of, temporarily
+from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.inputs import ThinkingInputs
-from hrpo_thinking.marker import marker_table
+from hrpo_thinking.marker import thinking_table
 from hrpo_thinking.request import ThinkingRequest
 
 
@@ -99,8 +100,8 @@ def by_vllm(
     """
     if any(one is None or math.isnan(one) for row in logprobs for one in row):
         raise RuntimeError("a probability tensor of vLLM's holds no numbers")
-    residual = backbone.config.thinking["residual"]
-    table = marker_table(tokenizer, backbone.config.thinking["answer_start"], backbone.config.vocab_size).numpy()
+    thinking = ThinkingConfig.from_dict(backbone.config.thinking)
+    table = thinking_table(tokenizer, thinking, backbone.config.vocab_size).numpy()
     masks, ratios = [], []
     for row in tokens:
         record = ThinkingRequest(table, forced)
@@ -109,7 +110,7 @@ def by_vllm(
     device = ratios[0].device
     padded = pad_sequence(states, batch_first=True).to(device), pad_sequence(masks, batch_first=True).to(device)
     return Made(
-        ThinkingInputs(*padded, residual),
+        ThinkingInputs(*padded, thinking.residual),
         pad_sequence(ratios, batch_first=True, padding_value=1.0),
         [row[forced:] for row in tokens],
         [row[forced:] for row in logprobs],
