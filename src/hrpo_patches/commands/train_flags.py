@@ -30,7 +30,7 @@ from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.models.record import check_same_pauses, check_same_thinking, read_thinking
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.prompts import PROMPTS, examples_of
-from hrpo_patches.training.config import SHARED, GRPOConfig, HRPOConfig
+from hrpo_patches.training.config import SHARED, GRPOConfig, HRPOConfig, ThinkingArguments
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
@@ -255,7 +255,7 @@ def make_parser(prog: str, whole: bool = False) -> TrlParser:
 
 def own_flags() -> list[str]:
     """The names of all flags but those of TRL's that are as TRL has them."""
-    kinds = (HRPOConfig, RunArguments, TrainingFlags)
+    kinds = (ThinkingArguments, HRPOConfig, RunArguments, TrainingFlags)
     names = {name for kind in kinds for name in kind.__annotations__ if not name.startswith("_")}
     return sorted((names | {*REST, "backend", "config"}) - {"thinking"})
 

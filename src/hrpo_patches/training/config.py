@@ -44,15 +44,11 @@ def _rate(group: str, what: str) -> Any:
 
 
 @dataclass
-class HRPOConfig(GRPOConfig):
-    """TRL's `GRPOConfig` with the options of thinking.
+class ThinkingArguments:
+    """The options of thinking of a trainer's arguments, which are mixed with transformers' or TRL's.
 
-    How a model thinks is said by `thinking`, or by the four options of it that have a field here. What is left open is
-    the model's own, or `ThinkingConfig`'s default.
-
-    Raises:
-        InputError: an option asks for a kind of generation that cannot think, is out of its range, or is given in both
-            ways.
+    How a model thinks is said by `thinking`, or by the options of it that have a field here. What is left open is the
+    model's own, or `ThinkingConfig`'s default.
     """
 
     thinking: ThinkingConfig | str | dict[str, Any] | None = field(
@@ -84,14 +80,6 @@ class HRPOConfig(GRPOConfig):
     replay_passes: str | None = field(
         default=None, metadata={"help": "Deprecated: k passes are bptt=k-1, all is exact."}
     )
-    reference: str = field(
-        default="base",
-        metadata={
-            "choices": REFERENCES,
-            "help": "What the KL divergence is from: base, the base model with adapters off, not thinking; or start, "
-            "the model that training began from, thinking as it does.",
-        },
-    )
     lr_residual_gate: float = _rate("gate", "the two gates")
     lr_residual_Lambda: float = _rate("Lambda", "Lambda")
     lr_thinking_projection: float = _rate("projection", "thinking_projection")
@@ -100,48 +88,23 @@ class HRPOConfig(GRPOConfig):
         metadata={"help": "Measure thinking at every log line, warn early, keep all lines in monitor.jsonl."},
     )
 
-    def __post_init__(self) -> None:
+    def read_thinking(self) -> None:
+        """Check the options of thinking, and read them into one form; for `__post_init__`.
+
+        Raises:
+            InputError: an option is out of its range, or is given in two ways.
+        """
         self.residual = residual_of(self.residual)
         self._read_thinking()
         self._read_bptt()
-        if self.reference not in REFERENCES:
-            raise InputError(f"reference has to be one of {REFERENCES}, not {self.reference!r}.")
-        if self.residual is not None or self.thoughts:
-            self._refuse_what_cannot_think()
-        if self.residual is None and (self.bptt or self.reference != "base"):
-            raise InputError("bptt and reference are about thinking; they do not go with residual='none'.")
-        if self.reference == "start" and self.sync_ref_model:
-            raise InputError("sync_ref_model moves the reference, and reference='start' keeps it; leave one out.")
-        if self.residual is not None and self.sync_ref_model:
-            raise InputError(
-                "sync_ref_model mixes this model's weights into a reference that has no thinking ones; leave it out."
-            )
-        super().__post_init__()
-        self._refuse_what_does_nothing()
-
-    def _refuse_what_does_nothing(self) -> None:
-        """Raise `InputError` for values that train nothing, or uphill."""
-        rates = ("learning_rate", "lr_residual_gate", "lr_residual_Lambda", "lr_thinking_projection")
-        for name in rates:
+        for name in ("learning_rate", "lr_residual_gate", "lr_residual_Lambda", "lr_thinking_projection"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be at least 0, not {getattr(self, name)}.")
-        for name in ("num_iterations", "max_completion_length"):
-            value = getattr(self, name)
-            if value is None or value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}.")
-        if self.max_steps == 0:
-            raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, not 0.")
 
-    def check_generation_kwargs(self) -> None:
-        """Raise `InputError` for generation options that `generate` does not know; vLLM has names of its own."""
-        if self.use_vllm:
-            return
-        known = GenerationConfig().to_dict() | dict.fromkeys(("thinking", "thoughts", "filler_token_id"))
-        for name in self.generation_kwargs or {}:
-            if name not in known:
-                near = get_close_matches(name, known, 1)
-                hint = f"; did you mean {near[0]!r}?" if near else "."
-                raise InputError(f"generation_kwargs: {name!r} is not an option of GenerationConfig{hint}")
+    @property
+    def from_start(self) -> bool:
+        """Whether the loss has a KL divergence from the model that training began from."""
+        return False
 
     def _read_bptt(self) -> None:
         """Read how far the gradient flows, also as it was said before version 0.3."""
@@ -183,6 +146,81 @@ class HRPOConfig(GRPOConfig):
         own = {name: value for name in SHARED if (value := getattr(self, name)) is not None}
         return (self.thinking or {}) | own  # type: ignore[operator]
 
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The options of thinking that this run chooses, by name; none for plain GRPO."""
+        return self._options() if self.residual is not None else {}
+
+    @property
+    def depth(self) -> Depth:
+        """How far the gradient flows through thoughts; the trainer has set `bptt` to its backend's if it was None."""
+        return depth_of(self.bptt or 0)
+
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rates of the thinking groups, by group name."""
+        return {
+            "gate": self.lr_residual_gate,
+            "Lambda": self.lr_residual_Lambda,
+            "projection": self.lr_thinking_projection,
+        }
+
+
+@dataclass
+class HRPOConfig(ThinkingArguments, GRPOConfig):
+    """TRL's `GRPOConfig` with the options of thinking.
+
+    Raises:
+        InputError: an option asks for a kind of generation that cannot think, is out of its range, or is given in both
+            ways.
+    """
+
+    reference: str = field(
+        default="base",
+        metadata={
+            "choices": REFERENCES,
+            "help": "What the KL divergence is from: base, the base model with adapters off, not thinking; or start, "
+            "the model that training began from, thinking as it does.",
+        },
+    )
+
+    def __post_init__(self) -> None:
+        self.read_thinking()
+        if self.reference not in REFERENCES:
+            raise InputError(f"reference has to be one of {REFERENCES}, not {self.reference!r}.")
+        if self.residual is not None or self.thoughts:
+            self._refuse_what_cannot_think()
+        if self.residual is None and (self.bptt or self.reference != "base"):
+            raise InputError("bptt and reference are about thinking; they do not go with residual='none'.")
+        if self.reference == "start" and self.sync_ref_model:
+            raise InputError("sync_ref_model moves the reference, and reference='start' keeps it; leave one out.")
+        if self.residual is not None and self.sync_ref_model:
+            raise InputError(
+                "sync_ref_model mixes this model's weights into a reference that has no thinking ones; leave it out."
+            )
+        super().__post_init__()
+        self._refuse_what_does_nothing()
+
+    def _refuse_what_does_nothing(self) -> None:
+        """Raise `InputError` for values that train nothing, or uphill."""
+        for name in ("num_iterations", "max_completion_length"):
+            value = getattr(self, name)
+            if value is None or value < 1:
+                raise InputError(f"{name} must be at least 1, not {value}.")
+        if self.max_steps == 0:
+            raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, not 0.")
+
+    def check_generation_kwargs(self) -> None:
+        """Raise `InputError` for generation options that `generate` does not know; vLLM has names of its own."""
+        if self.use_vllm:
+            return
+        known = GenerationConfig().to_dict() | dict.fromkeys(("thinking", "thoughts", "filler_token_id"))
+        for name in self.generation_kwargs or {}:
+            if name not in known:
+                near = get_close_matches(name, known, 1)
+                hint = f"; did you mean {near[0]!r}?" if near else "."
+                raise InputError(f"generation_kwargs: {name!r} is not an option of GenerationConfig{hint}")
+
     def _refuse_what_cannot_think(self) -> None:
         if self.use_transformers_continuous_batching:
             if self.residual is None:
@@ -223,22 +261,3 @@ class HRPOConfig(GRPOConfig):
         if self.use_vllm and self.vllm_mode == "colocate":
             return "vllm"
         return "continuous" if self.use_transformers_continuous_batching else "generate"
-
-    @property
-    def chosen(self) -> dict[str, Any]:
-        """The options of thinking that this run chooses, by name; none for plain GRPO."""
-        return self._options() if self.residual is not None else {}
-
-    @property
-    def depth(self) -> Depth:
-        """How far the gradient flows through thoughts; the trainer has set `bptt` to its backend's if it was None."""
-        return depth_of(self.bptt or 0)
-
-    @property
-    def learning_rates(self) -> dict[str, float]:
-        """The learning rates of the thinking groups, by group name."""
-        return {
-            "gate": self.lr_residual_gate,
-            "Lambda": self.lr_residual_Lambda,
-            "projection": self.lr_thinking_projection,
-        }

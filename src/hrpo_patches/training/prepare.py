@@ -175,7 +175,7 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout
         args.bptt = backend.bptt  # type: ignore[assignment]
         if not backend.bptt:
             logger.warning(f"bptt is 0, the published gradient: {NO_BPTT}")
-    from_start = args.reference == "start" and args.beta != 0.0
+    from_start = args.from_start
     if (args.depth or from_start) and not backend.bptt:
         raise InputError(NO_BPTT)
     if args.gradient_checkpointing and not backend.own_checkpointing:

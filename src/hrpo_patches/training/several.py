@@ -153,7 +153,7 @@ def check_sharding(args: Any, fsdp: Any, deepspeed: Any) -> None:
             f"FSDP's version {fsdp.fsdp_version} was asked for, and thinking modules are sharded by FSDP2; set "
             f"fsdp_version: 2, as in configs/accelerate/fsdp2.yaml."
         )
-    if deepspeed is not None and deepspeed.zero_stage == 3 and args.reference == "start" and args.beta:
+    if deepspeed is not None and deepspeed.zero_stage == 3 and args.from_start:
         raise InputError(
             "reference='start' puts other weights in place of today's for a while, which ZeRO-3 does not allow; use "
             "ZeRO-2 or FSDP2, or reference='base'."

@@ -95,7 +95,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
         named = isinstance(model, str)
         model = policy(model, args, kwargs.get("quantization_config"))
         before = float32_copies(model) if args.residual is not None else {}
-        from_start = args.reference == "start" and args.beta != 0.0
+        from_start = args.from_start
         with ExitStack() as stack:
             stack.enter_context(only_for_the_policy(args))
             if from_start:
