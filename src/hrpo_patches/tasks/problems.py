@@ -8,6 +8,8 @@ from hrpo_patches.tasks import task_named
 from hrpo_patches.tasks.base import Problem, Task
 from hrpo_patches.tasks.gym import PREFIX as GYM
 from hrpo_patches.tasks.gym import GymTask, gym_task
+from hrpo_patches.tasks.passing import NAME as PASSING
+from hrpo_patches.tasks.passing import Passing, passing
 from hrpo_patches.tasks.retrieval import with_retrieved
 from hrpo_patches.tasks.sources import rows_of
 from hrpo_thinking.errors import InputError
@@ -17,13 +19,15 @@ def find_task(name: str, dataset: str | None, size: int = 10_000, seed: int = 42
     """The task to train or evaluate on; a data set `reasoning_gym:NAME` is a task of its own.
 
     Args:
-        name: a task's name, `reasoning_gym:NAME?option=value`, or `package.module:TASK`.
+        name: a task's name, `passing?option=value`, `reasoning_gym:NAME?option=value`, or `package.module:TASK`.
         dataset: where the problems are, if not in the task's own place.
         size, seed: of a generator.
 
     Raises:
         InputError: there is no such task or generator.
     """
+    if name.partition("?")[0] == PASSING:
+        return passing(name, size, seed)
     if name.startswith(GYM) and dataset is not None:
         raise InputError(f"{name} makes its own problems; leave --dataset {dataset} out.")
     generators = [given for given in (dataset, name) if given is not None and given.startswith(GYM)]
@@ -44,6 +48,8 @@ def load_problems(
     Raises:
         InputError: the data is missing, empty, no JSON (which line), or a row cannot be read (which, and why).
     """
+    if isinstance(task, Passing) and dataset is None:
+        return task.problems(split)
     if isinstance(task, GymTask):
         return task.problems()
     sources = (dataset,) if dataset is not None else task.train if split == "train" else task.test

@@ -1,0 +1,78 @@
+"""Problems with worked solutions: a question, its steps, each a line of text, and its answer; knows text, no models.
+
+A row holds `steps`, a list of texts, beside what its task needs, or an `answer` in GSM8K's form: a step per line, and
+the answer after `####`. GSM8K's notes for a calculator (`<<6*3=18>>`) are left out.
+"""
+
+from __future__ import annotations
+
+import re
+
+from hrpo_patches.tasks.base import Problem, Row, Task
+from hrpo_patches.tasks.gsm8k import GOLD_MARKER
+from hrpo_patches.tasks.sources import rows_of
+from hrpo_thinking.errors import InputError
+
+_CALCULATION = re.compile(r"<<[^>]*>>")
+
+
+class Worked(Problem):
+    """A problem and its solution.
+
+    Attributes:
+        steps: of the solution, without the answer; each a text without line breaks at its ends.
+    """
+
+    steps: list[str]
+
+
+def worked_problems(task: Task, dataset: str | None, split: str, marker: str) -> list[Worked]:
+    """The problems of a task whose rows hold worked solutions.
+
+    Args:
+        task: reads the rows, and grades; one that makes its problems has them with their steps.
+        dataset: a file, a folder or a hub id; by default the task's own on the hub.
+        split: "train" or "test".
+        marker: which no step may hold.
+
+    Raises:
+        InputError: the data is missing, or a row (which one) has no steps, or a step with the marker.
+    """
+    made = getattr(task, "worked", None)
+    if made is not None and dataset is None:
+        return [_checked(problem, f"{task.name} problem {i}", marker) for i, problem in enumerate(made(split))]
+    sources = (dataset,) if dataset is not None else task.train if split == "train" else task.test
+    if not sources:
+        raise InputError(f"{task.name} has no {split} data with worked solutions; name some with --dataset.")
+    problems: list[Worked] = []
+    for source in sources:
+        for row, where in rows_of(source, split):
+            problems.append(_checked({**task.read(row, where), "steps": steps_of(row, where)}, where, marker))
+    if not problems:
+        raise InputError(f"the data set {', '.join(sources)} has no rows.")
+    return problems
+
+
+def steps_of(row: Row, where: str) -> list[str]:
+    """The steps in a row, which `where` names in errors.
+
+    Raises:
+        InputError: there are none, or they are not texts.
+    """
+    given = row.get("steps")
+    if given is None:
+        solution, marker, _ = str(row.get("answer", "")).rpartition(GOLD_MARKER)
+        given = _CALCULATION.sub("", solution).splitlines() if marker else []
+    if not isinstance(given, list) or not all(isinstance(step, str) for step in given):
+        raise InputError(f"{where}: expected 'steps' to be a list of texts, got {given!r}.")
+    steps = [" ".join(step.split()) for step in given]
+    if steps := [step for step in steps if step]:
+        return steps
+    raise InputError(f"{where} has no steps: it needs 'steps', a list of texts, or an 'answer' with {GOLD_MARKER}.")
+
+
+def _checked(problem: Worked, where: str, marker: str) -> Worked:
+    for step in problem["steps"]:
+        if marker in step:
+            raise InputError(f"{where} has a step with the answer marker {marker!r}: {step!r}.")
+    return problem
