@@ -405,3 +405,31 @@ def test_thoughts_and_controls_that_cannot_be_are_refused(command, flags, messag
     with pytest.raises(InputError, match=message):
         main(command(*flags))
     assert not (tmp_path / "out.json").exists()
+
+
+def test_all_controls_and_numbers_of_thoughts_are_compared_on_the_same_problems(command, thoughtful, tmp_path, capsys):
+    flags = ["--adapter", str(thoughtful), "--batch_size", "4", "--thoughts", "1", "3", "--control", "all"]
+    results = main([*command(*flags)])["variations"]
+    kinds = [(one["settings"]["thoughts"], one["settings"]["control"]) for one in results]
+    assert kinds == [(count, name) for count in (1, 3) for name in CONTROLS]
+    for (count, name), one in zip(kinds, results, strict=True):
+        fixed = [*command("--control", name, "--thoughts", str(count), out=f"{count}{name}.json"), *flags[:4]]
+        assert completed(one) == completed(main(fixed))
+        against = one.get("paired", {}).get("against")
+        if (count, name) == (1, "live"):
+            assert against is None
+        else:
+            assert against == {"control": "live", "thoughts": count if name != "live" else 1}
+        assert ("partner" in one["scores"]) == (name == "swapped")
+    shown = capsys.readouterr().out
+    assert "--thoughts 3 are more than the 2 that this model was trained with" in shown and "McNemar" in shown
+    assert json.loads((tmp_path / "out.json").read_text())["variations"] == json.loads(json.dumps(results))
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_swapped_answers_are_also_graded_by_the_problem_whose_thoughts_they_got(command, thoughtful, monkeypatch):
+    rows = {"1": "2", "2": "1"}
+    problems = [{"question": f"{one}?", "answer": [one]} for one in rows]
+    questions = answers.Questions(find_task("gsm8k", None), problems, MARKER, [[5], [6]])
+    assert questions.donors([0, 1]) == {0: 1, 1: 0}
+    assert questions.donors([1, 0]) == {0: 1, 1: 0}

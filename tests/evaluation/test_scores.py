@@ -2,7 +2,7 @@
 
 import pytest
 
-from hrpo_patches.evaluation.scores import majority, pass_at, standard_error, summarise, wilson
+from hrpo_patches.evaluation.scores import majority, paired, pass_at, standard_error, summarise, wilson
 from hrpo_patches.tasks.graders.numbers import number
 from hrpo_patches.tasks.graders.options import choice
 
@@ -64,3 +64,11 @@ def test_the_majority_reads_answers_as_the_graders_do():
     assert majority(["17", "18 apples", "$18"], number) == "18 apples"
     for doubtful in ("5 thousand", "more than 5", "not 5"):
         assert majority([doubtful, "5", "5", "7"], number) == "5"
+
+
+def test_paired_verdicts_are_tested_by_those_that_differ():
+    both = [True] * 30 + [False] * 30
+    found = paired(both + [True] * 9 + [False], both + [False] * 9 + [True])
+    assert (found["gained"], found["lost"]) == (9, 1) and found["difference"] == pytest.approx(8 / 70)
+    assert found["p"] == pytest.approx(2 * (1 + 10) / 2**10)
+    assert paired(both, both) == {"difference": 0.0, "gained": 0, "lost": 0, "p": 1.0}

@@ -10,13 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from hrpo_patches.commands.flags import Written, add_first_flags, option, parser_of, read, with_config
 from hrpo_patches.evaluation.answers import Questions, answer_all
 from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP, Decoding, batches_of, choose_engine
 from hrpo_patches.evaluation.progress import Progressed
-from hrpo_patches.evaluation.scores import summarise
+from hrpo_patches.evaluation.scores import paired, summarise
 from hrpo_patches.files import create, listed
 from hrpo_patches.models.base import base_of, open_model
 from hrpo_patches.models.hub import adapter_folder
@@ -31,6 +32,7 @@ from hrpo_thinking.errors import InputError
 
 # Added to the seed of a generator, whose i-th problem comes of seed + i, so that no draw of a training is drawn again.
 UNSEEN = 10**8
+ALL = "all"  # of the controls
 
 
 @dataclass
@@ -50,12 +52,16 @@ class EvalArguments:
     temperature: float = option(0.5, "Sampling temperature, for --no-greedy.")
     samples: int = option(1, "Completions of each problem, for --no-greedy.")
     thinking: bool = option(True, "Let the model think; --no-thinking answers with thinking off.")
-    thoughts: int | None = option(None, "Forced thoughts before each completion; by default the model's own.")
+    thoughts: list[int] = field(
+        default_factory=list,
+        metadata={"help": "Forced thoughts before a completion, one number or several; by default the model's own."},
+    )
     filler: str | None = option(None, "Name of the token that a forced thought is; by default the model's own.")
     control: str = option(
         "live",
-        "What takes the place of the thoughts: " + "; ".join(f"{k}, {v}" for k, v in CONTROLS.items()) + ".",
-        choices=tuple(CONTROLS),
+        "What takes the place of the thoughts: " + "; ".join(f"{k}, {v}" for k, v in CONTROLS.items()) + "; all, each "
+        "of these in turn.",
+        choices=(*CONTROLS, ALL),
     )
     max_new_tokens: int = option(512, "Completions are cut at so many tokens.")
     engine: str = option("generate", ENGINE_HELP, choices=CHOICES)
@@ -80,10 +86,13 @@ class EvalArguments:
         for name in ("samples", "batch_size", "max_new_tokens"):
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} has to be above 0, not {getattr(self, name)}.")
-        if self.thoughts is not None and not 0 <= self.thoughts < self.max_new_tokens:
-            raise InputError(
-                f"--thoughts has to be from 0 to below --max_new_tokens {self.max_new_tokens}, not {self.thoughts}."
-            )
+        for count in self.thoughts:
+            if not 0 <= count < self.max_new_tokens:
+                raise InputError(
+                    f"--thoughts has to be from 0 to below --max_new_tokens {self.max_new_tokens}, not {count}."
+                )
+        if len(set(self.thoughts)) < len(self.thoughts):
+            raise InputError(f"--thoughts {' '.join(map(str, self.thoughts))}: expected different numbers.")
         if self.control != "live" and not self.thinking:
             raise InputError(f"--control {self.control} replaces thoughts; it does not go with --no-thinking.")
         if not 0 <= self.seed < 2**31:
@@ -98,11 +107,21 @@ class EvalArguments:
             raise InputError(f"the folder of {self.out} does not exist.")
 
     @property
+    def forced(self) -> int:
+        """The most forced thoughts of a completion."""
+        return max(self.thoughts, default=0)
+
+    def variations(self) -> list[EvalArguments]:
+        """One evaluation for each control and number of thoughts."""
+        controls = tuple(CONTROLS) if self.control == ALL else (self.control,)
+        return [replace(self, control=control, thoughts=[count]) for count in self.thoughts for control in controls]
+
+    @property
     def decoding(self) -> Decoding:
         """How the prompts are answered."""
         shared = {one.name: getattr(self, one.name) for one in fields(Decoding)}
         temperature = 0.0 if self.greedy else self.temperature
-        return Decoding(**shared | {"temperature": temperature, "thoughts": self.thoughts or 0})
+        return Decoding(**shared | {"temperature": temperature, "thoughts": self.forced})
 
 
 def parse(argv: Written) -> EvalArguments:
@@ -129,20 +148,23 @@ def opened(arguments: EvalArguments) -> tuple[Any, PreTrainedTokenizerBase, str]
     thinking = ThinkingConfig.from_dict(causal_lm(model).config.thinking)  # which every opened model has
     marker = arguments.answer_start or thinking.answer_start
     generation = model.generation_config
-    arguments.thoughts = arguments.thoughts if arguments.thoughts is not None else generation.thoughts or 0
-    if arguments.thoughts and (arguments.filler or generation.filler_token_id is None):
+    trained = generation.thoughts or 0
+    arguments.thoughts = arguments.thoughts or [trained]
+    if 0 < trained < arguments.forced:
+        print(f"--thoughts {arguments.forced} are more than the {trained} that this model was trained with.")
+    if arguments.forced and (arguments.filler or generation.filler_token_id is None):
         named = replace(thinking, filler=arguments.filler or thinking.filler)
         generation.filler_token_id = filler_id(tokenizer, named)
-    if not arguments.thoughts < arguments.max_new_tokens:
+    if not arguments.forced < arguments.max_new_tokens:
         raise InputError(
-            f"the model's {arguments.thoughts} forced thoughts leave no room in --max_new_tokens "
+            f"the model's {arguments.forced} forced thoughts leave no room in --max_new_tokens "
             f"{arguments.max_new_tokens}."
         )
     if arguments.thinking and is_untrained(model):
         raise InputError("this model was never trained to think, so it would think at random; add --no-thinking.")
     if arguments.thinking and marker != thinking.answer_start:
         raise InputError(f"this model was trained to stop thinking at {thinking.answer_start!r}, not at {marker!r}.")
-    if arguments.thoughts:
+    if arguments.forced:
         check_filler(model, generation)
     return model, tokenizer, marker
 
@@ -154,7 +176,7 @@ def use_engine(arguments: EvalArguments, model: Any, longest: int) -> None:
         InputError: as `choose_engine`.
     """
     residual = ThinkingConfig.from_dict(causal_lm(model).config.thinking).residual if arguments.thinking else None
-    asked, forced = arguments.engine, arguments.thoughts or 0
+    asked, forced = arguments.engine, arguments.forced
     arguments.engine, why = choose_engine(asked, model, residual, forced, arguments.control, longest)
     if asked == "auto":
         print(f"engine: {arguments.engine} ({why})")
@@ -163,6 +185,7 @@ def use_engine(arguments: EvalArguments, model: Any, longest: int) -> None:
 def settings_of(arguments: EvalArguments, prompts: list[Any], problems: list[Problem]) -> dict[str, Any]:
     """What makes two evaluations the same one: flags, prompts, gold answers, and the files of adapter and base."""
     settings = {key: value for key, value in asdict(arguments).items() if key != "out"}
+    settings["thoughts"] = arguments.forced
     content = json.dumps([prompts, [problem["answer"] for problem in problems]])
     settings["problems"] = hashlib.sha256(content.encode()).hexdigest()
     adapter = adapter_folder(arguments.adapter) if arguments.adapter is not None else None
@@ -188,15 +211,37 @@ def main(argv: Written) -> dict[str, Any]:
     chat = uses_chat(arguments.prompt, tokenizer)
     prompts = [prompt_of(task, problem["question"], marker, examples, chat) for problem in problems]
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts for _ in range(arguments.samples)]
-    use_engine(arguments, model, max(map(len, ids), default=0) + arguments.max_new_tokens)
     questions = Questions(task, problems, marker, ids, arguments.samples)
-    golds = questions.golds
-    check_control(arguments.control, [[golds[i] for i in batch] for batch in batches_of(ids, arguments.batch_size)])
-    settings = settings_of(arguments, prompts, problems)
-    done = Progressed(Path(arguments.out), settings)
-    answer_all(model, tokenizer, questions, arguments.decoding, done)
+    golds = [[questions.golds[i] for i in batch] for batch in batches_of(ids, arguments.batch_size)]
+    variations = arguments.variations()
+    for one in variations:
+        use_engine(one, model, max(map(len, ids), default=0) + arguments.max_new_tokens)
+        check_control(one.control, golds)
+    out, several = Path(arguments.out), len(variations) > 1
+    parts = [out.with_name(f"{out.name}.{one.control}-{one.forced}") if several else out for one in variations]
+    settings = [settings_of(one, prompts, problems) for one in variations]
+    done = [Progressed(part, own) for part, own in zip(parts, settings, strict=True)]
+    results: list[dict[str, Any]] = []
+    for one, own, batches in zip(variations, settings, done, strict=True):
+        title = f"{one.control}, {one.forced} thoughts" if several else "Answering"
+        answer_all(model, tokenizer, questions, one.decoding, batches, title)
+        results.append({"settings": own, "answer_start": marker} | graded(questions, prompts, batches))
+    written: dict[str, Any] = {"variations": compared(results)} if several else results[0]
+    create(out, json.dumps(written, indent=1, ensure_ascii=False) + "\n")
+    for batches in done:
+        batches.remove()
+    title = f"{arguments.adapter or arguments.model}, {task.name}"
+    if several:
+        show_all(written["variations"], title, out)
+    else:
+        show(written["scores"], title, out)
+    return written
+
+
+def graded(questions: Questions, prompts: list[Any], done: Progressed) -> dict[str, Any]:
+    """The scores of an evaluation, and its samples by problem."""
     samples = sorted((sample for batch in done.batches for sample in batch), key=lambda sample: sample["item"])
-    n = arguments.samples
+    n, task, problems = questions.samples, questions.task, questions.problems
     rows = [
         {
             "prompt": prompt,
@@ -210,11 +255,61 @@ def main(argv: Written) -> dict[str, Any]:
         lambda i, answer: task.is_right(problems[i], answer),
         lambda one, other: one.casefold() == other.casefold() or task.grader(one, other),
     )
-    results = {"settings": settings, "answer_start": marker, "scores": scores, "problems": rows}
-    create(Path(arguments.out), json.dumps(results, indent=1, ensure_ascii=False) + "\n")
-    done.remove()
-    show(scores, f"{arguments.adapter or arguments.model}, {task.name}", Path(arguments.out))
+    return {"scores": scores, "problems": rows}
+
+
+def compared(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The evaluations, each but the live ones tested against the live one of as many thoughts, problem by problem.
+
+    Without controls, each is tested against the one of the fewest thoughts.
+    """
+    verdicts = [[row["samples"][0]["right"] for row in one["problems"]] for one in results]
+    fewest = min(range(len(results)), key=lambda i: results[i]["settings"]["thoughts"])
+    for one, own in zip(results, verdicts, strict=True):
+        live = [
+            i
+            for i, other in enumerate(results)
+            if other["settings"]["control"] == "live" and other["settings"]["thoughts"] == one["settings"]["thoughts"]
+        ]
+        base = live[0] if one["settings"]["control"] != "live" else fewest
+        if results[base] is not one:
+            of = {name: results[base]["settings"][name] for name in ("control", "thoughts")}
+            one["paired"] = {"against": of} | paired(own, verdicts[base])
     return results
+
+
+def show_all(variations: list[dict[str, Any]], title: str, out: Path) -> None:
+    """Print the scores of several evaluations of the same problems as a table."""
+    table = Table(title=title)
+    for column in (
+        "thoughts",
+        "control",
+        "accuracy",
+        "95%",
+        "difference",
+        "p",
+        "partner's answer",
+        "tokens",
+    ):
+        table.add_column(column)
+    for one in variations:
+        scores, settings = one["scores"], one["settings"]
+        low, high = scores["wilson"]
+        pair, partner = one.get("paired"), scores.get("partner")
+        table.add_row(
+            str(settings["thoughts"]),
+            settings["control"],
+            f"{scores['mean']:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{pair['difference']:+.3f}" if pair else "",
+            f"{pair['p']:.2g}" if pair else "",
+            f"{partner:.3f}" if partner is not None else "",
+            f"{scores['mean_tokens']:.0f}",
+        )
+    console = Console()
+    console.print(table)
+    count = len(variations[0]["problems"])
+    console.print(f"{count} problems; p is McNemar's exact test against live thoughts; {out}", markup=False)
 
 
 def show(scores: dict[str, Any], title: str, out: Path) -> None:

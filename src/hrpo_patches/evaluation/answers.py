@@ -13,6 +13,7 @@ from hrpo_patches.evaluation.generate import Decoding, complete
 from hrpo_patches.evaluation.progress import Progressed
 from hrpo_patches.tasks.base import Problem, Task
 from hrpo_patches.tasks.rewards import answer_of, grade
+from hrpo_patches.thinking.controls import partners
 from hrpo_thinking.marker import marker_table
 
 
@@ -39,6 +40,18 @@ class Questions:
         """The gold answer of every sample."""
         return [str(problem["answer"]) for problem in self.problems for _ in range(self.samples)]
 
+    def problem(self, item: int) -> Problem:
+        """The problem of a sample."""
+        return self.problems[item // self.samples]
+
+    def donors(self, batch: list[int]) -> dict[int, int]:
+        """For samples that are decoded together, the one whose thoughts each gets by the control "swapped", while all
+        think."""
+        ranks = {gold: i for i, gold in enumerate(dict.fromkeys(self.golds[i] for i in batch))}
+        groups = torch.tensor([ranks[self.golds[i]] for i in batch])
+        rows, others = partners(torch.ones(len(batch), dtype=torch.bool), groups)
+        return {batch[row]: batch[other] for row, other in zip(rows.tolist(), others.tolist(), strict=True)}
+
 
 def answer_all(
     model: Any,
@@ -46,6 +59,7 @@ def answer_all(
     questions: Questions,
     decoding: Decoding,
     done: Progressed,
+    title: str = "Answering",
 ) -> None:
     """Answer what `done` does not hold yet, batch by batch, with a bar that shows the accuracy so far.
 
@@ -54,6 +68,7 @@ def answer_all(
         questions: what is asked.
         decoding: how it is answered.
         done: takes each batch's samples as they come.
+        title: of the bar.
     """
     task, marker, ids = questions.task, questions.marker, questions.ids
     table = marker_table(tokenizer, marker, model.config.vocab_size)
@@ -66,16 +81,19 @@ def answer_all(
     )
     with Progress(*columns) as progress:
         right = [sample["right"] for batch in done.batches for sample in batch]
-        bar = progress.add_task("Answering", total=len(ids), completed=len(right), accuracy=_share(right))
+        bar = progress.add_task(title, total=len(ids), completed=len(right), accuracy=_share(right))
         for batch, rows in complete(model, tokenizer, ids, decoding, len(done.batches), questions.golds):
             samples = []
+            donors = questions.donors(batch) if decoding.control == "swapped" else {}
             for item, row in zip(batch, rows, strict=True):
                 text = str(tokenizer.decode(row, skip_special_tokens=True))
-                problem = questions.problems[item // questions.samples]
+                problem = questions.problem(item)
                 verdict = bool(grade(task, problem, text, marker))
                 position = marker_position(row, table)
                 answer = answer_of(text, marker, task.lines(problem))
                 named = {"item": item, "completion": text, "answer": answer, "right": verdict}
+                if item in donors:
+                    named["partner_right"] = bool(grade(task, questions.problem(donors[item]), text, marker))
                 samples.append(named | {"tokens": len(row), "marker": position})
             done.add(samples)
             right += [sample["right"] for sample in samples]

@@ -21,6 +21,21 @@ def wilson(right: float, total: int, z: float = 1.96) -> tuple[float, float]:
     return (max(0.0, (middle - half) / (1 + spread)), min(1.0, (middle + half) / (1 + spread)))
 
 
+def paired(one: list[bool], other: list[bool]) -> dict[str, float]:
+    """Two sets of verdicts on the same problems: the difference of their accuracies, and McNemar's exact p.
+
+    Returns:
+        difference, gained (right in `one` alone), lost (right in `other` alone), and p, two-sided: the chance of a
+        split at least as uneven if each of these problems had gone either way with even odds.
+    """
+    gained = sum(a and not b for a, b in zip(one, other, strict=True))
+    lost = sum(b and not a for a, b in zip(one, other, strict=True))
+    differing = gained + lost
+    tail = sum(math.comb(differing, k) for k in range(min(gained, lost) + 1)) / 2**differing
+    difference = (gained - lost) / len(one)
+    return {"difference": difference, "gained": gained, "lost": lost, "p": min(1.0, 2 * tail)}
+
+
 def pass_at(k: int, right: int, samples: int) -> float:
     """The chance that one of `k` samples is right at least, where `right` of `samples` are (arXiv 2107.03374)."""
     return 1.0 - math.comb(samples - right, k) / math.comb(samples, k)
@@ -47,8 +62,9 @@ def summarise(
         same: whether two answers are the same.
 
     Returns:
-        mean, standard_error, wilson (over problems), right and total (over samples), mean_tokens, marker_rate, and for
-        several samples pass@k for k = 1, 2, 4, ... and majority@N.
+        mean, standard_error, wilson (over problems), right and total (over samples), mean_tokens, marker_rate, partner
+        (the share of answers that are right for the problem whose thoughts were swapped in), and for several samples
+        pass@k for k = 1, 2, 4, ... and majority@N.
     """
     samples = len(problems[0]["samples"])
     counts = [sum(sample["right"] for sample in problem["samples"]) for problem in problems]
@@ -63,6 +79,8 @@ def summarise(
         "mean_tokens": sum(sample["tokens"] for sample in flat) / len(flat),
         "marker_rate": sum(sample["marker"] is not None for sample in flat) / len(flat),
     }
+    if partners := [sample["partner_right"] for sample in flat if sample.get("partner_right") is not None]:
+        scores["partner"] = sum(partners) / len(partners)
     if samples > 1:
         ks = [2**i for i in range(samples.bit_length()) if 2**i <= samples]
         scores |= {f"pass@{k}": sum(pass_at(k, count, samples) for count in counts) / len(counts) for k in ks}
