@@ -45,6 +45,12 @@ def said(rows, start=0):
     return [warnings.read({"step": i, "projection/drift": i / 100, **row}) for i, row in enumerate(rows, start + 1)]
 
 
+def test_thinking_that_collapses_is_said_and_short_thinking_is_not():
+    long, short = [HEALTHY | {"thinking/length": 40.0}] * 10, [HEALTHY | {"thinking/length": 3.0}] * 10
+    (text,) = flat(said([*long, *short]))
+    assert "from 40 to 3.0 tokens" in text and not any(said(short)) and not any(said(long))
+
+
 def flat(texts):
     return list(chain.from_iterable(texts))
 

@@ -8,6 +8,8 @@ from typing import Any
 PATIENCE = 20  # optimizer steps after which something that never came is missed
 IN_A_ROW = 5  # rows that a fault has to last
 SHARE = 0.01  # of the input; less of the embedding, or of the residual, is as good as none
+COLLAPSE = 0.2  # of the longest mean thinking so far; thinking that is as short has collapsed
+LONG = 8.0  # tokens; shorter thinking cannot collapse
 GAIN = 100.0  # of the gradient through thoughts over the published one
 RUNAWAY = 1.0  # KL divergence from the base model, nats a token
 
@@ -31,6 +33,7 @@ class EarlyWarnings:
         self.seen: set[str] = set()
         self.lasting: Counter[str] = Counter()
         self.drift: float | None = None
+        self.longest = 0.0
 
     def read(self, row: Row) -> list[str]:
         """The warnings that the next row gives rise to, each a sentence or two."""
@@ -53,12 +56,15 @@ class EarlyWarnings:
         gradient, base = row.get("projection/grad_norm") or 0.0, row.get("base/grad_norm") or 0.0
         still = trained and row.get("projection/drift") == self.drift
         self.drift = row.get("projection/drift")
+        length = row.get("thinking/length")
+        self.longest = max(self.longest, length or 0.0)
         faults = {
             "a_high": a is not None and max(0.0, 1 - a * a) ** 0.5 < SHARE,
             "a_low": a is not None and a < SHARE,
             "no_gradient": trained and not gradient and base > 0,
             "not_moving": still and gradient > 0 and row.get("learning_rate", 0) > 0,
             "kl": kl is not None and kl > RUNAWAY,
+            "collapse": self.longest >= LONG and length is not None and length < COLLAPSE * self.longest,
             "gain": (row.get("bptt/gain") or 0.0) > GAIN,
         }
         return {name for name, holds in faults.items() if holds}
@@ -89,6 +95,9 @@ class EarlyWarnings:
             f"lr_thinking_projection is above 0, and that its weights are float32.",
             "kl": f"The KL divergence from the base model has been above {RUNAWAY} nats a token in {IN_A_ROW} logged "
             f"steps and is at {kl}. Lower the learning rates, or raise beta.",
+            "collapse": f"Thinking has shrunk from {self.longest:.0f} to {row.get('thinking/length') or 0:.1f} tokens "
+            f"before the marker (thinking/length). Lower the learning rates, raise beta, or force thoughts "
+            f"(--thoughts); a reward for length alone would be gamed.",
             "gain": f"The gradient through the thoughts has been more than {GAIN:.0f} times the published one in "
             f"{IN_A_ROW} logged steps and is at {row.get('bptt/gain') or 0:.3g} (bptt/gain): it grows from thought to "
             f"thought. Start from a larger residual_r_min, or truncate it (bptt=4).",

@@ -16,7 +16,12 @@ from hrpo_thinking.errors import InputError
 PANELS = {
     "reward": ("Reward", "mean over completions; 1 is right"),
     "marker_rate": ("Marker rate", "share of completions with the marker"),
+    "loss": ("Loss", "of training"),
+    "stage": ("Stage", "steps that are replaced by thoughts"),
+    "eval_accuracy": ("Accuracy in training", "greedy, on held-out problems"),
+    "eval_accuracy_off": ("The same, thoughts off", "greedy, on held-out problems"),
     "completions/mean_length": ("Completion length", "mean, in tokens"),
+    "thinking/length": ("Thinking length", "mean, in tokens, without forced thoughts"),
     "a/mean": ("Share a of the token's embedding", "mean a over thinking positions"),
     "bptt/gain": ("Gradient through the thoughts", "norm, over the published gradient's"),
     "projection/drift": ("Drift of the projection", "‖W − W₀‖ / ‖W₀‖, W₀ at the start"),
@@ -111,11 +116,13 @@ def draw(runs: list[Run], path: Path) -> Path:
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
-    figure = Figure(figsize=(16, 7.5), layout="constrained")
-    panels = [*figure.subplots(2, 4).flat]
-    for spare in panels[len(PANELS) :]:
+    chosen = {key: text for key, text in PANELS.items() if any(run.series(key)[1] for run in runs)} or PANELS
+    rows = -(-len(chosen) // 4)
+    figure = Figure(figsize=(16, 3.75 * rows), layout="constrained")
+    panels = [*figure.subplots(rows, 4, squeeze=False).flat]
+    for spare in panels[len(chosen) :]:
         spare.remove()
-    for axes, (key, (title, label)) in zip(panels, PANELS.items(), strict=False):
+    for axes, (key, (title, label)) in zip(panels, chosen.items(), strict=False):
         axes.set(title=title, xlabel="optimizer step", ylabel=label)
         drawn = [values for i, run in enumerate(runs) if (values := _draw_one(axes, run, key, f"C{i}"))]
         if not drawn:
