@@ -15,6 +15,8 @@ __version__ = "0.2.0"
 
 _HOMES = {
     "HRPOConfig": "hrpo_patches.training.config",
+    "HRPOSFTConfig": "hrpo_patches.training.sft_config",
+    "HRPOSFTTrainer": "hrpo_patches.training.sft",
     "HRPOTrainer": "hrpo_patches.training.trainer",
     "InputError": "hrpo_thinking.errors",
     "NonFiniteError": "hrpo_thinking.errors",
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
     from hrpo_patches.thinking.replay import thinking_roll as thinking_roll
     from hrpo_patches.training.config import HRPOConfig as HRPOConfig
     from hrpo_patches.training.optim import patch_trainer_optimizer as patch_trainer_optimizer
+    from hrpo_patches.training.sft import HRPOSFTTrainer as HRPOSFTTrainer
+    from hrpo_patches.training.sft_config import HRPOSFTConfig as HRPOSFTConfig
     from hrpo_patches.training.trainer import HRPOTrainer as HRPOTrainer
     from hrpo_thinking.config import ThinkingConfig as ThinkingConfig
     from hrpo_thinking.errors import InputError as InputError

@@ -35,11 +35,11 @@ def published(kind: type, name: str, default: Any, *aliases: str) -> Any:
     return field(default=default, metadata=dict(one.metadata) | ({"aliases": list(aliases)} if aliases else {}))
 
 
-def add_thinking_flags(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
-    """Give a parser the flags of these options of ThinkingConfig."""
+def add_thinking_flags(parser: argparse.ArgumentParser, names: Iterable[str], **defaults: Any) -> None:
+    """Give a parser the flags of these options of ThinkingConfig; `defaults` are in the place of its own."""
     group = parser.add_argument_group("how the model thinks")
     for name in names:
-        one, default = OPTIONS[name], getattr(ThinkingConfig, name)
+        one, default = OPTIONS[name], defaults.get(name, getattr(ThinkingConfig, name))
         flags = [f"--{name}", *([f"--{one.published}"] if one.published else [])]
         switch: dict[str, Any] = {"nargs": "?", "const": True} if one.kind is bool else {}
         kind = _switch if one.kind is bool else one.kind

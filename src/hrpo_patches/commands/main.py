@@ -53,6 +53,7 @@ evaluate = _in("eval", "main")
 
 COMMANDS: dict[str, tuple[Callable[[Written], Any], str]] = {
     "train": (train, "train a model to think, by GRPO"),
+    "sft": (_in("sft", "main"), "teach a model to think, from worked solutions, before it is rewarded"),
     "eval": (evaluate, "let a model answer a task's problems, and grade them"),
     "think": (_in("calls", "think"), "show one completion: each token's a, its residual's nearest words, the entropy"),
     "doctor": (_in("calls", "doctor"), "look whether machine, model, data and engine can think together"),

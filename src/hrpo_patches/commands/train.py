@@ -199,11 +199,12 @@ def trained(run: Run) -> dict[str, Any]:
         record["after"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering after")
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
     if trainer.accelerator.is_main_process:
-        _finish(record, Path(str(run.config.output_dir)), run.about.report)
+        finish(record, Path(str(run.config.output_dir)), run.about.report)
     return record
 
 
-def _finish(record: dict[str, Any], folder: Path, picture: bool) -> None:
+def finish(record: dict[str, Any], folder: Path, picture: bool) -> None:
+    """Write a run's `report.json` and, if asked for, its picture, and print its accuracies and warnings."""
     written = [write_json(record, folder)]
     run = read_run(folder)
     if picture:
@@ -222,4 +223,4 @@ def _finish(record: dict[str, Any], folder: Path, picture: bool) -> None:
         console.print(table)
     for text in run.warnings:
         console.print(f"[bold]warning:[/bold] {escape(text)}")
-    console.print(f"adapter in {folder}; {' and '.join(str(path) for path in written)} in {record['seconds']:.0f} s")
+    console.print(f"saved in {folder}; {' and '.join(str(path) for path in written)} in {record['seconds']:.0f} s")

@@ -198,33 +198,42 @@ class Run:
         self._check_output()
 
     def _check_output(self) -> None:
-        folder = Path(str(self.config.output_dir))
-        if folder.is_file():
-            raise InputError(f"--output_dir {folder} is a file.")
-        holds = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
-        resumed = self.config.resume_from_checkpoint
-        if holds and resumed is None:
+        checkpoint = check_output(Path(str(self.config.output_dir)), self.config.resume_from_checkpoint)
+        if checkpoint is None:
+            return
+        self.config.resume_from_checkpoint = str(checkpoint)
+        check_same_thinking(checkpoint, spelled(self.config.residual), self.thinking())
+        if self.config.residual is None:
+            check_same_pauses(checkpoint, self.config.thoughts or 0)
+
+
+def check_output(folder: Path, resumed: str | None) -> Path | None:
+    """The checkpoint that a run in `folder` is resumed from, if any.
+
+    Raises:
+        InputError: the folder holds another run, or there is no such checkpoint.
+    """
+    if folder.is_file():
+        raise InputError(f"--output_dir {folder} is a file.")
+    holds = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+    if resumed is None:
+        if holds:
             raise InputError(
                 f"{folder} already holds a run; give another --output_dir, or resume it by "
                 f"--resume_from_checkpoint latest."
             )
-        if resumed is not None:
-            self._check_resume(folder, holds, resumed)
-
-    def _check_resume(self, folder: Path, holds: bool, resumed: str) -> None:
-        if resumed == "latest":
-            last = last_checkpoint(folder) if holds else None
-            if last is None:
-                raise InputError(f"{folder} holds no checkpoint to resume from.")
-            resumed = self.config.resume_from_checkpoint = str(last)
-        checkpoint = Path(resumed)
-        if not (checkpoint / "trainer_state.json").is_file():
-            raise InputError(f"{checkpoint} is no checkpoint: trainer_state.json does not exist there.")
-        if holds and checkpoint.resolve().parent != folder.resolve():
-            raise InputError(f"{folder} already holds another run than the checkpoint {checkpoint}.")
-        check_same_thinking(checkpoint, spelled(self.config.residual), self.thinking())
-        if self.config.residual is None:
-            check_same_pauses(checkpoint, self.config.thoughts or 0)
+        return None
+    if resumed == "latest":
+        last = last_checkpoint(folder) if holds else None
+        if last is None:
+            raise InputError(f"{folder} holds no checkpoint to resume from.")
+        resumed = str(last)
+    checkpoint = Path(resumed)
+    if not (checkpoint / "trainer_state.json").is_file():
+        raise InputError(f"{checkpoint} is no checkpoint: trainer_state.json does not exist there.")
+    if holds and checkpoint.resolve().parent != folder.resolve():
+        raise InputError(f"{folder} already holds another run than the checkpoint {checkpoint}.")
+    return checkpoint
 
 
 def last_checkpoint(run: Path) -> Path | None:

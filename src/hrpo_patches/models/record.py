@@ -108,15 +108,21 @@ def refuse_thinking_adapter(source: Any) -> None:
         raise InputError(f"{source} thinks; load it with hrpo_patches.load_adapter(base, folder), which knows how.")
 
 
-def check_same_thinking(folder: Path, residual: str | None, wanted: ThinkingConfig | None) -> None:
-    """Raise `InputError` unless what `folder` holds was trained with this residual (if given) and as `wanted`."""
+def check_same_thinking(
+    folder: Path, residual: str | None, wanted: ThinkingConfig | None, same_thoughts: bool = True
+) -> None:
+    """Raise `InputError` unless what `folder` holds was trained with this residual (if given) and as `wanted`.
+
+    `same_thoughts`: with the residual given, forced thoughts must be the same, too.
+    """
     saved = read_thinking(folder)
     was = spelled(saved["residual"] if saved is not None else None)
     if residual is not None and was != residual:
         raise InputError(f"{folder} was trained with --residual {was}, not {residual}.")
     if saved is None or wanted is None:
         return
-    forced = ("thoughts", "filler") if residual is not None else ()  # which an adapter may be trained further with
+    # An adapter may be trained further with other forced thoughts.
+    forced = ("thoughts", "filler") if residual is not None and same_thoughts else ()
     variant = [name for name in about_parts() if was == wanted.residual and OPTIONS[name].part in parts_of(was)]
     for name in ("answer_start", "span", *forced, *variant):
         value = saved.get(name, getattr(ThinkingConfig, name))

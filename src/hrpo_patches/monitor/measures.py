@@ -90,7 +90,8 @@ def measure_blend(
 
     Returns:
         a/* and i/*; cosine/token, of the residual and the embedding of the token that was sampled; cosine/embedding,
-        of the projected and the embedding residual of the same decoding step. Empty if no position thinks.
+        of the projected and the embedding residual of the same decoding step. Empty if no position thinks; without
+        the cosines if the forward was given no states.
     """
     thinking = inputs["thinking_inputs"]
     states, mask = thinking.states, thinking.mask
@@ -108,6 +109,8 @@ def measure_blend(
     values = summary("a", backbone.thinking_decay(e))
     values |= summary("i", torch.sigmoid(backbone.thinking_residual_gate_i(e)))
 
+    if states is None:  # of given tokens, which the forward itself thinks
+        return values
     few = _spread(torch.arange(len(e), device=e.device), RESIDUALS_AT)
     state = states.flatten(0, 1)[sample][few]
     kind = thinking.residual or backbone.config.thinking["residual"]

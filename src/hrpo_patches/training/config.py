@@ -19,8 +19,10 @@ from hrpo_thinking.parts import NONE, RATES, RESIDUALS, residual_of
 from hrpo_thinking.request import check_residual
 
 if TYPE_CHECKING:
+    from transformers import TrainingArguments as _Arguments
     from trl import GRPOConfig
 else:
+    _Arguments = object
     GRPOConfig = released("trl.trainer.grpo_config", "GRPOConfig")
 
 REFERENCES = ("base", "start")
@@ -44,7 +46,7 @@ def _rate(group: str, what: str) -> Any:
 
 
 @dataclass
-class ThinkingArguments:
+class ThinkingArguments(_Arguments):
     """The options of thinking of a trainer's arguments, which are mixed with transformers' or TRL's.
 
     How a model thinks is said by `thinking`, or by the options of it that have a field here. What is left open is the

@@ -24,7 +24,7 @@ from hrpo_patches.thinking.backbone import patched_backbone, temporarily, thinki
 from hrpo_patches.thinking.decoding import NEUTRAL
 from hrpo_patches.thinking.sequential import refuse_dropout
 from hrpo_patches.thinking.shards import partitioned
-from hrpo_patches.training.config import HRPOConfig
+from hrpo_patches.training.config import HRPOConfig, ThinkingArguments
 from hrpo_thinking.config import ThinkingConfig, check_same_kind, record_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
@@ -41,16 +41,22 @@ def policy(model: Any, args: HRPOConfig, quantization_config: Any = None) -> Any
     Raises:
         InputError: the model cannot think, thinks in another way already, or is told to in two ways.
     """
-    if args.residual is not None:
-        refuse_stranger(model)
     if isinstance(model, str):
+        if args.residual is not None:
+            refuse_stranger(model)
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # TRL has read it
         asked = init.pop("thinking", None)
         if args.residual is not None:
             asked = thinking_options(model, _asked(asked) | args.chosen)
         return model if asked is None else _loaded(model, init | {"thinking": asked}, args, quantization_config)
+    return thinking_policy(model, args)
+
+
+def thinking_policy(model: Any, args: ThinkingArguments) -> Any:
+    """As `policy`, of a model that is loaded already."""
     if args.residual is None:
         return model
+    refuse_stranger(model)
     backbone = patched_backbone(model)
     current = record_of(ThinkingConfig.of(backbone.config) or ThinkingConfig(), backbone.config.thinking)
     check_same_kind(current, args.chosen, "this model")
@@ -104,7 +110,7 @@ def unsaid(text: str) -> Iterator[None]:
         logger.removeFilter(others)
 
 
-def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: HRPOConfig) -> PeftConfig | None:
+def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: ThinkingArguments) -> PeftConfig | None:
     """A copy of `peft_config` whose `modules_to_save` names the thinking modules that this run trains.
 
     Raises:
@@ -132,7 +138,7 @@ def float32_copies(model: Any) -> dict[str, Tensor]:
     return {canonical(name).replace(".original_module", ""): p.detach().clone() for name, p in named}
 
 
-def check_model(model: Any, base: Any, tokenizer: Any, args: HRPOConfig, rollout: Any) -> None:
+def check_model(model: Any, base: Any, tokenizer: Any, args: ThinkingArguments, rollout: Any) -> None:
     """Refuse a model that would fall back, would not train its thinking weights, or cannot take the gradient.
 
     The norm of its embeddings is measured, if the residual takes it, before training can change them.
@@ -223,7 +229,7 @@ def restore_float32(model: nn.Module, before: dict[str, Tensor]) -> None:
             parameter.data = value.to(device=parameter.device, dtype=torch.float32)
 
 
-def freeze_unused(model: nn.Module, args: HRPOConfig) -> None:
+def freeze_unused(model: nn.Module, args: ThinkingArguments) -> None:
     """Freeze the thinking weights that this run does not use: DDP waits for the gradient of every trainable weight."""
     used = parts_of(args.residual)
     for name, parameter in model.named_parameters():

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
+
+from hrpo_patches.thinking.backbone import hands_over_states
+from hrpo_patches.thinking.shards import head_of, partitioned
 
 LOGITS = 2**24  # that exist at once, whatever the vocabulary; in float32 64 MiB, of which a softmax holds several
 
@@ -39,3 +43,26 @@ def scores(
     made = [checkpoint(some, *piece, use_reentrant=False) for piece in pieces]
     logps, entropies = (torch.cat(column).view_as(tokens) for column in zip(*made, strict=True))
     return logps, entropies
+
+
+def forward_scores(
+    model: Any, inner: Any, input_ids: Tensor, attention_mask: Tensor, width: int, temperature: float, **inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (B, C) of the last `width` tokens of a batch, and entropies (B, C), of one forward.
+
+    Args:
+        model: called with `inputs`, too.
+        inner: the causal language model in it.
+        input_ids, attention_mask: (B, L).
+        width: C < L.
+        temperature: that logits are divided by.
+    """
+    tokens, vocabulary = input_ids[:, -width:], inner.config.vocab_size
+    pieces = hands_over_states(inner) and not partitioned(inner)  # ZeRO-3 takes a frozen head's weight back
+    whole = not pieces or fits(len(tokens), width, vocabulary)
+    kept = {"logits_to_keep": width + 1} if whole else {"logits_to_keep": 1, "output_last_hidden_state": True}
+    outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kept, **inputs)
+    if not whole:
+        return scores(head_of(inner), outputs.last_hidden_state[:, -width - 1 : -1], tokens, temperature, vocabulary)
+    logits = outputs.logits[:, :-1].float() / temperature
+    return selective_log_softmax(logits, tokens), entropy_from_logits(logits)

@@ -20,16 +20,16 @@ from torch import Tensor, nn, optim
 from transformers import GenerationConfig
 from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
-from trl.trainer.utils import entropy_from_logits, pad, selective_log_softmax
+from trl.trainer.utils import pad
 
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.models.record import save_pauses, save_thinking
 from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.monitor.nonfinite import keep
-from hrpo_patches.thinking.backbone import causal_lm, hands_over_states, temporarily, thinking_backbone
+from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.replay import distribution_head
-from hrpo_patches.thinking.shards import head_of, partitioned, whole
+from hrpo_patches.thinking.shards import whole
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.epoch_order import EpochOrder
 from hrpo_patches.training.judged import judged
@@ -48,7 +48,7 @@ from hrpo_patches.training.prepare import (
 from hrpo_patches.training.reference import StartReference, without_reference
 from hrpo_patches.training.released import released
 from hrpo_patches.training.rollouts import Made, by_batches, by_generate, by_vllm, engines_that_think
-from hrpo_patches.training.scores import fits, scores
+from hrpo_patches.training.scores import forward_scores
 from hrpo_patches.training.several import InShards, as_long_as_any
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
@@ -134,6 +134,8 @@ class HRPOTrainer(InShards, GRPOTrainer):
             thinking = ThinkingConfig(thoughts=count, filler=self.args.filler or thinking.filler)
         self.args.thoughts, self.args.filler = thinking.thoughts, thinking.filler
         self._fillers = []
+        if self.args.residual is not None and thinking.span == "thoughts" and not thinking.thoughts:
+            raise InputError("span='thoughts' lets forced thoughts alone think, and there are none; set thoughts.")
         own.thoughts = thinking.thoughts or None
         if not thinking.thoughts:
             return
@@ -179,6 +181,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
         if self.model.training:  # an evaluation may stand between a generation and its use
             self._rolled_out = self.state.global_step
         self._record_ratios(made.shares())
+        self._record_length(made)
         return made.completions, made.logprobs
 
     def _made(self, prompt_ids: list, *args: Any, **kwargs: Any) -> Made:
@@ -336,17 +339,9 @@ class HRPOTrainer(InShards, GRPOTrainer):
         width: int,
         thinking: dict[str, ThinkingInputs],
     ) -> tuple[Tensor, Tensor]:
-        inner, tokens = causal_lm(self.accelerator.unwrap_model(model)), input_ids[:, -width:]
-        pieces = hands_over_states(inner) and not partitioned(inner)  # ZeRO-3 takes a frozen head's weight back
-        whole = not pieces or fits(len(tokens), width, inner.config.vocab_size)
-        kept = {"logits_to_keep": width + 1} if whole else {"logits_to_keep": 1, "output_last_hidden_state": True}
+        inner = causal_lm(self.accelerator.unwrap_model(model))
         with self.accelerator.autocast():
-            outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kept, **thinking)
-            if not whole:
-                states, vocabulary = outputs.last_hidden_state[:, -width - 1 : -1], inner.config.vocab_size
-                return scores(head_of(inner), states, tokens, self.temperature, vocabulary)
-        logits = outputs.logits[:, :-1].float() / self.temperature
-        return selective_log_softmax(logits, tokens), entropy_from_logits(logits)
+            return forward_scores(model, inner, input_ids, attention_mask, width, self.temperature, **thinking)
 
     # --- optimizer, metrics, save ----------------------------------------------------------------------------------
 
@@ -364,6 +359,14 @@ class HRPOTrainer(InShards, GRPOTrainer):
         totals = self.accelerator.reduce(shares, reduction="sum")
         self._record("embeds_ratio", totals[0] / totals[2].clamp(min=1))
         self._record("hidden_ratio", totals[1] / totals[2].clamp(min=1))
+
+    def _record_length(self, made: Made) -> None:
+        """thinking/length: mean tokens that think, without forced ones; thinking/share: theirs of all tokens."""
+        thinking, tokens = made.thinking.mask[:, len(self._fillers) :].sum(), sum(map(len, made.completions))
+        counts = torch.tensor([float(thinking), tokens, len(made.completions)], device=self.accelerator.device)
+        thought, written, rows = self.accelerator.reduce(counts, reduction="sum")
+        self._record("thinking/length", thought / rows)
+        self._record("thinking/share", thought / written.clamp(min=1))
 
     def _record(self, name: str, value: Tensor) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value.item())

@@ -1,0 +1,115 @@
+"""Which stage a supervised run is at: how many steps are replaced by thoughts, and when the next one is."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerState
+from transformers.trainer_callback import ExportableState
+
+from hrpo_patches.training.sft_config import HRPOSFTConfig
+from hrpo_thinking.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+BETTER = 1e-9  # by which an accuracy has to rise
+
+
+class Curriculum(TrainerCallback, ExportableState):
+    """The stage of a run. It is part of every checkpoint, so that a resumed run takes the same steps.
+
+    Args:
+        args: of the run.
+        last: the stage that training ends at.
+        entered: called with a stage when it begins.
+
+    Attributes:
+        stage: c, the steps that are replaced now.
+    """
+
+    def __init__(self, args: HRPOSFTConfig, last: int, entered: Callable[[int], None]) -> None:
+        self.args, self.last, self.entered = args, last, entered
+        self.stage = last if args.advance == "once" else 0
+        self.losses: list[float] = []  # of the batches of this stage
+        self.best, self.waited = -1.0, 0
+
+    def check_reachable(self, batches_per_epoch: float) -> None:
+        """Raise `InputError` if the last stage cannot begin before training ends."""
+        args, steps = self.args, self.args.max_steps
+        epochs = steps / batches_per_epoch if steps > 0 else args.num_train_epochs
+        needed = self.last * args.stage_epochs
+        if args.advance == "epoch" and epochs <= needed:
+            raise InputError(
+                f"the last of {self.last} stages begins after {needed:g} epochs (stage_epochs={args.stage_epochs:g}), "
+                f"and training ends after {epochs:g}; train longer, or set until."
+            )
+        batches, least = (
+            epochs * batches_per_epoch * args.gradient_accumulation_steps,
+            self.last * args.advance_batches,
+        )
+        if args.advance == "loss" and batches <= least:
+            raise InputError(
+                f"the last of {self.last} stages begins after {least} batches at the earliest "
+                f"(advance_batches={args.advance_batches}), and training ends after {batches:g}; train longer, or set "
+                f"until."
+            )
+
+    def draw(self, step: int, batch: int) -> int:
+        """The stage of one batch: today's, or an earlier one; the same whenever it is asked for.
+
+        Args:
+            step: of the optimizer.
+            batch: of this step.
+        """
+        generator = torch.Generator().manual_seed(((self.args.seed * 1_000_003 + step) * 1_009 + batch) % 2**63)
+        share, place = torch.rand(2, generator=generator).tolist()
+        return int(place * self.stage) if self.stage and share < self.args.earlier else self.stage
+
+    def learned(self, losses: list[float]) -> None:
+        """Take the losses of a step's batches that were of this stage, and begin the next stage if it is learned."""
+        self.losses = [*self.losses, *losses][-self.args.advance_batches :]
+        full = len(self.losses) == self.args.advance_batches
+        if self.args.advance == "loss" and full and sum(self.losses) / len(self.losses) < self.args.advance_loss:
+            self._enter(self.stage + 1)
+
+    def _enter(self, stage: int) -> None:
+        stage = min(stage, self.last)
+        if stage != self.stage:
+            self.stage, self.losses = stage, []
+            self.entered(stage)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        kept: Any = state.stateful_callbacks or {}
+        saved = kept.get(type(self).__name__) if state.global_step else None
+        if saved is not None:
+            vars(self).update(saved["attributes"])
+        self.entered(self.stage)
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.args.advance == "epoch" and state.epoch is not None:
+            self._enter(int(state.epoch / self.args.stage_epochs + 1e-6))
+
+    def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        accuracy = kwargs["metrics"].get("eval_accuracy")
+        if accuracy is None or self.stage < self.last or not self.args.patience:
+            return
+        if accuracy > self.best + BETTER:
+            self.best, self.waited = accuracy, 0
+            return
+        self.waited += 1
+        if self.waited >= self.args.patience:
+            control.should_training_stop = True
+
+    def on_train_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if self.stage < self.last:
+            logger.warning(
+                f"training ended at stage {self.stage} of {self.last}: {self.stage} steps are thought, and the rest "
+                f"is written. Train longer, or raise advance_loss (now {self.args.advance_loss:g})."
+            )
+
+    def state(self) -> dict[str, Any]:
+        kept = {name: getattr(self, name) for name in ("stage", "losses", "best", "waited")}
+        return {"args": {}, "attributes": kept}

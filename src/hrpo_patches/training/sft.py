@@ -1,0 +1,276 @@
+"""HRPOSFTTrainer: supervised latent training, from worked solutions to thoughts; knows lessons, no tasks.
+
+It is transformers' `Trainer` with batches of its own: a stage decides how many steps of a solution are replaced by
+forced thoughts. Each forward first thinks the given tokens (without gradient) and then replays them, and the gradient
+flows back through the thoughts as `bptt` says.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from accelerate.utils import is_peft_model
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn, optim
+from transformers import default_data_collator
+
+from hrpo_patches.models.record import save_pauses, save_thinking
+from hrpo_patches.monitor.callback import ThinkingMonitor
+from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
+from hrpo_patches.thinking.decoding import filler_id
+from hrpo_patches.thinking.replay import distribution_head
+from hrpo_patches.training.curriculum import Curriculum
+from hrpo_patches.training.lessons import IGNORED, Classroom, Lesson, LessonBatch
+from hrpo_patches.training.optim import regroup
+from hrpo_patches.training.prepare import check_model, freeze_unused, thinking_policy, with_thinking_modules
+from hrpo_patches.training.scores import forward_scores
+from hrpo_patches.training.several import InShards
+from hrpo_patches.training.sft_config import HRPOSFTConfig
+from hrpo_patches.training.start import fit_projection, places_of
+from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import Bptt, ThinkingInputs
+from hrpo_thinking.marker import thinking_table
+
+FITTED = 1000  # lessons that a projection is fitted on
+
+
+class HRPOSFTTrainer(InShards):
+    """Supervised training of a model that thinks where it would write steps.
+
+    Args:
+        model: a causal language model, plain or with fresh thinking modules.
+        args: of the run.
+        train_dataset: lessons, each of which a row stands for.
+        eval_dataset: lessons for the loss of an evaluation.
+        processing_class: the tokenizer.
+        peft_config: of the adapter that is trained; None trains all weights. Thinking modules join its
+            `modules_to_save`.
+        accuracies: called with the trainer in each evaluation; what it returns joins the metrics, "accuracy" among
+            them for `args.patience`.
+        kwargs: for `transformers.Trainer`.
+
+    Attributes:
+        left_over: the share of the embeddings that a projection fitted by least squares does not explain; None where
+            none was fitted.
+
+    Raises:
+        InputError: the model cannot think, the last stage has too many steps, cannot be reached or does not fit into
+            a completion.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        args: HRPOSFTConfig,
+        train_dataset: Sequence[Lesson],
+        eval_dataset: Sequence[Lesson] | None = None,
+        processing_class: Any = None,
+        peft_config: PeftConfig | None = None,
+        accuracies: Callable[[HRPOSFTTrainer], dict[str, float]] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not isinstance(args, HRPOSFTConfig):
+            raise InputError(f"HRPOSFTTrainer needs args=HRPOSFTConfig(...), not {type(args).__name__}.")
+        if isinstance(model, str) or processing_class is None:
+            raise InputError("HRPOSFTTrainer needs a loaded model, and its tokenizer as processing_class.")
+        if not train_dataset:
+            raise InputError("there are no lessons to train on.")
+        self.lessons = {"train": list(train_dataset), "eval": list(eval_dataset or ())}
+        self.tokenizer, self._accuracies = processing_class, accuracies
+        peft_config = with_thinking_modules(model, peft_config, args) if args.residual is not None else peft_config
+        model = thinking_policy(model, args)
+        if getattr(model, "hf_device_map", None) is None:
+            model.to(args.device)
+        self._classroom = self._classroom_of(model, args)
+        last = self._last_stage(args)
+        self.left_over = self._start(model, args)
+        model = get_peft_model(model, peft_config) if peft_config is not None else model
+        rows = {name: [{"lesson": i} for i in range(len(some))] for name, some in self.lessons.items()}
+        super().__init__(
+            model,
+            args,
+            data_collator=default_data_collator,
+            train_dataset=rows["train"],
+            eval_dataset=rows["eval"] or None,
+            processing_class=processing_class,
+            **kwargs,
+        )
+        freeze_unused(self.model, args)
+        self.curriculum = Curriculum(args, last, self._enter)
+        per_epoch = len(self.get_train_dataloader()) / args.gradient_accumulation_steps
+        self.curriculum.check_reachable(max(1, math.ceil(per_epoch)))
+        self.add_callback(self.curriculum)
+        self._enter(self.curriculum.stage)
+        if args.residual is not None:
+            check_model(self.model, self._base_model(), processing_class, args, self._base_model().generation_config)
+        self._batch, self._at = 0, -1  # of this step, and the step
+        self._losses: list[Tensor] = []
+        self._seen: dict[str, list[float]] = {}
+        self.monitor: ThinkingMonitor | None = None
+        if args.monitor:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            self.monitor = ThinkingMonitor(unwrapped, args, estimate_marker=False).first_in(self)
+
+    # --- before training -------------------------------------------------------------------------------------------
+
+    def _classroom_of(self, model: Any, args: HRPOSFTConfig) -> Classroom:
+        asked = (
+            ThinkingConfig.from_dict(thinking_backbone(model).config.thinking)
+            if args.residual is not None
+            else ThinkingConfig(filler=args.filler or ThinkingConfig.filler)
+        )
+        table = thinking_table(self.tokenizer, asked, model.config.vocab_size) if args.residual is not None else None
+        filler, padding = filler_id(self.tokenizer, asked), self.tokenizer.pad_token_id
+        padding = padding if padding is not None else self.tokenizer.eos_token_id
+        return Classroom(filler, args.thoughts_per_step, padding, table)
+
+    def _last_stage(self, args: HRPOSFTConfig) -> int:
+        most = max(len(lesson.steps) for lesson in self.lessons["train"])
+        last = args.until if args.until is not None else most
+        if last > most:
+            raise InputError(f"until={last} cannot be reached: no solution has more than {most} steps.")
+        forced, room = self._classroom.thoughts(last), args.max_completion_length
+        longest = max(len(lesson.answer) for lesson in self.lessons["train"])
+        if forced + longest > room:
+            raise InputError(
+                f"{forced} thoughts ({last} steps of {args.thoughts_per_step}) and an answer of {longest} tokens must "
+                f"fit into max_completion_length={room}; set until, fewer thoughts_per_step or longer completions."
+            )
+        for name, some in self.lessons.items():
+            for i, lesson in enumerate(some):
+                size = max(len(self._classroom.completion(lesson, stage)) for stage in (0, last))
+                if size > room:
+                    raise InputError(
+                        f"the solution of {name} lesson {i} takes {size} tokens; it must fit into "
+                        f"max_completion_length={room}."
+                    )
+        return last
+
+    def _start(self, model: Any, args: HRPOSFTConfig) -> float | None:
+        """Start gates and projection, if they are fresh; what least squares leaves over."""
+        if args.residual is None:
+            return None
+        backbone: Any = thinking_backbone(model)
+        if backbone.thinking_residual_gate_i.is_fresh():
+            with torch.no_grad():
+                backbone.thinking_residual_gate_i.bias.fill_(args.gate)
+        if args.start != "lstsq" or not backbone.thinking_projection.is_fresh():
+            return None
+        return fit_projection(model, places_of(self.lessons["train"][:FITTED], args.thoughts_per_step))
+
+    def _enter(self, stage: int) -> None:
+        """Let the model know how many forced thoughts its completions begin with."""
+        base, thoughts = self._base_model(), self._classroom.thoughts(stage)
+        if self.args.residual is not None:
+            thinking_backbone(base).config.thinking["thoughts"] = thoughts
+            base.generation_config.thinking = True
+        base.generation_config.thoughts = thoughts or None
+        base.generation_config.filler_token_id = self._classroom.filler
+
+    @property
+    def forced(self) -> int:
+        """The forced thoughts of a completion at today's stage."""
+        return self._classroom.thoughts(self.curriculum.stage)
+
+    def _base_model(self) -> Any:
+        return causal_lm(self.accelerator.unwrap_model(self.model))
+
+    # --- loss ------------------------------------------------------------------------------------------------------
+
+    def compute_loss(
+        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """The mean cross-entropy, in nats per token, of what is written after the thoughts."""
+        training = model.training
+        lessons = self.lessons["train" if training else "eval"]
+        stage = self._stage_of_batch() if training else self.curriculum.stage
+        batch = self._classroom.batch([lessons[i] for i in inputs["lesson"].tolist()], stage)
+        loss = self._loss(model, batch)
+        if training:
+            if stage == self.curriculum.stage:
+                self._losses.append(loss.detach())
+            self._observe({"thoughts": float(self._classroom.thoughts(stage))})
+        return (loss, None) if return_outputs else loss
+
+    def _stage_of_batch(self) -> int:
+        step = self.state.global_step
+        self._batch = self._batch + 1 if step == self._at else 0
+        self._at = step
+        return self.curriculum.draw(step, self._batch)
+
+    def _loss(self, model: nn.Module, batch: LessonBatch) -> Tensor:
+        device = self.accelerator.device
+        ids, seen, labels = (tensor.to(device) for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
+        inner = causal_lm(self.accelerator.unwrap_model(model))
+        inputs = {"thinking_inputs": self._thinking(inner, batch)} if self.args.residual is not None else {}
+        with self.accelerator.autocast():
+            logps, _ = forward_scores(model, inner, ids, seen, batch.width, 1.0, **inputs)
+        learned = labels != IGNORED
+        return -torch.where(learned, logps, 0.0).sum() / learned.sum().clamp(min=1)
+
+    def _thinking(self, inner: Any, batch: LessonBatch) -> ThinkingInputs:
+        mask = batch.thinking.to(self.accelerator.device)
+        if not batch.thinking.any():  # the modules are part of every forward: DDP waits for their gradients
+            states = inner.get_input_embeddings().weight.new_zeros((*mask.shape, inner.config.hidden_size))
+            return ThinkingInputs(states, mask, self.args.residual)
+        depth = self.args.depth if torch.is_grad_enabled() else 0
+        head = distribution_head(inner, self.args.residual, 1.0)
+        observe = self._observe if depth else None
+        rule = Bptt(depth, self.args.bptt_tolerance, self.args.bptt_terms, False, head, observe)
+        return ThinkingInputs(None, mask, self.args.residual, rule)
+
+    def _observe(self, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._seen.setdefault(name, []).append(value)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss: Tensor = super().training_step(*args, **kwargs)
+        if self.accelerator.sync_gradients and self._losses:
+            losses = self.accelerator.reduce(torch.stack(self._losses).float(), reduction="mean").tolist()
+            self._losses = []
+            self.curriculum.learned(losses)
+        return loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, None, None]:
+        with torch.no_grad():
+            return self.compute_loss(model, inputs), None, None
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        output = super().evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        found = self._accuracies(self) if self._accuracies is not None else {}
+        output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        output.metrics[f"{prefix}_stage"] = self.curriculum.stage
+        return output
+
+    # --- optimizer, log, save --------------------------------------------------------------------------------------
+
+    def create_optimizer(self, model: nn.Module | None = None) -> optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        return regroup(self, optimizer, self.args.learning_rates) if fresh and self.args.residual else optimizer
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= {name: sum(values) / len(values) for name, values in self._seen.items()}
+            logs["stage"] = self.curriculum.stage
+            if self.left_over is not None and not any("projection/left_over" in row for row in self.state.log_history):
+                logs["projection/left_over"] = self.left_over
+            self._seen.clear()
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if not self.args.should_save:
+            return
+        model, folder = self.accelerator.unwrap_model(self.model), str(output_dir or self.args.output_dir)
+        if self.args.residual is not None:
+            save_thinking(model, folder)
+        elif is_peft_model(self.model):  # a full model's own file says so already
+            save_pauses(self._classroom.thoughts(self.curriculum.stage), self._classroom.filler, folder)

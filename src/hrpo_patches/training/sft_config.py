@@ -1,0 +1,107 @@
+"""HRPOSFTConfig: TrainingArguments of supervised latent training; knows what a run may ask for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from hrpo_patches.training.config import ThinkingArguments
+from hrpo_thinking.errors import InputError
+from hrpo_thinking.parts import PROJECTION, parts_of
+
+ADVANCES = ("loss", "epoch", "once")
+STARTS = ("lstsq", "random")
+# How a model thinks that replaces its steps by thoughts, where nothing else is asked: nothing of a filler's embedding
+# is worth keeping, and what is written afterwards is written as before.
+DEFAULTS: dict[str, Any] = {"span": "thoughts", "r_min": 0.01, "r_max": 0.1}
+SCALE = {"residual_scale": "embedding"}  # of a projection
+
+
+def _option(default: Any, help: str, **facts: Any) -> Any:
+    return field(default=default, metadata={"help": help} | facts)
+
+
+@dataclass
+class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
+    """`TrainingArguments` with the options of thinking, and how written steps become thoughts.
+
+    Stage c replaces the first c steps of each solution by `thoughts_per_step` forced thoughts each. Training begins
+    with all steps written (c = 0) and ends at `until`.
+
+    Raises:
+        InputError: an option is out of its range, or does not go with another.
+    """
+
+    thoughts_per_step: int = _option(1, "Forced thoughts that replace a step.")
+    until: int | None = _option(
+        None, "Steps that are replaced at the last stage, the rest stays written; by default the most of any solution."
+    )
+    advance: str = _option(
+        "loss",
+        "When the next step is replaced: loss, when the last is learned; epoch, every --stage_epochs; once, at once.",
+        choices=ADVANCES,
+    )
+    advance_loss: float = _option(0.3, "A stage is learned when its mean loss, in nats per token, is below this.")
+    advance_batches: int = _option(25, "Batches of a stage over which its mean loss is taken.")
+    stage_epochs: float = _option(1.0, "Epochs of a stage with --advance epoch.")
+    earlier: float = _option(0.5, "Share of batches that are of an earlier stage, drawn evenly.")
+    projection_start: str | None = _option(
+        None,
+        "Where the projection starts: lstsq, least squares from states to the embeddings of what they predict, on the "
+        "data's own steps; or random. Default: lstsq where there is a projection of one layer.",
+        choices=STARTS,
+    )
+    gate: float = _option(2.0, "Start of the bias of the gate i: sigmoid(2) = 0.88 of the residual is let through.")
+    max_completion_length: int = _option(256, "Tokens, thoughts included, of a completion; longer ones are refused.")
+    patience: int = _option(
+        0, "Evaluations of the last stage without a better accuracy after which training ends; 0: never."
+    )
+
+    def __post_init__(self) -> None:
+        if self.residual not in (None, "none"):
+            projected = PROJECTION in parts_of(str(self.residual))
+            own = DEFAULTS | (SCALE if projected else {})
+            if isinstance(self.thinking, dict) or self.thinking is None:
+                self.thinking = own | (self.thinking or {})
+        self.read_thinking()
+        super().__post_init__()
+        self.remove_unused_columns = False  # a row is the number of a lesson
+        choices = {"advance": ADVANCES, "projection_start": (*STARTS, None)}
+        for name, values in choices.items():
+            if getattr(self, name) not in values:
+                raise InputError(f"{name} must be one of {values}, not {getattr(self, name)!r}.")
+        for name in ("thoughts_per_step", "advance_batches", "max_completion_length"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.earlier < 1:
+            raise InputError(f"earlier must be from 0 to below 1, not {self.earlier}.")
+        if self.until is not None and self.until < 0:
+            raise InputError(f"until must be at least 0, not {self.until}.")
+        if not self.stage_epochs > 0:
+            raise InputError(f"stage_epochs must be above 0, not {self.stage_epochs}.")
+        if self.thoughts is not None:
+            raise InputError("thoughts follows from thoughts_per_step and the stage; remove it.")
+        if self.max_steps == 0:
+            raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, not 0.")
+        self.check_start()
+
+    def check_start(self) -> None:
+        """Raise `InputError` if least squares are asked for, and there is no single linear layer to fit."""
+        if self.projection_start == "lstsq" and not self._fits:
+            raise InputError(
+                f"projection_start='lstsq' requires residual='projection' of one layer without a norm, not "
+                f"residual={self.residual!r}; use projection_start='random'."
+            )
+
+    @property
+    def _fits(self) -> bool:
+        options: dict[str, Any] = self.thinking or {}  # type: ignore[assignment]
+        one = options.get("projection_layers", 1) == 1 and not options.get("projection_norm", False)
+        return self.residual is not None and PROJECTION in parts_of(self.residual) and one
+
+    @property
+    def start(self) -> str:
+        """Where the projection starts, one of `STARTS`."""
+        return self.projection_start or ("lstsq" if self._fits else "random")

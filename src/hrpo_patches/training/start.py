@@ -1,0 +1,126 @@
+"""Starts a projection where it means something: least squares from states to the embeddings of what they predict."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hrpo_patches.models.backends import backend_of
+from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
+from hrpo_patches.training.lessons import Lesson
+from hrpo_thinking.errors import InputError
+
+# The standard deviation of the weights after the fit. The norm of the residual forgives any scale, and Adam does not:
+# its first steps are as long as the learning rate, which at least squares' own scale (0.005) destroys the fit.
+STD = 0.1
+RIDGE = 1e-4  # of the states' mean square
+
+
+@torch.no_grad()
+def states_of(model: Any, rows: Sequence[list[int]], batch_size: int = 16) -> list[Tensor]:
+    """The last hidden states (L, d), float32, of texts that a model reads without thinking.
+
+    Args:
+        model: a causal language model.
+        rows: token ids, each of one text.
+        batch_size: texts at once.
+    """
+    inner, kept = causal_lm(model), []
+    backbone, training = thinking_backbone(model), model.training
+    device = inner.get_input_embeddings().weight.device
+    backend_of(inner).set_training(model, False)
+    for start in range(0, len(rows), batch_size):
+        some = rows[start : start + batch_size]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in some], batch_first=True)
+        mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in some], batch_first=True)
+        hidden = backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
+        kept += [one[: len(row)].float() for one, row in zip(hidden, some, strict=True)]
+    backend_of(inner).set_training(model, training)
+    return kept
+
+
+@dataclass(frozen=True)
+class Place:
+    """A position of a text, and what the residual that is made from its state should be.
+
+    Attributes:
+        position: whose hidden state is read.
+        tokens: of which the residual is to be the mean embedding.
+        weights: of the tokens in this mean, above 0.
+    """
+
+    position: int
+    tokens: list[int]
+    weights: list[float]
+
+
+@torch.no_grad()
+def fit_projection(model: Any, texts: Sequence[tuple[list[int], Sequence[Place]]]) -> float:
+    """Let `thinking_projection` map states to embeddings, by least squares with a slight ridge.
+
+    Args:
+        model: that thinks; it reads the texts without thinking.
+        texts: token ids, and their places.
+
+    Returns:
+        What is left over: the squared error over the squared deviation of the embeddings from their mean, 0 to 1.
+
+    Raises:
+        InputError: the projection is not a single linear layer, or there are no places.
+    """
+    module: Any = thinking_backbone(model).thinking_projection
+    active = module.modules_to_save[module.active_adapters[0]] if hasattr(module, "modules_to_save") else module
+    if not isinstance(active, nn.Linear):
+        raise InputError("projection_start='lstsq' requires projection_layers=1 without projection_norm.")
+    if not any(places for _, places in texts):
+        raise InputError("projection_start='lstsq' requires texts to fit the projection on, and there are none.")
+    embeddings = causal_lm(model).get_input_embeddings()
+    device = embeddings.weight.device
+    wanted = []
+    for place in (place for _, places in texts for place in places):
+        weights = torch.tensor(place.weights, dtype=torch.float64, device=device)
+        mean = weights @ embeddings(torch.tensor(place.tokens, device=device)).double() / weights.sum()
+        wanted.append(mean)
+    states = states_of(model, [row for row, _ in texts])
+    read = [state[[place.position for place in places]] for state, (_, places) in zip(states, texts, strict=True)]
+    inputs, outputs = torch.cat(read).double(), torch.stack(wanted)
+    square = inputs.T @ inputs
+    square.diagonal().add_(RIDGE * square.diagonal().mean())
+    solution = torch.linalg.solve(square, inputs.T @ outputs)
+    error, spread = inputs @ solution - outputs, outputs - outputs.mean(0)
+    active.weight.copy_((solution.T * (STD / solution.std())).to(active.weight))
+    return float(error.square().sum() / spread.square().sum().clamp(min=1e-30))
+
+
+def places_of(lessons: Sequence[Lesson], per_step: int) -> list[tuple[list[int], list[Place]]]:
+    """The written solutions as token ids, and what each of their thoughts would stand for.
+
+    A thought stands for a `per_step`-th of its step's tokens, and is made from the state before them. Tokens count for
+    as much as they are rare: what stands in every step says nothing. With as many thoughts as tokens, a thought stands
+    for the token that its state predicts.
+
+    Args:
+        lessons: solutions.
+        per_step: thoughts that replace a step.
+    """
+    steps = [step for lesson in lessons for step in lesson.steps]
+    found = Counter(token for step in steps for token in set(step))
+    texts = []
+    for lesson in lessons:
+        row, places = list(lesson.prompt), []
+        for step in lesson.steps:
+            edges = [round(i * len(step) / per_step) for i in range(per_step + 1)]
+            for start, end in pairwise(edges):
+                if some := step[start:end]:
+                    rarity = [math.log(len(steps) / found[token]) + 1e-3 for token in some]
+                    places.append(Place(len(row) + start - 1, some, rarity))
+            row += step
+        texts.append((row, places))
+    return texts
