@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from argparse import SUPPRESS
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from accelerate.utils import gather_object
 from peft import LoraConfig
 from transformers import set_seed
+from trl import TrlParser
 
 from hrpo_patches.commands.flags import (
     Written,
@@ -47,7 +49,8 @@ from hrpo_thinking.families import NAMES
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import PROJECTION, parts_of, spelled
 
-PROG = "hrpo sft"
+PROG, ALL = "hrpo sft", "--help_all"
+HIDDEN = ("thinking", "thoughts", "replay_passes")  # flags of their own, what follows from the stage, deprecated
 _GPU = torch.cuda.is_available()
 
 
@@ -82,13 +85,17 @@ class SFTFlags(HRPOSFTConfig):
 
     _argument_group_name = "training: transformers' arguments, and how steps become thoughts"
 
-    thinking: dict[str, Any] | None = field(default=None, metadata={"help": "==SUPPRESS=="})  # flags of their own
+    thinking: dict[str, Any] | None = field(default=None, metadata={"help": SUPPRESS})  # each option is a flag
     output_dir: str | None = published(HRPOSFTConfig, "output_dir", "runs/sft")
     learning_rate: float = published(HRPOSFTConfig, "learning_rate", 1e-4, "--lr")
     lr_scheduler_type: str = published(HRPOSFTConfig, "lr_scheduler_type", "constant_with_warmup")
     warmup_steps: float = published(HRPOSFTConfig, "warmup_steps", 20)
     per_device_train_batch_size: int = published(HRPOSFTConfig, "per_device_train_batch_size", 8)
+    gradient_accumulation_steps: int = published(HRPOSFTConfig, "gradient_accumulation_steps", 1)
+    max_steps: int = published(HRPOSFTConfig, "max_steps", -1)
     num_train_epochs: float = published(HRPOSFTConfig, "num_train_epochs", 3)
+    max_grad_norm: float = published(HRPOSFTConfig, "max_grad_norm", 1.0)
+    seed: int = published(HRPOSFTConfig, "seed", 42)
     optim: str = published(HRPOSFTConfig, "optim", "adamw_torch")
     save_steps: float = published(HRPOSFTConfig, "save_steps", 250)
     save_total_limit: int | None = published(HRPOSFTConfig, "save_total_limit", 3)
@@ -145,21 +152,28 @@ class SFTRun:
         return asdict(self.about) | {k: v for k, v in own.items() if not k.startswith("_")}
 
 
+def make_parser(whole: bool = False) -> TrlParser:
+    """The parser of the command; its help leaves transformers' own flags out, unless it is to be `whole`."""
+    text = "Teach a model to think where it would write steps, from worked solutions."
+    parser = parser_of(SFTArguments, SFTFlags, prog=PROG, description=text)
+    add_first_flags(parser)
+    add_thinking_flags(parser, REST, **DEFAULTS | SCALE)
+    parser.add_argument(ALL, action="help", help="Show transformers' own options, too, all of which are flags.")
+    kinds = (SFTArguments, SFTFlags, HRPOSFTConfig, ThinkingArguments)
+    own = {name for kind in kinds for name in kind.__annotations__} | {*REST, "help", "help_all", "config"}
+    for action in parser._actions:
+        if (action.dest not in own and not whole) or action.dest in HIDDEN:
+            action.help = SUPPRESS
+    return parser
+
+
 def parse(words: Written) -> SFTRun:
     """The run that a command line asks for, checked.
 
     Raises:
         InputError: a flag is not known, or something that it asks for cannot work.
     """
-    text = "Teach a model to think where it would write steps, from worked solutions."
-    parser = parser_of(SFTArguments, SFTFlags, prog=PROG, description=text)
-    add_first_flags(parser)
-    add_thinking_flags(parser, REST, **DEFAULTS | SCALE)
-    about_run = {*SFTArguments.__annotations__, *SFTFlags.__annotations__, *HRPOSFTConfig.__annotations__}
-    own = about_run | {*ThinkingArguments.__annotations__, *REST, "help", "config"}
-    for action in parser._actions:
-        if action.dest not in own or action.dest in ("thinking", "thoughts", "replay_passes"):
-            action.help = "==SUPPRESS=="
+    parser = make_parser(whole=ALL in words)
     about, config, more = read(parser, words)
     options = {name: getattr(more, name) for name in REST}
     run = SFTRun(about, _with_options(config, options))
