@@ -349,3 +349,25 @@ def test_a_run_without_a_monitor_ends_well_and_is_reported_on(tmp_path):
     assert main([*flags, "--output_dir", str(tmp_path / "run")])["after"]["total"] == 2
     assert (tmp_path / "run" / "report.png").is_file() and not (tmp_path / "run" / "monitor.jsonl").exists()
     assert len([row for row in read_run(tmp_path / "run").rows if "loss" in row]) == 2
+
+
+def test_least_squares_start_the_projection_from_what_the_base_writes(base, data, tmp_path, capsys):
+    flags = ["--model_name", base, "--dataset", data, "--group_size", "2", *TINY]
+    flags += [
+        "--per_device_train_batch_size",
+        "2",
+        "--residual_scale",
+        "embedding",
+        "--r_min",
+        "0.5",
+        "--r_max",
+        "0.9",
+    ]
+    main([*flags, "--projection_start", "lstsq", "--output_dir", str(tmp_path / "fitted")])
+    assert "is left over" in capsys.readouterr().out
+    start = load_file(tmp_path / "fitted" / "monitor_start.safetensors")
+    (weight,) = start.values()
+    assert 0.05 < weight.std() < 0.2  # a random one has 0.001
+    for more in (["--projection_norm"], ["--projection_layers", "2"]):
+        with pytest.raises(InputError, match="projection_start='lstsq'"):
+            parse([*flags, "--projection_start", "lstsq", "--output_dir", str(tmp_path / "no"), *more])

@@ -12,13 +12,14 @@ from datasets import Dataset
 from peft import PeftConfig
 from rich.console import Console
 from rich.markup import escape
+from rich.progress import track
 from rich.table import Table
 from transformers import set_seed
 from trl.models import unwrap_model_for_generation
 
 from hrpo_patches.commands.flags import Written
 from hrpo_patches.commands.train_flags import Run, parse
-from hrpo_patches.evaluation.generate import Decoding, choose_engine, completions
+from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete, completions
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.files import alone
 from hrpo_patches.models.adapter import load_adapter
@@ -28,17 +29,19 @@ from hrpo_patches.models.record import check_same_thinking
 from hrpo_patches.monitor.report import draw, read_run, write_json
 from hrpo_patches.tasks.base import Task
 from hrpo_patches.tasks.problems import find_task, load_problems, split_held_out
-from hrpo_patches.tasks.prompts import examples_of, prompt_of, uses_chat, with_prompts
+from hrpo_patches.tasks.prompts import examples_of, prompt_ids, prompt_of, uses_chat, with_prompts
 from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
 from hrpo_patches.thinking.batching import cache_size
 from hrpo_patches.thinking.shards import partitioned, whole
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.ending import STATUS, EndWhenTold
+from hrpo_patches.training.start import Place, fit_projection
 from hrpo_patches.training.trainer import HRPOTrainer
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import parts_of, spelled
 
+FITTED, WRITTEN = 64, 64  # prompts that a projection is fitted on, and tokens of each completion
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -60,6 +63,8 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     rows, held_out_rows = (with_prompts(part, ask, tokenizer, about.max_prompt_length) for part in (train, held_out))
     _check_enough(len(rows), config)
     _use_engine(engine_of(run, model, longest), config, model, longest)
+    if about.projection_start == "lstsq":
+        start_projection(model, tokenizer, [row["prompt"] for row in rows[:FITTED]], run)
     model, peft_config = _with_adapter(model, run)
     if about.format_reward:
         config.reward_weights = [1.0, about.format_reward]
@@ -73,6 +78,20 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
         peft_config=peft_config,
     )
     return trainer, task, held_out_rows
+
+
+def start_projection(model: Any, tokenizer: Any, prompts: list[Any], run: Run) -> None:
+    """Fit the projection to what the base writes: from the state before a token to its embedding."""
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    length = min(WRITTEN, run.config.max_completion_length or WRITTEN)
+    decoding = Decoding(length, thinking=False, batch_size=run.about.eval_batch_size)
+    texts = []
+    for batch, rows in track(complete(model, tokenizer, ids, decoding), "Fitting the projection"):
+        for i, row in zip(batch, rows, strict=True):
+            places = [Place(len(ids[i]) + at - 1, [token], [1.0]) for at, token in enumerate(row)]
+            texts.append((ids[i] + row, places))
+    left = fit_projection(model, texts)
+    print(f"projection: fitted to {sum(len(places) for _, places in texts)} tokens; {left:.2f} is left over")
 
 
 def _use_engine(engine: str, config: HRPOConfig, model: Any, longest: int) -> None:

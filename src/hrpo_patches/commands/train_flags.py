@@ -31,6 +31,7 @@ from hrpo_patches.models.record import check_same_pauses, check_same_thinking, r
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.prompts import PROMPTS, examples_of
 from hrpo_patches.training.config import SHARED, GRPOConfig, HRPOConfig, ThinkingArguments
+from hrpo_patches.training.sft_config import STARTS, check_fits
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
@@ -68,6 +69,12 @@ class RunArguments:
     engine: str = option("generate", ENGINE_HELP, choices=CHOICES)
     lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
     adapter: str | None = option(None, "Train this adapter (a folder or a hub id) further instead of a fresh one.")
+    projection_start: str = option(
+        "random",
+        "Where a fresh projection starts: random; or lstsq, least squares from states to the embeddings of the tokens "
+        "that follow them, in completions of the base.",
+        choices=STARTS,
+    )
     init_projection: bool = option(False, "Start a projection for an --adapter that was trained without one.")
     eval_problems: int = option(0, "Held-out problems to answer greedily before and after training.")
     eval_batch_size: int = option(50, "Held-out problems answered at once.")
@@ -191,6 +198,10 @@ class Run:
             require(tracker, f"--report_to {tracker}")
         if about.adapter is not None and config.residual is None:
             raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
+        if about.projection_start == "lstsq":
+            check_fits(config.residual, self.rest["projection_layers"], self.rest["projection_norm"])
+            if about.adapter is not None:
+                raise InputError("--projection_start lstsq starts a fresh projection; it does not go with --adapter.")
         if about.init_projection and about.adapter is None:
             raise InputError("--init_projection goes with --adapter; a fresh adapter has a projection anyway.")
         if about.report:

@@ -83,7 +83,7 @@ class HRPOSFTTrainer(InShards):
         self.tokenizer, self._accuracies = processing_class, accuracies
         peft_config = with_thinking_modules(model, peft_config, args) if args.residual is not None else peft_config
         model = thinking_policy(model, args)
-        if getattr(model, "hf_device_map", None) is None:
+        if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
             model.to(args.device)
         self._classroom = self._classroom_of(model, args)
         last = self._last_stage(args)

@@ -23,6 +23,20 @@ def _option(default: Any, help: str, **facts: Any) -> Any:
     return field(default=default, metadata={"help": help} | facts)
 
 
+def fits(residual: str | None, layers: int, norm: bool) -> bool:
+    """Whether least squares can start the projection: it is a single linear layer."""
+    return residual is not None and PROJECTION in parts_of(residual) and layers == 1 and not norm
+
+
+def check_fits(residual: str | None, layers: int, norm: bool) -> None:
+    """Raise `InputError` unless `fits`."""
+    if not fits(residual, layers, norm):
+        raise InputError(
+            f"projection_start='lstsq' requires residual='projection' of one layer without a norm, not "
+            f"residual={residual!r}; use projection_start='random'."
+        )
+
+
 @dataclass
 class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
     """`TrainingArguments` with the options of thinking, and how written steps become thoughts.
@@ -89,19 +103,15 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
 
     def check_start(self) -> None:
         """Raise `InputError` if least squares are asked for, and there is no single linear layer to fit."""
-        if self.projection_start == "lstsq" and not self._fits:
-            raise InputError(
-                f"projection_start='lstsq' requires residual='projection' of one layer without a norm, not "
-                f"residual={self.residual!r}; use projection_start='random'."
-            )
+        if self.projection_start == "lstsq":
+            check_fits(self.residual, *self._shape)
 
     @property
-    def _fits(self) -> bool:
+    def _shape(self) -> tuple[int, bool]:
         options: dict[str, Any] = self.thinking or {}  # type: ignore[assignment]
-        one = options.get("projection_layers", 1) == 1 and not options.get("projection_norm", False)
-        return self.residual is not None and PROJECTION in parts_of(self.residual) and one
+        return options.get("projection_layers", 1), options.get("projection_norm", False)
 
     @property
     def start(self) -> str:
         """Where the projection starts, one of `STARTS`."""
-        return self.projection_start or ("lstsq" if self._fits else "random")
+        return self.projection_start or ("lstsq" if fits(self.residual, *self._shape) else "random")
