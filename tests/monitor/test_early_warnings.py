@@ -45,6 +45,11 @@ def said(rows, start=0):
     return [warnings.read({"step": i, "projection/drift": i / 100, **row}) for i, row in enumerate(rows, start + 1)]
 
 
+def test_a_supervised_batch_in_which_all_is_written_has_no_gradient_and_no_fault():
+    quiet = {name: value for name, value in HEALTHY.items() if name != "a/mean"} | FAULTS["no_gradient"]
+    assert not any(said([quiet | {"stage": 0}] * 60)) and flat(said([HEALTHY | FAULTS["no_gradient"]] * 60))
+
+
 def test_thinking_that_collapses_is_said_and_short_thinking_is_not():
     long, short = [HEALTHY | {"thinking/length": 40.0}] * 10, [HEALTHY | {"thinking/length": 3.0}] * 10
     (text,) = flat(said([*long, *short]))

@@ -58,10 +58,11 @@ class EarlyWarnings:
         self.drift = row.get("projection/drift")
         length = row.get("thinking/length")
         self.longest = max(self.longest, length or 0.0)
+        written = "stage" in row and "a/mean" not in row  # a supervised batch in which nothing thinks
         faults = {
             "a_high": a is not None and max(0.0, 1 - a * a) ** 0.5 < SHARE,
             "a_low": a is not None and a < SHARE,
-            "no_gradient": trained and not gradient and base > 0,
+            "no_gradient": trained and not gradient and base > 0 and not written,
             "not_moving": still and gradient > 0 and row.get("learning_rate", 0) > 0,
             "kl": kl is not None and kl > RUNAWAY,
             "collapse": self.longest >= LONG and length is not None and length < COLLAPSE * self.longest,
