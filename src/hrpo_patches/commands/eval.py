@@ -259,22 +259,21 @@ def graded(questions: Questions, prompts: list[Any], done: Progressed) -> dict[s
 
 
 def compared(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The evaluations, each but the live ones tested against the live one of as many thoughts, problem by problem.
+    """The evaluations, each tested against the live one of as many thoughts, problem by problem.
 
-    Without controls, each is tested against the one of the fewest thoughts.
+    A live one, or one of a single control, is tested against that of the fewest thoughts. Of several samples of a
+    problem nothing is tested.
     """
+    if any(len(row["samples"]) > 1 for one in results for row in one["problems"]):
+        return results
     verdicts = [[row["samples"][0]["right"] for row in one["problems"]] for one in results]
-    fewest = min(range(len(results)), key=lambda i: results[i]["settings"]["thoughts"])
-    for one, own in zip(results, verdicts, strict=True):
-        live = [
-            i
-            for i, other in enumerate(results)
-            if other["settings"]["control"] == "live" and other["settings"]["thoughts"] == one["settings"]["thoughts"]
-        ]
-        base = live[0] if one["settings"]["control"] != "live" else fewest
-        if results[base] is not one:
-            of = {name: results[base]["settings"][name] for name in ("control", "thoughts")}
-            one["paired"] = {"against": of} | paired(own, verdicts[base])
+    kinds = [(one["settings"]["control"], one["settings"]["thoughts"]) for one in results]
+    for i, (control, count) in enumerate(kinds):
+        fewest = min(thoughts for name, thoughts in kinds if name == control)
+        base = ("live", count) if control != "live" and ("live", count) in kinds else (control, fewest)
+        if base != kinds[i]:
+            against = {"control": base[0], "thoughts": base[1]}
+            results[i]["paired"] = {"against": against} | paired(verdicts[i], verdicts[kinds.index(base)])
     return results
 
 
@@ -309,7 +308,10 @@ def show_all(variations: list[dict[str, Any]], title: str, out: Path) -> None:
     console = Console()
     console.print(table)
     count = len(variations[0]["problems"])
-    console.print(f"{count} problems; p is McNemar's exact test against live thoughts; {out}", markup=False)
+    console.print(
+        f"{count} problems; p: McNemar's exact test against live thoughts, live: against the fewest; {out}",
+        markup=False,
+    )
 
 
 def show(scores: dict[str, Any], title: str, out: Path) -> None:

@@ -128,6 +128,8 @@ class SFTRun:
                 raise InputError(f"--{name} must be at least 0, not {getattr(about, name)}.")
         if about.limit is not None and about.limit < 1:
             raise InputError(f"--limit must be at least 1, not {about.limit}.")
+        if not about.eval_problems and config.eval_strategy != "no":
+            raise InputError(f"--eval_strategy {config.eval_strategy} requires --eval_problems.")
         if config.patience and not about.eval_problems:
             raise InputError("--patience requires --eval_problems, whose accuracy it watches.")
         for tracker in config.report_to:
@@ -184,6 +186,12 @@ def parse(words: Written) -> SFTRun:
 def _with_options(config: SFTFlags, options: dict[str, Any]) -> SFTFlags:
     """The arguments, with the options of thinking that have flags of their own."""
     if config.residual is None:
+        defaults = {name: getattr(ThinkingConfig, name) for name in REST} | DEFAULTS | SCALE
+        changed = [name for name, value in options.items() if value != defaults[name]]
+        if config.gate != HRPOSFTConfig.gate:
+            changed.append("gate")
+        if changed:
+            raise InputError(f"--{changed[0]} is about thinking; it does not go with --residual none.")
         return config
     projected = PROJECTION in parts_of(config.residual)
     unused = [] if projected else [name for name in SCALE if options[name] == SCALE[name]]  # which are its defaults

@@ -113,7 +113,7 @@ def check_same_thinking(
 ) -> None:
     """Raise `InputError` unless what `folder` holds was trained with this residual (if given) and as `wanted`.
 
-    `same_thoughts`: with the residual given, forced thoughts must be the same, too.
+    With the residual given, the filler must be the same, too, and the number of forced thoughts if `same_thoughts`.
     """
     saved = read_thinking(folder)
     was = spelled(saved["residual"] if saved is not None else None)
@@ -122,7 +122,7 @@ def check_same_thinking(
     if saved is None or wanted is None:
         return
     # An adapter may be trained further with other forced thoughts.
-    forced = ("thoughts", "filler") if residual is not None and same_thoughts else ()
+    forced = () if residual is None else ("thoughts", "filler") if same_thoughts else ("filler",)
     variant = [name for name in about_parts() if was == wanted.residual and OPTIONS[name].part in parts_of(was)]
     for name in ("answer_start", "span", *forced, *variant):
         value = saved.get(name, getattr(ThinkingConfig, name))

@@ -38,6 +38,8 @@ def worked_problems(task: Task, dataset: str | None, split: str, marker: str) ->
     Raises:
         InputError: the data is missing, or a row (which one) has no steps, or a step with the marker.
     """
+    if task.retrieval:
+        raise InputError(f"{task.name} asks about documents, which worked solutions do not come with here.")
     made = getattr(task, "worked", None)
     if made is not None and dataset is None:
         return [_checked(problem, f"{task.name} problem {i}", marker) for i, problem in enumerate(made(split))]
@@ -72,7 +74,11 @@ def steps_of(row: Row, where: str) -> list[str]:
 
 
 def _checked(problem: Worked, where: str, marker: str) -> Worked:
-    for step in problem["steps"]:
-        if marker in step:
-            raise InputError(f"{where} has a step with the answer marker {marker!r}: {step!r}.")
+    solution = "".join(f"{step}\n" for step in problem["steps"])
+    if marker in solution:
+        raise InputError(f"{where} has a step with the answer marker {marker!r}: {solution!r}.")
+    try:
+        solution.encode()
+    except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which no tokenizer takes
+        raise InputError(f"{where} has a step that is no text in UTF-8: {solution!r}.") from None
     return problem

@@ -258,6 +258,11 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
             )
 
     @property
+    def from_start(self) -> bool:
+        """Whether the loss has a KL divergence from the model that training began from."""
+        return self.reference == "start" and self.beta != 0.0
+
+    @property
     def engine(self) -> str:
         """What makes the completions, by the name that `--engine` has for it."""
         if self.use_vllm and self.vllm_mode == "colocate":

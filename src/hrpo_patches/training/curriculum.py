@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -36,26 +37,29 @@ class Curriculum(TrainerCallback, ExportableState):
         self.losses: list[float] = []  # of the batches of this stage
         self.best, self.waited = -1.0, 0
 
-    def check_reachable(self, batches_per_epoch: float) -> None:
-        """Raise `InputError` if the last stage cannot begin before training ends."""
-        args, steps = self.args, self.args.max_steps
-        epochs = steps / batches_per_epoch if steps > 0 else args.num_train_epochs
-        needed = self.last * args.stage_epochs
-        if args.advance == "epoch" and epochs <= needed:
+    def check_reachable(self, steps_per_epoch: int) -> None:
+        """Raise `InputError` if training takes no step, or the last stage cannot begin before it ends."""
+        args = self.args
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps_per_epoch)
+        if steps_per_epoch * steps <= 0:
+            raise InputError("training would take no step: there is not one batch, or num_train_epochs is 0.")
+        per_stage = {
+            "loss": math.ceil(args.advance_batches / args.gradient_accumulation_steps),
+            "epoch": args.stage_epochs * steps_per_epoch,
+            "once": 0,
+        }[args.advance]
+        needed = math.ceil(self.last * per_stage)
+        if steps <= needed:
             raise InputError(
-                f"the last of {self.last} stages begins after {needed:g} epochs (stage_epochs={args.stage_epochs:g}), "
-                f"and training ends after {epochs:g}; train longer, or set until."
+                f"the last of {self.last} stages begins after {needed} steps at the earliest (advance={args.advance}, "
+                f"advance_batches={args.advance_batches}, stage_epochs={args.stage_epochs:g}), and training ends "
+                f"after {steps}; train longer, or set until."
             )
-        batches, least = (
-            epochs * batches_per_epoch * args.gradient_accumulation_steps,
-            self.last * args.advance_batches,
-        )
-        if args.advance == "loss" and batches <= least:
-            raise InputError(
-                f"the last of {self.last} stages begins after {least} batches at the earliest "
-                f"(advance_batches={args.advance_batches}), and training ends after {batches:g}; train longer, or set "
-                f"until."
-            )
+
+    @property
+    def shape(self) -> list[int]:
+        """What a checkpoint and the run that resumes it must have in common: the last stage, and k."""
+        return [self.last, self.args.thoughts_per_step]
 
     def draw(self, step: int, batch: int) -> int:
         """The stage of one batch: today's, or an earlier one; the same whenever it is asked for.
@@ -85,7 +89,15 @@ class Curriculum(TrainerCallback, ExportableState):
         kept: Any = state.stateful_callbacks or {}
         saved = kept.get(type(self).__name__) if state.global_step else None
         if saved is not None:
-            vars(self).update(saved["attributes"])
+            kept = dict(saved["attributes"])
+            shape = kept.pop("shape")
+            if shape != self.shape:
+                names = ("until", "thoughts_per_step")
+                was, now = (
+                    " and ".join(f"{n}={v}" for n, v in zip(names, one, strict=True)) for one in (shape, self.shape)
+                )
+                raise InputError(f"the checkpoint is of a run with {was}, not {now}.")
+            vars(self).update(kept)
         self.entered(self.stage)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
@@ -112,4 +124,4 @@ class Curriculum(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         kept = {name: getattr(self, name) for name in ("stage", "losses", "best", "waited")}
-        return {"args": {}, "attributes": kept}
+        return {"args": {}, "attributes": kept | {"shape": self.shape}}

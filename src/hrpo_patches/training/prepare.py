@@ -148,7 +148,7 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: ThinkingArguments, 
         base: the causal language model in it.
         tokenizer: has to spell the marker.
         args: of the run.
-        rollout: the trainer's generation config.
+        rollout: the trainer's generation config; None if nothing is sampled.
     """
     if partitioned(base):
         raise InputError(
@@ -189,7 +189,7 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: ThinkingArguments, 
         refuse_reentrant(given, args.depth)
     if args.depth == "sequential":
         refuse_dropout(backbone, today=False)
-    if (args.depth or from_start) and not kind.needs_state:
+    if rollout is not None and (args.depth or from_start) and not kind.needs_state:
         check_distribution(rollout, base.generation_config)
     backbone.residual_norm()
 

@@ -101,12 +101,12 @@ class HRPOSFTTrainer(InShards):
         )
         freeze_unused(self.model, args)
         self.curriculum = Curriculum(args, last, self._enter)
-        per_epoch = len(self.get_train_dataloader()) / args.gradient_accumulation_steps
-        self.curriculum.check_reachable(max(1, math.ceil(per_epoch)))
+        batches = len(self.get_train_dataloader())
+        self.curriculum.check_reachable(math.ceil(batches / args.gradient_accumulation_steps))
         self.add_callback(self.curriculum)
         self._enter(self.curriculum.stage)
         if args.residual is not None:
-            check_model(self.model, self._base_model(), processing_class, args, self._base_model().generation_config)
+            check_model(self.model, self._base_model(), processing_class, args, None)
         self._batch, self._at = 0, -1  # of this step, and the step
         self._losses: list[Tensor] = []
         self._seen: dict[str, list[float]] = {}
@@ -142,7 +142,7 @@ class HRPOSFTTrainer(InShards):
             )
         for name, some in self.lessons.items():
             for i, lesson in enumerate(some):
-                size = max(len(self._classroom.completion(lesson, stage)) for stage in (0, last))
+                size = max(len(self._classroom.completion(lesson, stage)) for stage in range(last + 1))
                 if size > room:
                     raise InputError(
                         f"the solution of {name} lesson {i} takes {size} tokens; it must fit into "
@@ -158,7 +158,13 @@ class HRPOSFTTrainer(InShards):
         if backbone.thinking_residual_gate_i.is_fresh():
             with torch.no_grad():
                 backbone.thinking_residual_gate_i.bias.fill_(args.gate)
-        if args.start != "lstsq" or not backbone.thinking_projection.is_fresh():
+        if not backbone.thinking_projection.is_fresh():
+            if args.projection_start == "lstsq" or args.gate != HRPOSFTConfig.gate:
+                raise InputError(
+                    "projection_start='lstsq' and gate start fresh modules, and this model's are trained."
+                )
+            return None
+        if args.start != "lstsq":
             return None
         return fit_projection(model, places_of(self.lessons["train"][:FITTED], args.thoughts_per_step))
 

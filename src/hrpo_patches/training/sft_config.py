@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,8 +33,8 @@ def check_fits(residual: str | None, layers: int, norm: bool) -> None:
     """Raise `InputError` unless `fits`."""
     if not fits(residual, layers, norm):
         raise InputError(
-            f"projection_start='lstsq' requires residual='projection' of one layer without a norm, not "
-            f"residual={residual!r}; use projection_start='random'."
+            f"projection_start='lstsq' requires residual='projection', projection_layers=1 and no projection_norm, "
+            f"not residual={residual!r}, {layers} and {norm}; use projection_start='random'."
         )
 
 
@@ -68,7 +69,7 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
         choices=STARTS,
     )
     gate: float = _option(2.0, "Start of the bias of the gate i: sigmoid(2) = 0.88 of the residual is let through.")
-    max_completion_length: int = _option(256, "Tokens, thoughts included, of a completion; longer ones are refused.")
+    max_completion_length: int = _option(512, "Tokens, thoughts included, of a completion; longer ones are refused.")
     patience: int = _option(
         0, "Evaluations of the last stage without a better accuracy after which training ends; 0: never."
     )
@@ -86,11 +87,23 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
         for name, values in choices.items():
             if getattr(self, name) not in values:
                 raise InputError(f"{name} must be one of {values}, not {getattr(self, name)!r}.")
-        for name in ("thoughts_per_step", "advance_batches", "max_completion_length"):
+        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        for name in ("thoughts_per_step", "advance_batches", "max_completion_length", *sizes):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not 0 <= self.earlier < 1:
             raise InputError(f"earlier must be from 0 to below 1, not {self.earlier}.")
+        if not 0 < self.advance_loss < math.inf:
+            raise InputError(f"advance_loss must be a number above 0, not {self.advance_loss}.")
+        if self.patience < 0:
+            raise InputError(f"patience must be at least 0, not {self.patience}.")
+        if self.eval_steps is not None and not self.eval_steps > 0:
+            raise InputError(f"eval_steps must be above 0, not {self.eval_steps}.")
+        if self.residual is None and self.bptt:
+            raise InputError("bptt is about thinking; it does not go with residual='none'.")
+        for name in ("load_best_model_at_end", "restore_callback_states_from_checkpoint", "label_smoothing_factor"):
+            if getattr(self, name):
+                raise InputError(f"{name} is not supported: a checkpoint belongs to its stage, and the loss is plain.")
         if self.until is not None and self.until < 0:
             raise InputError(f"until must be at least 0, not {self.until}.")
         if not self.stage_epochs > 0:
