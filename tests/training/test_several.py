@@ -271,7 +271,8 @@ def plain_name(key):
 
 
 def asked(**options):
-    return SimpleNamespace(**{"reference": "base", "beta": 0.1, "residual": "projection", "bptt": 0} | options)
+    from_start = options.get("reference") == "start" and options.get("beta", 0.1) != 0
+    return SimpleNamespace(**{"residual": "projection", "bptt": 0, "from_start": from_start} | options)
 
 
 def test_what_shards_cannot_do_is_refused():
