@@ -135,7 +135,7 @@ def test_all_weights_can_be_trained_and_the_model_thinks_by_default(flags, tmp_p
         ({"residual": "none", "projection_start": "lstsq"}, "projection_start='lstsq'"),
         ({"task": "nq"}, "asks about documents"),
         ({"residual": "none", "r_min": 0.5}, "--r_min is about thinking"),
-        ({"load_best_model_at_end": True}, "load_best_model_at_end is not supported"),
+        ({"label_smoothing_factor": 0.5}, "label_smoothing_factor is not supported"),
         ({"advance_loss": 0}, "advance_loss"),
         ({"eval_strategy": "steps"}, "requires --eval_problems"),
         ({"dataloader_drop_last": True, "per_device_train_batch_size": 64}, "no step"),
