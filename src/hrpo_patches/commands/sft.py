@@ -25,7 +25,7 @@ from hrpo_patches.commands.flags import (
     read,
     with_config,
 )
-from hrpo_patches.commands.train import LORA_TARGETS, finish
+from hrpo_patches.commands.train import LORA_TARGETS, finish, train_and_save
 from hrpo_patches.commands.train_flags import REST, check_output
 from hrpo_patches.evaluation.generate import Decoding, completions
 from hrpo_patches.evaluation.scores import standard_error
@@ -39,7 +39,6 @@ from hrpo_patches.tasks.prompts import PROMPTS, examples_of, prompt_ids, prompt_
 from hrpo_patches.tasks.rewards import grade
 from hrpo_patches.tasks.worked import worked_problems
 from hrpo_patches.training.config import ThinkingArguments
-from hrpo_patches.training.ending import STATUS, EndWhenTold
 from hrpo_patches.training.lessons import Lesson, lesson_of
 from hrpo_patches.training.sft import HRPOSFTTrainer
 from hrpo_patches.training.sft_config import DEFAULTS, SCALE, HRPOSFTConfig
@@ -291,15 +290,7 @@ def trained(run: SFTRun) -> dict[str, Any]:
     started = time.monotonic()
     parts = ("supervised", run.about.model_name, spelled(run.config.residual), task.name)
     record: dict[str, Any] = {"title": ", ".join(parts), "arguments": run.record()}
-    with EndWhenTold(trainer.accelerator) as ending:
-        trainer.add_callback(ending)
-        trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)
-    if ending.told:
-        if trainer.accelerator.is_main_process:
-            step = trainer.state.global_step
-            print(f"told to end: saved after step {step}; resume by --resume_from_checkpoint latest.")
-        raise SystemExit(STATUS)
-    trainer.save_model()
+    train_and_save(trainer, run.config.resume_from_checkpoint)
     record |= {"stage": trainer.curriculum.stage, "last_stage": trainer.curriculum.last, "thoughts": trainer.forced}
     if held_out:
         verdicts = verdicts_of(trainer, task, held_out, run.about.eval_batch_size, "live")

@@ -196,6 +196,23 @@ def main(
         return trained(run)
 
 
+def train_and_save(trainer: Any, resumed: str | None) -> None:
+    """Train to the end and save the model; `resumed` is a checkpoint.
+
+    Raises:
+        SystemExit: with `ending.STATUS`, after SIGTERM; a checkpoint of the last step is saved.
+    """
+    with EndWhenTold(trainer.accelerator) as ending:
+        trainer.add_callback(ending)
+        trainer.train(resume_from_checkpoint=resumed)
+    if ending.told:
+        if trainer.accelerator.is_main_process:
+            step = trainer.state.global_step
+            print(f"told to end: saved after step {step}; resume by --resume_from_checkpoint latest.")
+        raise SystemExit(STATUS)
+    trainer.save_model()
+
+
 def trained(run: Run) -> dict[str, Any]:
     """Do what `main` does, with a run that was parsed."""
     trainer, chosen, held_out = make_trainer(run)
@@ -205,15 +222,7 @@ def trained(run: Run) -> dict[str, Any]:
     record: dict[str, Any] = {"title": ", ".join(dict.fromkeys(filter(None, parts))), "arguments": run.record()}
     if held_out:
         record["before"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering before")
-    with EndWhenTold(trainer.accelerator) as ending:
-        trainer.add_callback(ending)
-        trainer.train(resume_from_checkpoint=run.config.resume_from_checkpoint)
-    if ending.told:
-        if trainer.accelerator.is_main_process:
-            step = trainer.state.global_step
-            print(f"told to end: saved after step {step}; resume by --resume_from_checkpoint latest.")
-        raise SystemExit(STATUS)
-    trainer.save_model()
+    train_and_save(trainer, run.config.resume_from_checkpoint)
     if held_out:
         record["after"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering after")
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
