@@ -36,7 +36,7 @@ def sign(permutation):
 def test_steps_and_answers_are_what_happened_and_all_moves_are_even(step, phrasing):
     task = find_task(f"passing?moves=2-6&names={phrasing}&phrasing={phrasing}&step={step}", None, size=40)
     lengths = set()
-    for problem in task.worked():
+    for problem in task.generated("train"):
         thing, after, permutations = followed(problem, NAMES[phrasing])
         assert problem["answer"] == [after[-1][thing]] and len(after) == len(problem["steps"])
         lengths.add(len(after))

@@ -114,7 +114,7 @@ def test_worked_examples_are_the_users_or_the_tasks_first(tmp_path):
         examples_of(GSM8K, "####", 9, [])
     with pytest.raises(InputError, match="has 4 worked examples, not -1"):
         examples_of(GSM8K, "####", -1, [])
-    with pytest.raises(InputError, match="makes its own problems; leave --dataset own.jsonl out"):
+    with pytest.raises(InputError, match="makes its own problems; remove --dataset own.jsonl"):
         find_task("reasoning_gym:chain_sum", "own.jsonl")
     with pytest.raises(InputError, match="leave one out"):
         examples_of(GSM8K, "####", 1, own)

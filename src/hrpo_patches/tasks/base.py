@@ -53,6 +53,14 @@ class Task:
     grader: Grader
     retrieval: bool = False
 
+    def generated(self, split: str) -> list[Any] | None:
+        """The problems of a task that makes its own, those of "test" others than those of "train"; else None.
+
+        Raises:
+            InputError: it cannot make them.
+        """
+        return None
+
     def read(self, row: Row, where: str) -> Problem:
         """The problem in a row.
 

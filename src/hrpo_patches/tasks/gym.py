@@ -60,8 +60,12 @@ class GymTask(Task):
         except Exception:  # generators read answers each in their own way
             return False
 
-    def problems(self) -> list[Problem]:
-        """All problems of the data set; an `InputError` if they have no gold answers to grade by."""
+    def generated(self, split: str) -> list[Any]:
+        """All problems of the data set, of either split: its seed tells them apart.
+
+        Raises:
+            InputError: they have no gold answers to grade by.
+        """
         if any(row["answer"] is None for row in self.rows):
             raise InputError(f"{self.name} has problems without a gold answer, which cannot be graded here.")
         return [{**self.read(row, f"{self.name} problem {i}"), "index": i} for i, row in enumerate(self.rows)]

@@ -46,14 +46,10 @@ class Passing(Task):
     size: int = 10_000
     seed: int = 42
 
-    def worked(self, split: str = "train") -> list[Worked]:
-        """All problems; those of "test" are others than those of "train"."""
+    def generated(self, split: str) -> list[Any]:
+        """All problems, with their steps."""
         generator = random.Random(f"{self.seed} {split}")
         return [self._one(generator) for _ in range(self.size)]
-
-    def problems(self, split: str = "train") -> list[Any]:
-        """As `worked`."""
-        return list(self.worked(split))
 
     def _one(self, generator: random.Random) -> Worked:
         names, things = NAMES[self.names], THINGS[self.things]

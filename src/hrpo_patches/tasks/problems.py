@@ -7,9 +7,9 @@ import random
 from hrpo_patches.tasks import task_named
 from hrpo_patches.tasks.base import Problem, Task
 from hrpo_patches.tasks.gym import PREFIX as GYM
-from hrpo_patches.tasks.gym import GymTask, gym_task
+from hrpo_patches.tasks.gym import gym_task
 from hrpo_patches.tasks.passing import NAME as PASSING
-from hrpo_patches.tasks.passing import Passing, passing
+from hrpo_patches.tasks.passing import passing
 from hrpo_patches.tasks.retrieval import with_retrieved
 from hrpo_patches.tasks.sources import rows_of
 from hrpo_thinking.errors import InputError
@@ -26,10 +26,11 @@ def find_task(name: str, dataset: str | None, size: int = 10_000, seed: int = 42
     Raises:
         InputError: there is no such task or generator.
     """
+    makes = name.startswith(GYM) or name.partition("?")[0] == PASSING
+    if makes and dataset is not None:
+        raise InputError(f"{name} makes its own problems; remove --dataset {dataset}.")
     if name.partition("?")[0] == PASSING:
         return passing(name, size, seed)
-    if name.startswith(GYM) and dataset is not None:
-        raise InputError(f"{name} makes its own problems; leave --dataset {dataset} out.")
     generators = [given for given in (dataset, name) if given is not None and given.startswith(GYM)]
     return gym_task(generators[0], size, seed) if generators else task_named(name)
 
@@ -48,10 +49,8 @@ def load_problems(
     Raises:
         InputError: the data is missing, empty, no JSON (which line), or a row cannot be read (which, and why).
     """
-    if isinstance(task, Passing) and dataset is None:
-        return task.problems(split)
-    if isinstance(task, GymTask):
-        return task.problems()
+    if (made := task.generated(split)) is not None:
+        return made
     sources = (dataset,) if dataset is not None else task.train if split == "train" else task.test
     if not sources:
         raise InputError(f"{task.name} has no {split} data; name some with --dataset.")

@@ -40,9 +40,12 @@ def worked_problems(task: Task, dataset: str | None, split: str, marker: str) ->
     """
     if task.retrieval:
         raise InputError(f"{task.name} asks about documents, which worked solutions do not come with here.")
-    made = getattr(task, "worked", None)
-    if made is not None and dataset is None:
-        return [_checked(problem, f"{task.name} problem {i}", marker) for i, problem in enumerate(made(split))]
+    if (made := task.generated(split)) is not None:
+        for i, problem in enumerate(made):
+            if "steps" not in problem:
+                raise InputError(f"{task.name} makes problems without steps; name worked solutions with --dataset.")
+            _checked(problem, f"{task.name} problem {i}", marker)
+        return made
     sources = (dataset,) if dataset is not None else task.train if split == "train" else task.test
     if not sources:
         raise InputError(f"{task.name} has no {split} data with worked solutions; name some with --dataset.")
