@@ -137,13 +137,16 @@ class ThinkingMixin(Blend, _Base):
             raise InputError(LOOSE)
         if thinking.bptt is not None or thinking.states is None:
             thinking = adjoint.ready(self, embeds, thinking, attention_mask, position_ids)
-        plain = all(value is None or value is False for value in kwargs.values())  # e.g. nothing is captured by hooks
-        captures = self.config.output_hidden_states or self.config.output_attentions
-        if thinking.bptt is not None and plain and not captures:
+        if thinking.bptt is not None and not self._asks_for_more(kwargs):
             hidden = adjoint.hidden_in_stretches(self, embeds, thinking, attention_mask, position_ids)
             if hidden is not None:
                 return embeds, thinking, hidden
         return self.blend_thinking(embeds, thinking), thinking, None
+
+    def _asks_for_more(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward was asked for what one forward alone can do, e.g. hidden states that hooks capture."""
+        asked = any(value is not None and value is not False for value in kwargs.values())
+        return bool(asked or self.config.output_hidden_states or self.config.output_attentions)
 
     def credit(self, hidden: Tensor, thinking: ThinkingInputs) -> Tensor:
         """Called by a patched forward after its last norm: the hidden states (B, L, d), through which a gradient flows
