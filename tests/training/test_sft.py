@@ -131,6 +131,13 @@ def test_a_stage_is_learned_by_its_own_batches_and_earlier_ones_are_mixed_in(tmp
     assert unlearned.curriculum.stage == 0 and unlearned.forced == 0
 
 
+def test_no_stage_begins_after_the_last_step(tmp_path, monkeypatch):
+    trainer, seen = trainer_of(tmp_path), []
+    monkeypatch.setattr(trainer.curriculum, "learned", seen.append)
+    trainer.train()
+    assert len(seen) == DEFAULTS["max_steps"] - 1
+
+
 def test_stages_by_epochs_and_at_once(tmp_path):
     by_epoch = trainer_of(tmp_path / "epoch", advance="epoch", max_steps=-1, num_train_epochs=5)
     by_epoch.train()

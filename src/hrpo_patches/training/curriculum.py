@@ -16,8 +16,6 @@ from hrpo_thinking.errors import InputError
 
 logger = logging.getLogger(__name__)
 
-BETTER = 1e-9  # by which an accuracy has to rise
-
 
 class Curriculum(TrainerCallback, ExportableState):
     """The stage of a run. It is part of every checkpoint, so that a resumed run takes the same steps.
@@ -92,23 +90,22 @@ class Curriculum(TrainerCallback, ExportableState):
             kept = dict(saved["attributes"])
             shape = kept.pop("shape")
             if shape != self.shape:
-                names = ("until", "thoughts_per_step")
-                was, now = (
-                    " and ".join(f"{n}={v}" for n, v in zip(names, one, strict=True)) for one in (shape, self.shape)
+                raise InputError(
+                    f"the checkpoint is of a run with until={shape[0]} and thoughts_per_step={shape[1]}, not "
+                    f"{self.shape[0]} and {self.shape[1]}."
                 )
-                raise InputError(f"the checkpoint is of a run with {was}, not {now}.")
             vars(self).update(kept)
         self.entered(self.stage)
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
-        if self.args.advance == "epoch" and state.epoch is not None:
+        if self.args.advance == "epoch" and state.epoch is not None and state.global_step < state.max_steps:
             self._enter(int(state.epoch / self.args.stage_epochs + 1e-6))
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         accuracy = kwargs["metrics"].get("eval_accuracy")
         if accuracy is None or self.stage < self.last or not self.args.patience:
             return
-        if accuracy > self.best + BETTER:
+        if accuracy > self.best:
             self.best, self.waited = accuracy, 0
             return
         self.waited += 1

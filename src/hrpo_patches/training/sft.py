@@ -238,7 +238,8 @@ class HRPOSFTTrainer(InShards):
         if self.accelerator.sync_gradients and self._losses:
             losses = self.accelerator.reduce(torch.stack(self._losses).float(), reduction="mean").tolist()
             self._losses = []
-            self.curriculum.learned(losses)
+            if self.state.global_step + 1 < self.state.max_steps:  # a stage that begins is trained
+                self.curriculum.learned(losses)
         return loss
 
     def prediction_step(
