@@ -61,6 +61,7 @@ def flags(tmp_path):
     return lambda folder, **more: [
         str(word)
         for name, value in (options | {"output_dir": tmp_path / folder} | more).items()
+        if value is not None
         for word in (f"--{name}", value)
     ]
 
@@ -133,6 +134,7 @@ def test_all_weights_can_be_trained_and_the_model_thinks_by_default(flags, tmp_p
         ({"patience": 2}, "--eval_problems"),
         ({"until": 9}, "until=9 cannot be reached"),
         ({"residual": "none", "projection_start": "lstsq"}, "projection_start='lstsq'"),
+        ({"task": "reasoning_gym:chain_sum", "dataset": None}, "problems without steps"),
         ({"task": "nq"}, "asks about documents"),
         ({"residual": "none", "r_min": 0.5}, "--r_min is about thinking"),
         ({"label_smoothing_factor": 0.5}, "label_smoothing_factor is not supported"),

@@ -199,7 +199,7 @@ REFUSED = [
     ({"replay_passes": 2, "bptt": 5}, "bptt=5 and replay_passes=2 differ"),
     ({"bptt_terms": 0}, "bptt_terms must be a whole number from 1"),
     ({"bptt_tolerance": 1.0}, "bptt_tolerance must be"),
-    ({"reference": "last"}, "reference has to be one of"),
+    ({"reference": "last"}, "reference must be one of"),
     ({"bptt": 2, "residual": "none"}, "about thinking"),
     ({"reference": "start", "residual": "none"}, "about thinking"),
     ({"bptt": 2, "residual": "embedding", "top_p": 0.9}, "top_p=0.9 changes the distribution"),

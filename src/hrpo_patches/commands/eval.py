@@ -89,7 +89,7 @@ class EvalArguments:
         for count in self.thoughts:
             if not 0 <= count < self.max_new_tokens:
                 raise InputError(
-                    f"--thoughts has to be from 0 to below --max_new_tokens {self.max_new_tokens}, not {count}."
+                    f"--thoughts must be from 0 to below --max_new_tokens {self.max_new_tokens}, not {count}."
                 )
         if len(set(self.thoughts)) < len(self.thoughts):
             raise InputError(f"--thoughts {' '.join(map(str, self.thoughts))}: expected different numbers.")

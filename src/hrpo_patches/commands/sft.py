@@ -26,7 +26,7 @@ from hrpo_patches.commands.flags import (
     with_config,
 )
 from hrpo_patches.commands.train import LORA_TARGETS, finish, train_and_save
-from hrpo_patches.commands.train_flags import REST, check_output
+from hrpo_patches.commands.train_flags import REST, ProblemArguments, check_output
 from hrpo_patches.evaluation.generate import Decoding, completions
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.extras import require
@@ -35,7 +35,7 @@ from hrpo_patches.models.base import load_model
 from hrpo_patches.models.record import check_same_thinking
 from hrpo_patches.tasks.base import Task
 from hrpo_patches.tasks.problems import find_task, split_held_out
-from hrpo_patches.tasks.prompts import PROMPTS, examples_of, prompt_ids, prompt_of, uses_chat, with_prompts
+from hrpo_patches.tasks.prompts import examples_of, prompt_ids, prompt_of, uses_chat, with_prompts
 from hrpo_patches.tasks.rewards import grade
 from hrpo_patches.tasks.worked import worked_problems
 from hrpo_patches.training.config import ThinkingArguments
@@ -44,7 +44,6 @@ from hrpo_patches.training.sft import HRPOSFTTrainer
 from hrpo_patches.training.sft_config import DEFAULTS, SCALE, HRPOSFTConfig
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.families import NAMES
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import PROJECTION, parts_of, spelled
 
@@ -54,28 +53,16 @@ _GPU = torch.cuda.is_available()
 
 
 @dataclass
-class SFTArguments:
+class SFTArguments(ProblemArguments):
     """What a supervised run is about, beside its training arguments."""
 
-    _argument_group_name = "the run"
-
-    model_name: str = option("Qwen/Qwen2.5-1.5B-Instruct", f"Hub id or folder of a {NAMES} model, or smollm2-135m.")
-    task: str = option(
-        "gsm8k", "What is asked and how answers are graded: a task, passing?moves=4-8, or package.module:TASK."
-    )
     dataset: str | None = option(
         None,
         "Hub id, .jsonl file or folder of worked solutions: question, steps (a list) and answer, or GSM8K's form.",
     )
     limit: int | None = option(None, "Only the first so many solutions.")
-    prompt: str = option("auto", "chat, plain, or auto: chat if the tokenizer has a chat template.", choices=PROMPTS)
-    shots: int = option(0, "How many of the task's worked examples the prompt shows.")
-    examples: list[str] = field(default_factory=list, metadata={"help": "Worked examples of your own for the prompt."})
-    max_prompt_length: int = option(1024, "Problems with a longer prompt (in tokens) are left out.")
     lora_rank: int = option(32, "LoRA rank; alpha is twice as much. 0 trains all weights.")
     eval_problems: int = option(0, "Held-out problems that are answered greedily in each evaluation.")
-    eval_batch_size: int = option(50, "Held-out problems answered at once.")
-    report: bool = option(False, "Write report.png beside report.json at the end.")
 
 
 @dataclass
@@ -160,7 +147,7 @@ def make_parser(whole: bool = False) -> TrlParser:
     add_first_flags(parser)
     add_thinking_flags(parser, REST, **DEFAULTS | SCALE)
     parser.add_argument(ALL, action="help", help="Show transformers' own options, too, all of which are flags.")
-    kinds = (SFTArguments, SFTFlags, HRPOSFTConfig, ThinkingArguments)
+    kinds = (ProblemArguments, SFTArguments, SFTFlags, HRPOSFTConfig, ThinkingArguments)
     own = {name for kind in kinds for name in kind.__annotations__} | {*REST, "help", "help_all", "config"}
     for action in parser._actions:
         if (action.dest not in own and not whole) or action.dest in HIDDEN:

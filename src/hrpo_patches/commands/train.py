@@ -85,8 +85,10 @@ def start_projection(model: Any, tokenizer: Any, prompts: list[Any], run: Run) -
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     length = min(WRITTEN, run.config.max_completion_length or WRITTEN)
     decoding = Decoding(length, thinking=False, batch_size=run.about.eval_batch_size)
-    texts = []
-    for batch, rows in track(complete(model, tokenizer, ids, decoding), "Fitting the projection"):
+    if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
+        model.to(run.config.device)
+    texts, total = [], -(-len(ids) // decoding.batch_size)
+    for batch, rows in track(complete(model, tokenizer, ids, decoding), "Fitting the projection", total):
         for i, row in zip(batch, rows, strict=True):
             places = [Place(len(ids[i]) + at - 1, [token], [1.0]) for at, token in enumerate(row)]
             texts.append((ids[i] + row, places))

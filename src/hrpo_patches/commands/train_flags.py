@@ -44,20 +44,20 @@ _GPU = torch.cuda.is_available()
 
 
 @dataclass
-class RunArguments:
-    """What a training run is about, beside its training arguments."""
+class ProblemArguments:
+    """The model of a run, its problems, and how they are put to it."""
 
     _argument_group_name = "the run"
 
     model_name: str = option("Qwen/Qwen2.5-1.5B-Instruct", f"Hub id or folder of a {NAMES} model, or smollm2-135m.")
     task: str = option(
         "gsm8k",
-        "What is asked and how answers are graded: a task, reasoning_gym:NAME?option=value, or package.module:TASK.",
+        "What is asked and how answers are graded: a task, passing?moves=4-8, reasoning_gym:NAME?option=value, or "
+        "package.module:TASK.",
     )
     dataset: str | None = option(
         None, "Hub id, .jsonl file or folder with the problems; by default where the task has them."
     )
-    corpus: str | None = option(None, "File or folder of documents for questions that come without.")
     prompt: str = option("auto", "chat, plain, or auto: chat if the tokenizer has a chat template.", choices=PROMPTS)
     shots: int = option(0, "How many of the task's worked examples the prompt shows.")
     examples: list[str] = field(
@@ -65,9 +65,19 @@ class RunArguments:
         metadata={"help": "Worked examples for the prompt, each a question, a solution and its answer."},
     )
     max_prompt_length: int = option(1024, "Problems with a longer prompt (in tokens) are left out.")
+    lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
+    eval_problems: int = option(0, "Held-out problems to answer greedily before and after training.")
+    eval_batch_size: int = option(50, "Held-out problems answered at once.")
+    report: bool = option(False, "Write report.png beside report.json at the end.")
+
+
+@dataclass
+class RunArguments(ProblemArguments):
+    """What a training run is about, beside its training arguments."""
+
+    corpus: str | None = option(None, "File or folder of documents for questions that come without.")
     format_reward: float = option(0.0, "Weight of a reward for the marker alone, beside the answer's of 1.")
     engine: str = option("generate", ENGINE_HELP, choices=CHOICES)
-    lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
     adapter: str | None = option(None, "Train this adapter (a folder or a hub id) further instead of a fresh one.")
     projection_start: str = option(
         "random",
@@ -76,9 +86,6 @@ class RunArguments:
         choices=STARTS,
     )
     init_projection: bool = option(False, "Start a projection for an --adapter that was trained without one.")
-    eval_problems: int = option(0, "Held-out problems to answer greedily before and after training.")
-    eval_batch_size: int = option(50, "Held-out problems answered at once.")
-    report: bool = option(False, "Write report.png beside report.json at the end.")
 
 
 @dataclass
@@ -200,6 +207,8 @@ class Run:
             raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
         if about.projection_start == "lstsq":
             check_fits(config.residual, self.rest["projection_layers"], self.rest["projection_norm"])
+            if self.backend == "unsloth":
+                raise InputError("--projection_start lstsq requires --backend transformers.")
             if about.adapter is not None:
                 raise InputError("--projection_start lstsq starts a fresh projection; it does not go with --adapter.")
         if about.init_projection and about.adapter is None:
@@ -275,7 +284,7 @@ def make_parser(prog: str, whole: bool = False) -> TrlParser:
 
 def own_flags() -> list[str]:
     """The names of all flags but those of TRL's that are as TRL has them."""
-    kinds = (ThinkingArguments, HRPOConfig, RunArguments, TrainingFlags)
+    kinds = (ThinkingArguments, HRPOConfig, ProblemArguments, RunArguments, TrainingFlags)
     names = {name for kind in kinds for name in kind.__annotations__ if not name.startswith("_")}
     return sorted((names | {*REST, "backend", "config"}) - {"thinking"})
 

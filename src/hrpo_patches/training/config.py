@@ -189,16 +189,16 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
     def __post_init__(self) -> None:
         self.read_thinking()
         if self.reference not in REFERENCES:
-            raise InputError(f"reference has to be one of {REFERENCES}, not {self.reference!r}.")
+            raise InputError(f"reference must be one of {REFERENCES}, not {self.reference!r}.")
         if self.residual is not None or self.thoughts:
             self._refuse_what_cannot_think()
         if self.residual is None and (self.bptt or self.reference != "base"):
             raise InputError("bptt and reference are about thinking; they do not go with residual='none'.")
         if self.reference == "start" and self.sync_ref_model:
-            raise InputError("sync_ref_model moves the reference, and reference='start' keeps it; leave one out.")
+            raise InputError("sync_ref_model moves the reference, and reference='start' keeps it; remove one of them.")
         if self.residual is not None and self.sync_ref_model:
             raise InputError(
-                "sync_ref_model mixes this model's weights into a reference that has no thinking ones; leave it out."
+                "sync_ref_model mixes this model's weights into a reference that lacks thinking modules; remove it."
             )
         super().__post_init__()
         self._refuse_what_does_nothing()

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hrpo_patches.training.config import ThinkingArguments
+from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import PROJECTION, parts_of
 
@@ -49,6 +50,11 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
         InputError: an option is out of its range, or does not go with another.
     """
 
+    residual: str | None = _option(
+        ThinkingConfig.residual,
+        OPTIONS["residual"].help[:-1] + ", or none: the thoughts are fillers, which nothing is blended with.",
+        choices=ThinkingArguments.__dataclass_fields__["residual"].metadata["choices"],
+    )
     thoughts_per_step: int = _option(1, "Forced thoughts that replace a step.")
     until: int | None = _option(
         None, "Steps that are replaced at the last stage, the rest stays written; by default the most of any solution."
