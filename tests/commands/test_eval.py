@@ -433,3 +433,14 @@ def test_swapped_answers_are_also_graded_by_the_problem_whose_thoughts_they_got(
     questions = answers.Questions(find_task("gsm8k", None), problems, MARKER, [[5], [6]])
     assert questions.donors([0, 1]) == {0: 1, 1: 0}
     assert questions.donors([1, 0]) == {0: 1, 1: 0}
+
+
+def test_several_thoughts_under_one_control_are_tested_against_the_fewest(command, thoughtful):
+    flags = ["--adapter", str(thoughtful), "--control", "off", "--thoughts", "3", "0"]
+    most, none = main(command(*flags))["variations"]
+    assert most["paired"]["against"] == {"control": "off", "thoughts": 0} and "paired" not in none
+
+
+def test_several_samples_of_a_problem_are_not_tested_as_if_they_were_one(command, thoughtful):
+    flags = ["--adapter", str(thoughtful), "--thoughts", "0", "2", "--no-greedy", "--samples", "2"]
+    assert not any("paired" in one for one in main(command(*flags))["variations"])

@@ -120,6 +120,16 @@ def test_a_run_that_was_killed_in_a_stage_and_resumed_is_the_run_that_was_not(fl
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.parametrize(
+    ("more", "word"),
+    [({"until": 1}, "until=3 and thoughts_per_step=1, not 1 and 1"), ({"filler": "a"}, "--filler")],
+)
+def test_a_run_is_not_resumed_as_another(flags, more, word, tmp_path):
+    main(flags("run", max_steps=8))
+    with pytest.raises(InputError, match=word):
+        main([*flags("run", **more), "--resume_from_checkpoint", "latest"])
+
+
 def test_all_weights_can_be_trained_and_the_model_thinks_by_default(flags, tmp_path):
     report = main(flags("run", lora_rank=0, max_steps=8, until=1))
     model, _ = open_model(str(tmp_path / "run"))
