@@ -40,6 +40,8 @@ def test_the_first_steps_are_thoughts_and_the_rest_is_learned(tokenizer, stage):
         assert ids[: 2 + row] == [5] * (2 + row)
         assert tokenizer.decode(ids[2 + row :]) == "." * (2 * stage) + f"{written}#### 9<end>"
         assert batch.thinking[row].sum() == 2 * stage and batch.thinking[row, : 2 * stage].all()
+        first = f"{steps[stage]}\n" if stage < len(steps) else "#### 9<end>"
+        assert tokenizer.decode(batch.labels[row][batch.following[row]].tolist()) == first
     assert batch.input_ids.shape[1] == 3 + batch.width
 
 

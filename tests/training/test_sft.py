@@ -110,11 +110,12 @@ def test_fillers_stand_where_thoughts_do_and_nothing_is_blended(tmp_path):
     assert not any("thinking" in name for name in load_file(tmp_path / "fillers" / "adapter_model.safetensors"))
 
 
-def test_the_loss_is_the_cross_entropy_of_what_is_written(tmp_path):
+def test_the_loss_is_the_cross_entropy_of_what_is_written(tmp_path, monkeypatch):
     trainer = trainer_of(tmp_path, residual="none", peft=False)
     trainer._enter(0)
     batch = trainer._classroom.batch(lessons(), 2)
-    found = trainer._loss(trainer.model, batch)
+    monkeypatch.setattr(trainer._classroom, "batch", lambda *_: batch)
+    found = trainer.compute_loss(trainer.model, {"lesson": torch.tensor([0])})
     logits = trainer.model(batch.input_ids, attention_mask=batch.attention_mask).logits[:, -batch.width - 1 : -1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
     assert found.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -129,6 +130,17 @@ def test_a_stage_is_learned_by_its_own_batches_and_earlier_ones_are_mixed_in(tmp
     unlearned = trainer_of(tmp_path / "never", advance_loss=1e-6)
     unlearned.train()
     assert unlearned.curriculum.stage == 0 and unlearned.forced == 0
+
+
+def test_a_stage_is_not_learned_while_what_follows_the_thoughts_is_not(tmp_path, monkeypatch):
+    trainer = trainer_of(tmp_path, residual="none", advance="once", until=1)
+    batch = trainer._classroom.batch(lessons(), 1)
+    logps = torch.where(batch.following, -3.0, -0.1)
+    monkeypatch.setattr(trainer, "_logps", lambda *_: logps)
+    trainer.model.train()
+    monkeypatch.setattr(trainer._classroom, "batch", lambda *_: batch)
+    loss = trainer.compute_loss(trainer.model, {"lesson": torch.tensor([0])})
+    assert loss < 2 and trainer._losses == [pytest.approx(3.0)]
 
 
 def test_no_stage_begins_after_the_last_step(tmp_path, monkeypatch):

@@ -59,12 +59,14 @@ class LessonBatch:
         input_ids, attention_mask: (B, L).
         labels: (B, K), the completions' tokens, `IGNORED` at thoughts and padding.
         thinking: (B, K) bool, which completion tokens think.
+        following: (B, K) bool, the tokens of what directly follows the thoughts: a step, or the answer.
     """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
     thinking: Tensor
+    following: Tensor
 
     @property
     def width(self) -> int:
@@ -110,10 +112,12 @@ class Classroom:
         ids = torch.full((len(lessons), before + width), self.padding)
         seen, labels = torch.zeros_like(ids), torch.full((len(lessons), width), IGNORED)
         thinking = torch.zeros(len(lessons), width, dtype=torch.bool)
+        following = torch.zeros_like(thinking)
         for row, (lesson, completion) in enumerate(zip(lessons, completions, strict=True)):
             start, end = before - len(lesson.prompt), before + len(completion)
             ids[row, start:end] = torch.tensor(lesson.prompt + completion)
             seen[row, start:end] = 1
             labels[row, forced : len(completion)] = torch.tensor(completion[forced:])
             thinking[row, : len(completion)] = torch.tensor(self.thinks(completion, stage))
-        return LessonBatch(ids, seen, labels, thinking)
+            following[row, forced : forced + len((*lesson.steps[stage:], lesson.answer)[0])] = True
+        return LessonBatch(ids, seen, labels, thinking, following)

@@ -8,7 +8,7 @@ flows back through the thoughts as `bptt` says.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,10 @@ from hrpo_thinking.inputs import Bptt, ThinkingInputs
 from hrpo_thinking.marker import thinking_table
 
 FITTED = 1000  # lessons that a projection is fitted on
+
+
+def _mean(values: Tensor, mask: Tensor) -> Tensor:
+    return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
 class HRPOSFTTrainer(InShards):
@@ -109,7 +113,7 @@ class HRPOSFTTrainer(InShards):
             check_model(self.model, self._base_model(), processing_class, args, None)
         self._batch, self._at = 0, -1  # of this step, and the step
         self._losses: list[Tensor] = []
-        self._seen: dict[str, list[float]] = {}
+        self._seen: dict[str, list[float | Tensor]] = {}
         self.monitor: ThinkingMonitor | None = None
         if args.monitor:
             unwrapped = self.accelerator.unwrap_model(self.model)
@@ -195,10 +199,13 @@ class HRPOSFTTrainer(InShards):
         lessons = self.lessons["train" if training else "eval"]
         stage = self._stage_of_batch() if training else self.curriculum.stage
         batch = self._classroom.batch([lessons[i] for i in inputs["lesson"].tolist()], stage)
-        loss = self._loss(model, batch)
+        logps, labels = self._logps(model, batch), batch.labels.to(self.accelerator.device)
+        loss = -_mean(logps, labels != IGNORED)
         if training:
+            following = -_mean(logps.detach(), batch.following.to(logps.device))
             if stage == self.curriculum.stage:
-                self._losses.append(loss.detach())
+                self._losses.append(torch.maximum(loss.detach(), following))
+                self._observe({"loss_following": following})
             self._observe({"thoughts": float(self._classroom.thoughts(stage))})
         return (loss, None) if return_outputs else loss
 
@@ -208,15 +215,13 @@ class HRPOSFTTrainer(InShards):
         self._at = step
         return self.curriculum.draw(step, self._batch)
 
-    def _loss(self, model: nn.Module, batch: LessonBatch) -> Tensor:
-        device = self.accelerator.device
-        ids, seen, labels = (tensor.to(device) for tensor in (batch.input_ids, batch.attention_mask, batch.labels))
+    def _logps(self, model: nn.Module, batch: LessonBatch) -> Tensor:
+        """Log-probabilities (B, K) of the completions' tokens."""
+        ids, seen = (tensor.to(self.accelerator.device) for tensor in (batch.input_ids, batch.attention_mask))
         inner = causal_lm(self.accelerator.unwrap_model(model))
         inputs = {"thinking_inputs": self._thinking(inner, batch)} if self.args.residual is not None else {}
         with self.accelerator.autocast():
-            logps, _ = forward_scores(model, inner, ids, seen, batch.width, 1.0, **inputs)
-        learned = labels != IGNORED
-        return -torch.where(learned, logps, 0.0).sum() / learned.sum().clamp(min=1)
+            return forward_scores(model, inner, ids, seen, batch.width, 1.0, **inputs)[0]
 
     def _thinking(self, inner: Any, batch: LessonBatch) -> ThinkingInputs:
         mask = batch.thinking.to(self.accelerator.device)
@@ -229,7 +234,7 @@ class HRPOSFTTrainer(InShards):
         rule = Bptt(depth, self.args.bptt_tolerance, self.args.bptt_terms, False, head, observe)
         return ThinkingInputs(None, mask, self.args.residual, rule)
 
-    def _observe(self, values: dict[str, float]) -> None:
+    def _observe(self, values: Mapping[str, float | Tensor]) -> None:
         for name, value in values.items():
             self._seen.setdefault(name, []).append(value)
 
@@ -265,7 +270,7 @@ class HRPOSFTTrainer(InShards):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {name: sum(values) / len(values) for name, values in self._seen.items()}
+            logs |= {name: float(sum(values) / len(values)) for name, values in self._seen.items()}
             logs["stage"] = self.curriculum.stage
             if self.left_over is not None and not any("projection/left_over" in row for row in self.state.log_history):
                 logs["projection/left_over"] = self.left_over

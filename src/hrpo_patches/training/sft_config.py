@@ -64,7 +64,11 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
         "When the next step is replaced: loss, when the last is learned; epoch, every --stage_epochs; once, at once.",
         choices=ADVANCES,
     )
-    advance_loss: float = _option(0.3, "A stage is learned when its mean loss, in nats per token, is below this.")
+    advance_loss: float = _option(
+        0.3,
+        "A stage is learned when its mean loss, in nats per token, is below this, both over all that is written and "
+        "over what directly follows the thoughts (a step, or the answer).",
+    )
     advance_batches: int = _option(25, "Batches of a stage over which its mean loss is taken.")
     stage_epochs: float = _option(1.0, "Epochs of a stage with --advance epoch.")
     earlier: float = _option(0.5, "Share of batches that are of an earlier stage, drawn evenly.")
