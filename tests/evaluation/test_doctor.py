@@ -93,6 +93,8 @@ def of_no_end(folder, monkeypatch):
     for file in ("config.json", "generation_config.json"):
         content = json.loads((folder / "base" / file).read_text())
         (folder / "base" / file).write_text(json.dumps(content | {"eos_token_id": None}))
+    content = json.loads((folder / "base" / "tokenizer_config.json").read_text())
+    (folder / "base" / "tokenizer_config.json").write_text(json.dumps(content | {"eos_token": None}))
 
 
 def of_a_row_that_is_cut(folder, monkeypatch):
@@ -154,7 +156,7 @@ def of_an_engine_that_says_something_else(folder, monkeypatch):
         (of_no_family, "model", "is a gpt2 model; hrpo_patches has patches for Llama, Qwen2 or Qwen3 only"),
         (of_weights_that_are_no_numbers, "model", "up_proj.weight .* is not finite; train it anew"),
         (of_another_tokenizer, "tokenizer", "332 tokens and the model embeds 268.* take the model's own tokenizer"),
-        (of_no_end, "tokenizer", "no end token.*; set eos_token_id in its generation_config.json"),
+        (of_no_end, "tokenizer", "has an end token, .*; set eos_token_id in the model's generation_config.json"),
         (of_a_row_that_is_cut, "data", "line 2"),
         (of_a_gold_answer_that_is_no_number, "data", "'many', which is not one number"),
         (of_an_old_version, "versions", "trl is 1.2.0: pip install 'trl<2,>=1.15'"),

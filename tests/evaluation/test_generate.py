@@ -85,6 +85,17 @@ def test_a_models_own_wishes_for_decoding_change_no_answer_but_its_ends_do(token
         assert completions(model, tokenizer, prompts, way) != expected
 
 
+@pytest.mark.parametrize("engine", ENGINES[:2])
+def test_the_tokenizers_end_token_ends_a_completion_as_in_training(tokenizer, engine):
+    model, way = tiny_model("llama", thinking={"r_min": 0.3, "r_max": 0.6}), Decoding(12, True, engine=engine)
+    model.generation_config.eos_token_id = None
+    prompt, other = tokenizer("Hi")["input_ids"], byte_tokenizer()
+    ((_, (whole,)),) = complete(model, tokenizer, [prompt], way)
+    other.eos_token = other.convert_ids_to_tokens(whole[4])
+    ((_, (cut,)),) = complete(model, other, [prompt], way)
+    assert cut == whole[: whole.index(whole[4]) + 1] and len(whole) == 12
+
+
 def test_auto_says_which_engine_it_takes_and_why():
     model = tiny_model("llama")
     engine, reason = choose_engine("auto", model, "projection")

@@ -103,6 +103,15 @@ def test_the_folder_says_how_to_think(base, tmp_path):
     assert GenerationConfig.from_pretrained(tmp_path / "run").thinking is True
 
 
+def test_completions_end_where_they_ended_in_training(base, tmp_path):
+    other = byte_tokenizer()
+    other.eos_token = "!"
+    trained(base, tmp_path / "run", tokenizer=other)
+    ends = GenerationConfig.from_pretrained(tmp_path / "run").eos_token_id
+    assert ends != GenerationConfig.from_pretrained(base).eos_token_id
+    assert load_adapter(str(base), tmp_path / "run").generation_config.eos_token_id == ends
+
+
 def test_thinking_weights_are_saved_in_float32_and_loaded_so_under_a_bf16_base(base, tmp_path):
     trained(base, tmp_path / "run", model_init_kwargs={"dtype": "bfloat16"})
     weights = load_file(tmp_path / "run" / "adapter_model.safetensors")

@@ -110,6 +110,32 @@ def test_generation_options_that_generate_does_not_know_are_refused(tmp_path):
     args.check_generation_kwargs()  # vLLM's own name
 
 
+@pytest.mark.parametrize(
+    "narrowed",
+    [
+        {"top_p": 0.95},
+        {"top_k": 5},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"generation_kwargs": {"presence_penalty": 0.5}},
+        {"generation_kwargs": '{"min_tokens": 3}'},
+        {"vllm_structured_outputs_regex": "[0-9]+"},
+    ],
+    ids=str,
+)
+def test_vllms_log_probabilities_of_a_narrowed_distribution_weigh_no_loss(tmp_path, narrowed):
+    own = {"output_dir": str(tmp_path), "use_vllm": True, **PLAIN}
+    with pytest.raises(InputError, match="does not go with vLLM's importance sampling correction"):
+        HRPOConfig(**own, **narrowed)
+    HRPOConfig(**own, **narrowed, vllm_importance_sampling_correction=False)
+    HRPOConfig(**own, top_k=-1, top_p=1.0, generation_kwargs={"frequency_penalty": 0.0})
+
+
+def test_a_temperature_that_the_loss_does_not_take_is_refused(tmp_path):
+    with pytest.raises(InputError, match="temperature=0.5, and the loss takes 1.0"):
+        HRPOConfig(output_dir=str(tmp_path), **PLAIN, generation_kwargs={"temperature": 0.5})
+
+
 def test_of_two_conflicts_the_same_one_is_reported_in_every_process(tmp_path):
     both = {"thinking": {"thoughts": 2, "filler": "~"}, "thoughts": 3, "filler": "!"}
     program = f"import hrpo_patches; hrpo_patches.HRPOConfig('{tmp_path}', use_cpu=True, bf16=False, **{both!r})"

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from runs import assert_all_thinking_parts_moved, small_trainer
+from tiny import tiny_model
 
 PACKED = {
     "use_transformers_continuous_batching": True,
@@ -39,6 +40,19 @@ def test_twenty_steps_give_every_thinking_weight_a_gradient_and_change_it(tmp_pa
     states, mask, live = replayed
     off = (live[:, -mask.shape[1] - 1 : -1] - states).norm(dim=-1) / states.norm(dim=-1)
     assert mask.any() and off[mask].max() < 1e-4, "the loss does not replay what the engine thought"
+
+
+@pytest.mark.parametrize("engine", [PACKED, {}], ids=["continuous", "generate"])
+def test_what_a_models_own_file_says_of_sampling_changes_no_rollout(tmp_path, engine):
+    losses = []
+    for said in ({}, {"min_p": 0.5, "no_repeat_ngram_size": 1, "suppress_tokens": list(range(40, 100))}):
+        model = tiny_model("llama", thinking=False)
+        model.generation_config.update(**said)
+        trainer = small_trainer(tmp_path / str(len(said)), model=model, temperature=1.0, **engine)
+        trainer.train()
+        losses.append([row[key] for row in trainer.state.log_history if "loss" in row for key in ("loss", "reward")])
+        assert all(getattr(model.generation_config, name) == value for name, value in said.items())
+    assert losses[0] == losses[1]
 
 
 def test_a_seed_samples_the_same_and_a_resumed_run_is_the_whole_one(tmp_path):

@@ -161,6 +161,7 @@ class Examination:
     def spells(self) -> str:
         """Whether tokenizer and model speak of the same tokens, and a completion can end."""
         from hrpo_patches.thinking.backbone import causal_lm
+        from hrpo_patches.thinking.decoding import ends_of
         from hrpo_thinking.marker import marker_table
 
         tokenizer, rows = self.tokenizer, len(self._seen().get_input_embeddings().weight)
@@ -170,11 +171,11 @@ class Examination:
                 f"or tokens were added; take the model's own tokenizer, or call resize_token_embeddings."
             )
         marker_table(tokenizer, self.marker, causal_lm(self.model).config.vocab_size)
-        ends = self.model.generation_config.eos_token_id
-        if ends is None:
+        ends = ends_of(self.model, tokenizer)
+        if not ends:
             raise InputError(
-                "the model has no end token, so that every completion runs to its limit; set eos_token_id in its "
-                "generation_config.json."
+                "neither model nor tokenizer has an end token, so that every completion runs to its limit; set "
+                "eos_token_id in the model's generation_config.json."
             )
         template = "a chat template" if tokenizer.chat_template is not None else "no chat template"
         return f"{len(tokenizer)} tokens, {template}, spells {self.marker!r}, ends with {ends}"
@@ -214,10 +215,12 @@ class Examination:
         """Whether a sampled completion has thoughts."""
         import torch
 
+        from hrpo_patches.thinking.decoding import by_temperature
+
         model, ids = self._seen(), torch.tensor([self._asked()], device=self._seen().device)
         torch.manual_seed(0)
-        sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0, "repetition_penalty": 1.0}
-        with torch.no_grad():
+        sampling = {"do_sample": True, "top_k": 0, "top_p": 1.0, "temperature": 1.0}
+        with torch.no_grad(), by_temperature(model):
             out = model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

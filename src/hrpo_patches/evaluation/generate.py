@@ -17,6 +17,7 @@ from hrpo_patches.tasks.prompts import Prompt, prompt_ids
 from hrpo_patches.thinking.backbone import causal_lm, temporarily
 from hrpo_patches.thinking.batching import cache_size
 from hrpo_patches.thinking.controls import SEVERAL, check_control, controlled
+from hrpo_patches.thinking.decoding import ends_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import FORCED_ALONE, check_residual
 from hrpo_vllm import check_version
@@ -107,7 +108,7 @@ def _answered(
         asked = (decoding.max_new_tokens, decoding.temperature, decoding.thinking, decoding.thoughts)
         rows = vllm.answers(ids, *asked, seeds=torch.randint(2**31, (len(ids),)).tolist())
         return [row[decoding.thoughts :] for row in rows]
-    config = _config(causal_lm(model).generation_config, tokenizer, decoding)
+    config = _config(model, tokenizer, decoding)
     if decoding.engine == "continuous":
         size = cache_size(model, max(map(len, ids)) + decoding.max_new_tokens, len(ids))
         given = {"tokenizer": tokenizer, "continuous_batching_config": ContinuousBatchingConfig(**size)}
@@ -119,23 +120,23 @@ def _answered(
     marker = {"tokenizer": tokenizer} if decoding.thinking or decoding.thoughts else {}
     with temporarily(causal_lm(model), generation_config=config):  # not an argument, which the model's own completes
         out = model.generate(**inputs, **marker)
-    ends = config.eos_token_id
-    ends = set(ends if isinstance(ends, list) else [ends])
+    ends = set(ends_of(model, tokenizer))
     rows = out[:, inputs["input_ids"].shape[1] + decoding.thoughts :].tolist()
     return [_up_to_end(row, ends) for row in rows]
 
 
-def _config(own: Any, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
-    """How every engine decodes: as in rollouts, whatever the model's `own` file says of sampling; that keeps its ends.
+def _config(model: Any, tokenizer: PreTrainedTokenizerBase, decoding: Decoding) -> GenerationConfig:
+    """How every engine decodes: as in rollouts, whatever the model's own file says of sampling.
 
     Thus the engines agree, of which none knows all that such a file can ask for.
     """
+    own = causal_lm(model).generation_config
     sampling: dict[str, Any] = {"do_sample": False}
     if decoding.temperature:
         sampling = {"do_sample": True, "temperature": decoding.temperature, "top_k": 0, "top_p": 1.0}
     return GenerationConfig(
         bos_token_id=own.bos_token_id,
-        eos_token_id=own.eos_token_id,
+        eos_token_id=ends_of(model, tokenizer) or None,
         pad_token_id=tokenizer.pad_token_id,
         filler_token_id=own.filler_token_id,
         max_new_tokens=decoding.max_new_tokens,
@@ -224,7 +225,7 @@ def _check_vllm(model: Any, longest: int) -> None:
         )
 
 
-def _up_to_end(row: list[int], ends: set[int | None]) -> list[int]:
+def _up_to_end(row: list[int], ends: set[int]) -> list[int]:
     """A completion without what was padded behind its end token, which is kept."""
     return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)
 

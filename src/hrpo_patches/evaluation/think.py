@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase, set_seed
 from hrpo_patches.extras import require
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
+from hrpo_patches.thinking.decoding import by_temperature, ends_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import RESIDUALS
 
@@ -75,17 +76,19 @@ def think(
         raise InputError("the prompt is empty.")
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    out = model.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
-        thinking=True,
-        tokenizer=tokenizer,
-        return_dict_in_generate=True,
-        output_scores=True,
-        **(sampling if temperature else {"do_sample": False}),
-    )
+    with by_temperature(model):
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=ends_of(model, tokenizer) or None,
+            thinking=True,
+            tokenizer=tokenizer,
+            return_dict_in_generate=True,
+            output_scores=True,
+            **(sampling if temperature else {"do_sample": False}),
+        )
     tokens = out.sequences[0, ids.shape[1] :].tolist()
     log_p = torch.stack(out.scores, dim=1)[0].float().log_softmax(-1)
     entropies = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum(-1)

@@ -86,6 +86,13 @@ def load_plain_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     return peft_model
 
 
+def _take_ends(model: Any, folder: Path) -> None:
+    """Let completions end where they ended in training, which the adapter's own file says."""
+    if (folder / GENERATION_FILE).is_file():
+        ends = GenerationConfig.from_pretrained(folder).eos_token_id
+        model.generation_config.eos_token_id = ends if ends is not None else model.generation_config.eos_token_id
+
+
 def holds_thinking(folder: Path) -> bool:
     """Whether an adapter's folder says how it thinks, or holds thinking weights (published HRPO adapters)."""
     if (folder / THINKING_FILE).is_file() or not (folder / "adapter_model.safetensors").is_file():
@@ -179,6 +186,7 @@ def load_adapter(
     peft_model.generation_config.thinking = True
     peft_model.generation_config.thoughts = thinking.thoughts or None
     peft_model.generation_config.filler_token_id = None  # the adapter's is known by name
+    _take_ends(peft_model, folder)
     return backend_of(model).finish_adapter(peft_model, is_trainable)
 
 

@@ -6,14 +6,16 @@ token thinks; after each it takes the state that the next token was sampled from
 
 from __future__ import annotations
 
+import copy
 import warnings
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding
 
-from hrpo_patches.thinking.backbone import thinking_backbone
+from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
 from hrpo_patches.thinking.mixin import ThinkingMixin
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
@@ -24,9 +26,10 @@ from hrpo_thinking.parts import FALLBACK, RESIDUALS, parts_of
 if TYPE_CHECKING:  # transformers is importing this module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
 
-# What changes the distribution that a rollout samples from, beside the temperature, and the values that do not.
+# What changes the distribution that a rollout samples from, beside the temperature, and the values that do not; the
+# last names are vLLM's.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "top_k": (0,),
+    "top_k": (0, -1),
     **dict.fromkeys(("top_p", "typical_p", "repetition_penalty", "encoder_repetition_penalty"), (1.0,)),
     **dict.fromkeys(("min_p", "top_h", "epsilon_cutoff", "eta_cutoff"), (0.0,)),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "min_length", "min_new_tokens"), (0,)),
@@ -34,8 +37,38 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "watermarking_config"), ()),
     **dict.fromkeys(("exponential_decay_length_penalty",), ()),
     "guidance_scale": (1.0,),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "min_tokens"), (0,)),
+    **dict.fromkeys(("logit_bias", "bad_words", "allowed_token_ids", "structured_outputs"), ()),
 }
 _RATIO_CHUNK = 128  # columns of the (B, C, d) gate that are computed at once
+
+
+def changed_distribution(options: Any) -> tuple[str, Any] | None:
+    """The first option that changes the distribution, and its value; `options`: a dict or a config."""
+    given = options if isinstance(options, dict) else {name: getattr(options, name, None) for name in NEUTRAL}
+    changed = ((name, given.get(name)) for name in NEUTRAL)
+    return next(((name, value) for name, value in changed if value is not None and value not in NEUTRAL[name]), None)
+
+
+def by_temperature(model: Any) -> AbstractContextManager[None]:
+    """Within, what is sampled from `model` follows from its logits, the temperature and what `generate` is asked for.
+
+    The model's own generation config may name more (`min_p`, `no_repeat_ngram_size`), of which no loss knows.
+    """
+    inner = causal_lm(model)
+    config = copy.deepcopy(inner.generation_config)
+    for name in NEUTRAL:
+        if getattr(config, name, None) is not None:
+            setattr(config, name, None)
+    return temporarily(inner, generation_config=config)
+
+
+def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The token ids that end a completion, as in training: the model's, and the tokenizer's end token."""
+    own = causal_lm(model).generation_config.eos_token_id
+    ends = [] if own is None else list(own) if isinstance(own, list) else [own]
+    end: Any = tokenizer.eos_token_id
+    return ends if end is None or end in ends else [end, *ends]
 
 
 def refuse_thinking(generation_config: Any, what: str) -> None:

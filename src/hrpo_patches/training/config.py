@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import GenerationConfig
 
+from hrpo_patches.thinking.decoding import changed_distribution
 from hrpo_patches.training.released import released
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
@@ -202,6 +203,8 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
             )
         super().__post_init__()
         self._refuse_what_does_nothing()
+        if self.residual is not None:
+            self._check_distribution()
 
     def _refuse_what_does_nothing(self) -> None:
         """Raise `InputError` for values that train nothing, or uphill."""
@@ -211,6 +214,30 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
                 raise InputError(f"{name} must be at least 1, not {value}.")
         if self.max_steps == 0:
             raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, not 0.")
+
+    def _check_distribution(self) -> None:
+        """Raise `InputError` for completions whose log-probabilities the loss would misread.
+
+        The loss divides logits by `temperature`, and knows nothing else. What narrows the distribution further is
+        TRL's to allow while the log-probabilities are the loss's own; vLLM's are of the narrowed one.
+        """
+        kwargs: dict[str, Any] = self.generation_kwargs or {}  # type: ignore[assignment]  # TRL has read it
+        temperature = kwargs.get("temperature", self.temperature)
+        if temperature != self.temperature:
+            raise InputError(
+                f"generation_kwargs say temperature={temperature}, and the loss takes {self.temperature}; set "
+                f"temperature itself."
+            )
+        if not (self.use_vllm and self.vllm_importance_sampling_correction):
+            return
+        own = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
+        changed = changed_distribution(own | {"structured_outputs": self.vllm_structured_outputs_regex} | kwargs)
+        if changed is not None:
+            raise InputError(
+                f"{changed[0]}={changed[1]!r} does not go with vLLM's importance sampling correction: vLLM's "
+                f"log-probabilities are of the narrowed distribution and the loss's of the whole one, so that the "
+                f"weight of a long completion vanishes; remove it, or set vllm_importance_sampling_correction=False."
+            )
 
     def check_generation_kwargs(self) -> None:
         """Raise `InputError` for generation options that `generate` does not know; vLLM has names of its own."""

@@ -21,7 +21,7 @@ from hrpo_patches.models.backends import NO_BPTT, backend_of, refuse_stranger
 from hrpo_patches.models.base import thinking_options
 from hrpo_patches.thinking.adjoint import refuse_reentrant
 from hrpo_patches.thinking.backbone import patched_backbone, temporarily, thinking_backbone
-from hrpo_patches.thinking.decoding import NEUTRAL
+from hrpo_patches.thinking.decoding import changed_distribution
 from hrpo_patches.thinking.sequential import refuse_dropout
 from hrpo_patches.thinking.shards import partitioned
 from hrpo_patches.training.config import HRPOConfig, ThinkingArguments
@@ -190,7 +190,7 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: ThinkingArguments, 
     if args.depth == "sequential":
         refuse_dropout(backbone, today=False)
     if rollout is not None and (args.depth or from_start) and not kind.needs_state:
-        check_distribution(rollout, base.generation_config)
+        check_distribution(rollout)
     backbone.residual_norm()
 
 
@@ -204,21 +204,18 @@ def _check_visible(tokenizer: Any, marker: str) -> None:
         )
 
 
-def check_distribution(rollout: Any, model: Any) -> None:
+def check_distribution(rollout: Any) -> None:
     """Refuse a rollout whose distribution a live state cannot make again: that is taken from the temperature alone.
 
     Args:
         rollout: the trainer's generation config.
-        model: the model's own, which says what that leaves open.
     """
-    for name, neutral in NEUTRAL.items():
-        value = getattr(rollout, name, None)
-        value = value if value is not None else getattr(model, name, None)
-        if value is not None and value not in neutral:
-            raise InputError(
-                f"{name}={value!r} changes the distribution that the embedding residual is made from, and bptt, or "
-                f"the reference 'start', makes it again from the temperature alone; remove it, or set bptt=0."
-            )
+    changed = changed_distribution(rollout)
+    if changed is not None:
+        raise InputError(
+            f"{changed[0]}={changed[1]!r} changes the distribution that the embedding residual is made from, and "
+            f"bptt, or the reference 'start', makes it again from the temperature alone; remove it, or set bptt=0."
+        )
 
 
 def restore_float32(model: nn.Module, before: dict[str, Tensor]) -> None:

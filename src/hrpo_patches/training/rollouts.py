@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trl.trainer.utils import pad
 
 from hrpo_patches.thinking.backbone import ratio_of, temporarily
+from hrpo_patches.thinking.decoding import by_temperature
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import thinking_table
@@ -55,7 +56,9 @@ def by_generate(model: Any, tokenizer: Any, prompts: list[list[int]], generation
     rows = [torch.tensor(ids) for ids in prompts]
     ids = pad(rows, padding_value=tokenizer.pad_token_id, padding_side="left").to(model.device)
     seen = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(model.device)
-    out = model.generate(input_ids=ids, attention_mask=seen, generation_config=generation_config, tokenizer=tokenizer)
+    asked = {"generation_config": generation_config, "tokenizer": tokenizer}
+    with by_temperature(model):
+        out = model.generate(input_ids=ids, attention_mask=seen, **asked)
     own = slice(ids.shape[1] + forced, None)
     tokens, kept = out.sequences[:, own].cpu(), out.attention_mask[:, own].cpu().bool()
     completions = [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
@@ -71,7 +74,8 @@ def by_batches(
     Raises:
         RuntimeError: the engine failed at a request; the message is its own.
     """
-    outputs = model.generate_batch(prompts, generation_config, config, tokenizer=tokenizer)
+    with by_temperature(model):
+        outputs = model.generate_batch(prompts, generation_config, config, tokenizer=tokenizer)
     failed = [output.error for output in outputs.values() if output.error]
     if failed or len(outputs) != len(prompts):
         raise RuntimeError(f"continuous batching failed: {failed[0] if failed else 'requests are missing'}")
