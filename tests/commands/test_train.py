@@ -13,9 +13,13 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 from trl import GRPOConfig
 
+from hrpo_patches.commands import calls
 from hrpo_patches.commands.main import train as main
+from hrpo_patches.commands.train import make_trainer
 from hrpo_patches.commands.train_flags import TrainingFlags, make_parser
+from hrpo_patches.models.base import open_model
 from hrpo_patches.monitor.report import read_run
+from hrpo_patches.tasks.prompts import prompt_as_trained, prompt_ids
 from hrpo_thinking.errors import InputError
 
 ROOT = Path(__file__).parents[2]
@@ -176,6 +180,32 @@ def test_a_run_trains_saves_and_reports(base, data, tmp_path, residual, capsys):
     if residual != "none":
         with pytest.raises(InputError, match="trained with --answer_start '####'"):
             main([*arguments, *TINY, "--resume_from_checkpoint", "latest", "--answer_start", "##"])
+
+
+def test_whoever_asks_an_adapter_asks_what_was_asked_in_training(base, data, tmp_path, capsys):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if enable_thinking is false %}!{% endif %}"
+    )
+    tokenizer.save_pretrained(base)
+    folder, options = tmp_path / "run", '{"enable_thinking": false}'
+    arguments = ["--model_name", base, "--dataset", data, "--output_dir", str(folder), *TINY]
+    with pytest.raises(InputError, match="prompts are plain text"):
+        main([*arguments, "--prompt", "plain", "--chat_template_kwargs", options])
+    with pytest.raises(InputError, match="has no variable deep"):
+        main([*arguments, "--prompt", "chat", "--chat_template_kwargs", '{"deep": 1}'])
+    run = parse([*arguments, "--prompt", "chat", "--chat_template_kwargs", options])
+    run.backend = "transformers"
+    trainer, *_ = make_trainer(run)
+    row = trainer.train_dataset[0]["prompt"]
+    asked = trainer._tokenize_prompts([row])[0][0]
+    main([*arguments, "--prompt", "chat", "--chat_template_kwargs", options])
+    _, saved = open_model(str(folder))
+    question = row[1]["content"]
+    again = prompt_as_trained(str(folder), question)
+    assert again == row and prompt_ids(saved, again) == asked and saved.decode(asked).endswith("!")
+    calls.think([str(folder), "--prompt", question, "--max_new_tokens", "2"])
+    assert "the instruction of the run's report.json" in capsys.readouterr().out
 
 
 def test_a_run_trains_on_rollouts_of_continuous_batching(base, data, tmp_path, capsys):

@@ -54,6 +54,7 @@ def think(argv: Written) -> None:
     """Show one completion, token by token."""
     from hrpo_patches.evaluation import think as inside
     from hrpo_patches.models.base import open_model
+    from hrpo_patches.tasks.prompts import prompt_as_trained
     from hrpo_patches.thinking.backbone import is_untrained
 
     given = _think_parser().parse_args(argv)
@@ -63,12 +64,15 @@ def think(argv: Written) -> None:
     with console.status("loading"):
         model, tokenizer = open_model(given.model, given.base)
     chat = tokenizer.chat_template is not None and not given.plain
-    prompt = [{"role": "user", "content": given.prompt}] if chat else given.prompt
+    trained = None if given.plain else prompt_as_trained(given.model, given.prompt)
+    prompt = trained or ([{"role": "user", "content": given.prompt}] if chat else given.prompt)
     with console.status("thinking"):
         numbers = (given.max_new_tokens, given.temperature, given.top, given.seed)
         thoughts = inside.think(model, tokenizer, prompt, *numbers)
     title = shorten(f"{given.model}: {given.prompt}", 100, placeholder=" …")
     console.print(inside.table_of(thoughts, title))
+    if trained:
+        console.print("Asked with the instruction of the run's report.json; --plain asks the text alone.")
     if is_untrained(model):
         console.print("The thinking weights are fresh, not trained: the residuals mean nothing yet.")
     if given.png is not None:
@@ -80,7 +84,7 @@ def _think_parser() -> argparse.ArgumentParser:
     parser = plain_parser("hrpo think", text)
     parser.add_argument("model", help="an adapter's folder or hub id, a merged model, any base, or smollm2-135m")
     parser.add_argument("--prompt", required=True, help="the question")
-    parser.add_argument("--plain", action="store_true", help="as it is, without the tokenizer's chat template")
+    parser.add_argument("--plain", action="store_true", help="the text alone, with no instruction or chat template")
     parser.add_argument("--max_new_tokens", type=int, default=64, help="where the completion is cut")
     parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling; 0 is greedy")
     parser.add_argument("--seed", type=int, default=42, help="of the sampling")

@@ -25,7 +25,7 @@ from hrpo_patches.commands.flags import (
     read,
     with_config,
 )
-from hrpo_patches.commands.train import LORA_TARGETS, finish, train_and_save
+from hrpo_patches.commands.train import LORA_TARGETS, asker, finish, train_and_save
 from hrpo_patches.commands.train_flags import REST, ProblemArguments, check_output
 from hrpo_patches.evaluation.generate import Decoding, completions
 from hrpo_patches.evaluation.scores import standard_error
@@ -35,7 +35,7 @@ from hrpo_patches.models.base import load_model
 from hrpo_patches.models.record import check_same_thinking
 from hrpo_patches.tasks.base import Task
 from hrpo_patches.tasks.problems import find_task, split_held_out
-from hrpo_patches.tasks.prompts import examples_of, prompt_ids, prompt_of, uses_chat, with_prompts
+from hrpo_patches.tasks.prompts import QUESTION, prompt_ids, with_prompts
 from hrpo_patches.tasks.rewards import grade
 from hrpo_patches.tasks.worked import worked_problems
 from hrpo_patches.training.config import ThinkingArguments
@@ -213,12 +213,7 @@ def make_trainer(run: SFTRun) -> tuple[HRPOSFTTrainer, Task, list[dict[str, Any]
     set_seed(config.seed)
     model, tokenizer = load_model(about.model_name, run.thinking())
     marker_table(tokenizer, config.answer_start)
-    examples = examples_of(task, config.answer_start, about.shots, about.examples)
-    chat = uses_chat(about.prompt, tokenizer)
-
-    def ask(question: str) -> Any:
-        return prompt_of(task, question, config.answer_start, examples, chat)
-
+    ask = asker(run, task, tokenizer)
     rows, held_out_rows = (with_prompts(part, ask, tokenizer, about.max_prompt_length) for part in (train, held_out))
 
     def lesson(row: dict[str, Any]) -> Lesson:
@@ -277,6 +272,7 @@ def trained(run: SFTRun) -> dict[str, Any]:
     started = time.monotonic()
     parts = ("supervised", run.about.model_name, spelled(run.config.residual), task.name)
     record: dict[str, Any] = {"title": ", ".join(parts), "arguments": run.record()}
+    record["prompt"] = asker(run, task, trainer.tokenizer)(QUESTION)
     train_and_save(trainer, run.config.resume_from_checkpoint)
     record |= {"stage": trainer.curriculum.stage, "last_stage": trainer.curriculum.last, "thoughts": trainer.forced}
     if held_out:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,16 @@ from hrpo_patches.models.record import check_same_thinking
 from hrpo_patches.monitor.report import draw, read_run, write_json
 from hrpo_patches.tasks.base import Task
 from hrpo_patches.tasks.problems import find_task, load_problems, split_held_out
-from hrpo_patches.tasks.prompts import examples_of, prompt_ids, prompt_of, uses_chat, with_prompts
+from hrpo_patches.tasks.prompts import (
+    QUESTION,
+    Prompt,
+    examples_of,
+    fix_template,
+    prompt_ids,
+    prompt_of,
+    uses_chat,
+    with_prompts,
+)
 from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
 from hrpo_patches.thinking.batching import cache_size
 from hrpo_patches.thinking.shards import partitioned, whole
@@ -59,6 +69,8 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     longest = about.max_prompt_length + (config.max_completion_length or 0)
     model, tokenizer = load_model(about.model_name, run.thinking(), backend=run.backend, max_seq_length=longest)
     marker_table(tokenizer, config.answer_start)
+    template_options: Any = config.chat_template_kwargs or {}
+    fix_template(tokenizer, template_options, uses_chat(about.prompt, tokenizer))
     ask = asker(run, task, tokenizer)
     rows, held_out_rows = (with_prompts(part, ask, tokenizer, about.max_prompt_length) for part in (train, held_out))
     _check_enough(len(rows), config)
@@ -122,8 +134,8 @@ def engine_of(run: Run, model: Any, longest: int) -> str:
     return engine
 
 
-def asker(run: Run, task: Task, tokenizer: Any) -> Any:
-    """What makes the prompt of a question."""
+def asker(run: Any, task: Task, tokenizer: Any) -> Callable[[str], Prompt]:
+    """What makes the prompt of a question, in a run of `hrpo train` or `hrpo sft`."""
     marker = run.config.answer_start
     examples = examples_of(task, marker, run.about.shots, run.about.examples)
     chat = uses_chat(run.about.prompt, tokenizer)
@@ -222,6 +234,7 @@ def trained(run: Run) -> dict[str, Any]:
     source = (run.about.dataset or "").partition("?")[0]
     parts = (run.about.model_name, spelled(run.config.residual), chosen.name, source)
     record: dict[str, Any] = {"title": ", ".join(dict.fromkeys(filter(None, parts))), "arguments": run.record()}
+    record["prompt"] = asker(run, chosen, trainer._tokenizer)(QUESTION)
     if held_out:
         record["before"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering before")
     train_and_save(trainer, run.config.resume_from_checkpoint)

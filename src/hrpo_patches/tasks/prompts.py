@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import track
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
 Prompt = str | list[dict[str, str]]
 MARKER = "{marker}"  # where the answer marker goes in a task's texts
 PROMPTS = ("auto", "chat", "plain")
+QUESTION = "{question}"  # where the question goes in the prompt that a run's report keeps
 MANY = 20_000  # problems whose counting takes seconds
 
 
@@ -66,6 +69,34 @@ def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     )
     ids: list[int] = made["input_ids"]
     return ids
+
+
+def fix_template(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], chat: bool) -> None:
+    """Fix variables of the chat template (Qwen3's `enable_thinking`) in the template itself.
+
+    It is saved with the adapter, so that whoever asks with that tokenizer asks what was asked in training.
+
+    Raises:
+        InputError: prompts are no conversations, or a name is no variable of a template.
+    """
+    if options and not chat:
+        raise InputError("--chat_template_kwargs are of chat templates, and the prompts are plain text.")
+    template: Any = tokenizer.chat_template
+    for name, value in options.items():
+        if not name.isidentifier() or not isinstance(value, (str, int, float, bool, type(None))):
+            raise InputError(f"--chat_template_kwargs: expected a text, number or boolean, got {name}={value!r}.")
+        if name not in template:
+            raise InputError(f"--chat_template_kwargs: this model's chat template has no variable {name}.")
+        tokenizer.chat_template = template = f"{{%- set {name} = {value!r} %}}{template}"
+
+
+def prompt_as_trained(folder: str, question: str) -> Prompt | None:
+    """The prompt that a run asked this question with, as its `report.json` says; None where there is none."""
+    file = Path(folder) / "report.json"
+    template = json.loads(file.read_text()).get("prompt") if file.is_file() else None
+    if isinstance(template, str):
+        return template.replace(QUESTION, question)
+    return template and [one | {"content": one["content"].replace(QUESTION, question)} for one in template]
 
 
 def uses_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> bool:
