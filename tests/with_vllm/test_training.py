@@ -110,6 +110,19 @@ def test_an_adapters_bias_that_vllm_has_no_place_for_is_refused(base, tmp_path):
 
 
 @one_family
+@pytest.mark.parametrize(
+    "adapter", [{"modules_to_save": ["lm_head"]}, {"target_modules": ["q_proj", "embed_tokens"]}], ids=str
+)
+def test_an_adapter_of_one_of_two_tied_weights_is_refused(family, tmp_path, adapter):
+    big_enough(family, tie_word_embeddings=True, thinking=None).save_pretrained(tmp_path / "base")
+    peft_config = lora()
+    for name, value in adapter.items():
+        setattr(peft_config, name, value)
+    with pytest.raises(InputError, match="embeddings and head are tied"):
+        small_trainer(tmp_path / "run", model=str(tmp_path / "base"), peft_config=peft_config, **VLLM)
+
+
+@one_family
 def test_the_engine_reads_by_the_trainers_tokenizer_also_where_the_folder_has_none(family, tmp_path):
     own = byte_tokenizer()
     own.add_tokens(["<answer>"])

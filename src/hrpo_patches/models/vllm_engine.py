@@ -15,6 +15,8 @@ from typing import Any
 
 from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
@@ -38,6 +40,18 @@ _ADDED: dict[str, Any] = {
     "weight": lambda part: [part.get_delta_weight(one) for one in _adapters(part)],
     "bias": lambda part: [part.lora_B[one].bias * part.scaling[one] for one in _adapters(part) if part.lora_bias[one]],
 }
+
+
+def _refuse_untied(model: Any) -> None:
+    """Raise `InputError` for an adapter that changes one of two tied weights, which vLLM holds once."""
+    if not model.config.tie_word_embeddings:
+        return
+    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+        if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper)):
+            raise InputError(
+                "this model's embeddings and head are tied, and the adapter changes one of them alone; vLLM has one "
+                "weight for both. Leave embed_tokens and lm_head out of the adapter, or use --engine generate."
+            )
 
 
 class ThinkingVLLM(VLLMGeneration):
@@ -75,6 +89,7 @@ class ThinkingVLLM(VLLMGeneration):
         for name, part in self.model.named_modules():
             if isinstance(part, LoraLayer) and any(part.lora_bias.values()) and part.get_base_layer().bias is None:
                 raise InputError(f"the adapter has a bias for {name}, which has none in vLLM; leave lora_bias out.")
+        _refuse_untied(causal_lm(self.model))
         if self.accelerator.device.type == "cpu":
             if self.accelerator.num_processes > 1:
                 raise InputError("vLLM beside several training processes needs GPUs; use another engine.")
