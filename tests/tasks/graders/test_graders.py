@@ -150,6 +150,10 @@ EXPRESSIONS_RIGHT = [
         ("C", "\\text{C}"),
     ],
     ("\\begin{pmatrix}1\\\\2\\end{pmatrix}", "\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}"),
+    (r"1 - \frac{1}{\mathrm{e}}", r"\frac{e-1}{e}"),
+    (r"\mathrm{e}^2", "e^2"),
+    (r"5\,\mathrm{m}", "5"),
+    (r"\frac{3}{8}", "0.375"),
 ]
 EXPRESSIONS_RIGHT += [
     *[
@@ -183,6 +187,16 @@ EXPRESSIONS_WRONG = [
         ("1", "9!!!!"),
         ("1", "(9!)!"),
     ],
+    # An answer whose beginning alone was read, decimals that math-verify rounds, a factorial.
+    (r"1 - \frac{1}{\mathrm{e}}", r"1 + \frac{1}{\mathrm{e}}"),
+    (r"1 - \frac{1}{\mathrm{e}}", "1"),
+    (r"2\mathrm{e}", "2"),
+    (r"\frac{1}{\mathrm{x}}", r"\frac{1}{\mathrm{y}}"),
+    (r"1 - \frac{1}{\operatorname{e}}", r"1 + \frac{1}{\operatorname{e}}"),
+    (r"\frac{1}{3}", "0.333333333"),
+    ("0.1", "0.10000001"),
+    ("4.5", "4.49999999999"),
+    ("12", "12!"),
 ]
 DOTTED = (
     "\\frac{1}{2}",

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import sympy
 from math_verify import parse, verify
 
 _LIMIT = 0.6  # seconds
@@ -59,8 +60,26 @@ def _time_limit() -> Iterator[None]:
 
 
 def _ask(gold: str, answer: str) -> bool:
-    parsed_gold, parsed = (parse(text, parsing_timeout=None) for text in (gold, answer))
-    return bool(parsed_gold and parsed) and bool(verify(parsed_gold, parsed, timeout_seconds=None))
+    both = [parse(text, parsing_timeout=None) for text in (gold, answer)]
+    if not all(both) or any(_is_cut(parsed) for parsed in both):
+        return False
+    exact = [_rational(parsed[0]) for parsed in both]
+    if None not in exact:
+        return bool(exact[0] == exact[1])
+    return bool(verify(*both, timeout_seconds=None))
+
+
+def _is_cut(parsed: list[Any]) -> bool:
+    """Whether math-verify read the beginning of a formula only, up to what it does not know."""
+    return any(isinstance(part, str) and part.count("{") != part.count("}") for part in parsed)
+
+
+def _rational(value: Any) -> Any:
+    """A number as a fraction, decimals as they are written (math-verify rounds them); None for other numbers."""
+    if not isinstance(value, sympy.Expr) or not value.is_number:
+        return None
+    exact = value.xreplace({one: sympy.Rational(str(one)) for one in value.atoms(sympy.Float)}).doit()
+    return exact if exact.is_Rational else None
 
 
 def equal(gold: str, answer: str) -> bool:
