@@ -159,7 +159,8 @@ def test_the_config_after_a_supervised_start_asks_for_its_adapter():
 def test_a_run_trains_saves_and_reports(base, data, tmp_path, residual, capsys):
     folder = tmp_path / "run"
     arguments = ["--model_name", base, "--dataset", data, "--residual", residual, "--output_dir", str(folder)]
-    record = main([*arguments, *TINY, "--eval_problems", "5", "--report", "--save_steps", "1"])
+    arguments += ["--eval_problems", "5"]
+    record = main([*arguments, *TINY, "--report", "--save_steps", "1"])
     assert record["before"]["total"] == record["after"]["total"] == 5
     assert json.loads((folder / "report.json").read_text())["log"] == record["log"]
     assert (folder / "report.png").is_file()
@@ -180,6 +181,31 @@ def test_a_run_trains_saves_and_reports(base, data, tmp_path, residual, capsys):
     if residual != "none":
         with pytest.raises(InputError, match="trained with --answer_start '####'"):
             main([*arguments, *TINY, "--resume_from_checkpoint", "latest", "--answer_start", "##"])
+
+
+def test_a_resume_asks_whether_the_checkpoint_is_whole_of_this_run_and_not_its_last(base, data, tmp_path, capsys):
+    folder = tmp_path / "run"
+    command = ["--model_name", base, "--dataset", data, "--output_dir", str(folder), *TINY, "--save_steps", "1"]
+    main([*command, "--max_steps", "2"])
+    whole = load_file(folder / "adapter_model.safetensors")
+    resume = [*command, "--resume_from_checkpoint", "latest"]
+    with pytest.raises(InputError, match="is complete: 2 steps, and report.json"):
+        main([*resume, "--max_steps", "2"])
+    with pytest.raises(InputError, match="begun with --seed 42, not 43"):
+        main([*resume, "--max_steps", "3", "--seed", "43"])
+    for name in ("report.json", "adapter_model.safetensors"):  # as if the end alone had been lost
+        (folder / name).unlink()
+    record = main([*resume, "--max_steps", "2", "--lr", "1e-4"])
+    assert "resumed with --learning_rate 0.0001; begun with 5e-06." in capsys.readouterr().out
+    assert max(row["step"] for row in record["log"]) == 2 and not (folder / "checkpoint-3").exists()
+    found = load_file(folder / "adapter_model.safetensors")
+    assert all(torch.equal(found[name], value) for name, value in whole.items())
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "adapter_model.safetensors"):
+        kept = (folder / "checkpoint-2" / name).read_bytes()
+        (folder / "checkpoint-2" / name).unlink()
+        with pytest.raises(InputError, match="is incomplete: .* is missing"):
+            main([*resume, "--max_steps", "3"])
+        (folder / "checkpoint-2" / name).write_bytes(kept)
 
 
 def test_whoever_asks_an_adapter_asks_what_was_asked_in_training(base, data, tmp_path, capsys):

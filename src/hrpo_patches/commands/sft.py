@@ -25,8 +25,9 @@ from hrpo_patches.commands.flags import (
     read,
     with_config,
 )
+from hrpo_patches.commands.resume import check_output, write_record
 from hrpo_patches.commands.train import LORA_TARGETS, asker, finish, train_and_save
-from hrpo_patches.commands.train_flags import REST, ProblemArguments, check_output
+from hrpo_patches.commands.train_flags import REST, ProblemArguments
 from hrpo_patches.evaluation.generate import Decoding, completions
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.extras import require
@@ -122,7 +123,7 @@ class SFTRun:
             require(tracker, f"--report_to {tracker}")
         if about.report:
             require("matplotlib", "--report")
-        checkpoint = check_output(Path(str(config.output_dir)), config.resume_from_checkpoint)
+        checkpoint = check_output(config, self.record())
         if checkpoint is not None:
             config.resume_from_checkpoint = str(checkpoint)
             check_same_thinking(checkpoint, spelled(config.residual), self.thinking(), same_thoughts=False)
@@ -269,6 +270,7 @@ def accuracies(trainer: HRPOSFTTrainer, task: Task, rows: list[Any], batch_size:
 def trained(run: SFTRun) -> dict[str, Any]:
     """Do what `main` does, with a run that was parsed."""
     trainer, task, held_out = make_trainer(run)
+    write_record(run.config, run.record())
     started = time.monotonic()
     parts = ("supervised", run.about.model_name, spelled(run.config.residual), task.name)
     record: dict[str, Any] = {"title": ", ".join(parts), "arguments": run.record()}

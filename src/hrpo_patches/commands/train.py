@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import set_seed
 from trl.models import unwrap_model_for_generation
 
 from hrpo_patches.commands.flags import Written
+from hrpo_patches.commands.resume import write_record
 from hrpo_patches.commands.train_flags import Run, parse
 from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete, completions
 from hrpo_patches.evaluation.scores import standard_error
@@ -44,7 +45,7 @@ from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
 from hrpo_patches.thinking.batching import cache_size
 from hrpo_patches.thinking.shards import partitioned, whole
 from hrpo_patches.training.config import HRPOConfig
-from hrpo_patches.training.ending import STATUS, EndWhenTold
+from hrpo_patches.training.ending import STATUS, EndWhenTold, NothingLeft
 from hrpo_patches.training.start import Place, fit_projection
 from hrpo_patches.training.trainer import HRPOTrainer
 from hrpo_thinking.errors import InputError
@@ -218,7 +219,8 @@ def train_and_save(trainer: Any, resumed: str | None) -> None:
     """
     with EndWhenTold(trainer.accelerator) as ending:
         trainer.add_callback(ending)
-        trainer.train(resume_from_checkpoint=resumed)
+        with suppress(NothingLeft):
+            trainer.train(resume_from_checkpoint=resumed)
     if ending.told:
         if trainer.accelerator.is_main_process:
             step = trainer.state.global_step
@@ -230,6 +232,7 @@ def train_and_save(trainer: Any, resumed: str | None) -> None:
 def trained(run: Run) -> dict[str, Any]:
     """Do what `main` does, with a run that was parsed."""
     trainer, chosen, held_out = make_trainer(run)
+    write_record(run.config, run.record())
     started = time.monotonic()
     source = (run.about.dataset or "").partition("?")[0]
     parts = (run.about.model_name, spelled(run.config.residual), chosen.name, source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from argparse import SUPPRESS
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
@@ -21,9 +20,9 @@ from hrpo_patches.commands.flags import (
     published,
     read,
 )
+from hrpo_patches.commands.resume import check_output
 from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP
 from hrpo_patches.extras import require
-from hrpo_patches.files import LOCK
 from hrpo_patches.models.adapter import config_of
 from hrpo_patches.models.backends import BACKENDS
 from hrpo_patches.models.hub import adapter_folder
@@ -218,54 +217,13 @@ class Run:
         self._check_output()
 
     def _check_output(self) -> None:
-        checkpoint = check_output(Path(str(self.config.output_dir)), self.config.resume_from_checkpoint)
+        checkpoint = check_output(self.config, self.record())
         if checkpoint is None:
             return
         self.config.resume_from_checkpoint = str(checkpoint)
         check_same_thinking(checkpoint, spelled(self.config.residual), self.thinking())
         if self.config.residual is None:
             check_same_pauses(checkpoint, self.config.thoughts or 0)
-
-
-def check_output(folder: Path, resumed: str | None) -> Path | None:
-    """The checkpoint that a run in `folder` is resumed from, if any.
-
-    Raises:
-        InputError: the folder holds another run, or there is no such checkpoint.
-    """
-    if folder.is_file():
-        raise InputError(f"--output_dir {folder} is a file.")
-    holds = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
-    if resumed is None:
-        if holds:
-            raise InputError(
-                f"{folder} already holds a run; give another --output_dir, or resume it by "
-                f"--resume_from_checkpoint latest."
-            )
-        return None
-    if resumed == "latest":
-        last = last_checkpoint(folder) if holds else None
-        if last is None:
-            raise InputError(f"{folder} holds no checkpoint to resume from.")
-        resumed = str(last)
-    checkpoint = Path(resumed)
-    if not (checkpoint / "trainer_state.json").is_file():
-        raise InputError(f"{checkpoint} is no checkpoint: trainer_state.json does not exist there.")
-    if holds and checkpoint.resolve().parent != folder.resolve():
-        raise InputError(f"{folder} already holds another run than the checkpoint {checkpoint}.")
-    return checkpoint
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run; a save that was cut short is passed over, which is said."""
-    numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text())  # the last file that a save writes
-            return path
-        except (OSError, ValueError):
-            print(f"{path} is incomplete, as a save that was cut short leaves it: passed over.")
-    return None
 
 
 def make_parser(prog: str, whole: bool = False) -> TrlParser:

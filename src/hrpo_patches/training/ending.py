@@ -11,10 +11,15 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 STATUS = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM has ended
 
 
+class NothingLeft(Exception):
+    """A checkpoint that is resumed has all steps of its run."""
+
+
 class EndWhenTold(TrainerCallback):
     """Upon SIGTERM, the step that is under way is finished and saved, and training stops; a second one ends at once.
 
-    It listens within its `with` block, also where training fails.
+    It listens within its `with` block, also where training fails. A checkpoint of the last step is not trained
+    further: `NothingLeft` is raised when its state is loaded.
 
     Args:
         accelerator: the trainer's; of several processes, all end when one was told.
@@ -37,6 +42,10 @@ class EndWhenTold(TrainerCallback):
 
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        if state.global_step and state.global_step >= state.max_steps:  # or `Trainer` would take one step more
+            raise NothingLeft
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.accelerator.num_processes > 1:
