@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from difflib import get_close_matches
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -78,6 +79,21 @@ def alone(folder: Path) -> Iterator[None]:
         lock.release()
         if made and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def missing(name: str) -> str | None:
+    """What to say of a name that is a path of nothing, with the nearest one that is there; None if it is no path.
+
+    A hub id (`owner/model`) is a path where there is a folder `owner`.
+    """
+    path = Path(name).expanduser()
+    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or (name.count("/") == 1 and path.parent.is_dir())
+    if path.exists() or not local:
+        return None
+    parent = path.parent
+    beside = [one.name for one in parent.iterdir()] if parent.is_dir() else []
+    near = get_close_matches(path.name, beside, 1)
+    return f"{name} does not exist{f'; did you mean {parent / near[0]}?' if near else '.'}"
 
 
 def listed(folder: Path) -> list[list[object]]:

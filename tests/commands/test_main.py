@@ -64,4 +64,4 @@ def test_info_is_a_command_and_its_errors_are_sentences(tmp_path, capsys):
     assert cli.main(["info", str(tmp_path), "--projection_hidden", "48"]) == 2
     assert "error: projection_hidden is the width between two layers" in capsys.readouterr().err
     assert cli.main(["info", str(tmp_path / "nowhere")]) == 2
-    assert "could not be loaded" in capsys.readouterr().err
+    assert "does not exist" in capsys.readouterr().err

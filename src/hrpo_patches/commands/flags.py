@@ -9,6 +9,7 @@ import argparse
 import json
 from collections.abc import Iterable
 from dataclasses import field, fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -121,6 +122,24 @@ class _Plain(argparse.ArgumentParser):
     def error(self, message: str) -> Any:
         raise InputError(f"{message}; see {self.prog} --help.")
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        known, rest = self.parse_known_args(args, namespace)
+        refuse_unknown(self, rest)
+        return known
+
+
+def refuse_unknown(parser: argparse.ArgumentParser, words: Written) -> None:
+    """Raise `InputError` for the words of a command line that its parser does not know, with the nearest flag."""
+    if not words:
+        return
+    flag = next((word for word in words if word.startswith("--")), None)
+    if flag is None:
+        raise InputError(f"{words[0]!r} belongs to no flag; see {parser.prog} --help.")
+    flag = flag.partition("=")[0]
+    near = get_close_matches(flag, parser._option_string_actions, 1)
+    hint = f"; did you mean {near[0]}?" if near else f"; see {parser.prog} --help."
+    raise InputError(f"there is no flag {flag}{hint}")
+
 
 def plain_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The parser of a command with few flags, whose errors are `InputError`s; its help has every default."""
@@ -136,7 +155,11 @@ def read(parser: TrlParser, words: Written, **defaults: Any) -> tuple[Any, ...]:
     """
     parser.set_defaults(**defaults)
     try:
-        return parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+        *found, rest = parser.parse_args_into_dataclasses(
+            words, look_for_args_file=False, return_remaining_strings=True
+        )
+        refuse_unknown(parser, rest)
+        return tuple(found)
     except InputError:
         raise
     except (ValueError, ImportError) as error:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
+from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
@@ -89,7 +90,9 @@ def main(argv: Written | None = None) -> int:
         print(usage())
         return 0 if argv else 2
     if argv[0] not in COMMANDS:
-        print(f"error: there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}.", file=sys.stderr)
+        near = get_close_matches(argv[0], COMMANDS, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
+        print(f"error: there is no command {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
     return said(COMMANDS[argv[0]][0], argv[1:])
 

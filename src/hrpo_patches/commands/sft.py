@@ -25,6 +25,7 @@ from hrpo_patches.commands.flags import (
     read,
     with_config,
 )
+from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import check_output, write_record
 from hrpo_patches.commands.train import LORA_TARGETS, asker, finish, train_and_save
 from hrpo_patches.commands.train_flags import REST, ProblemArguments
@@ -99,10 +100,11 @@ class SFTFlags(HRPOSFTConfig):
 
 @dataclass
 class SFTRun:
-    """All that a command line says: what the run is about, and the arguments of its trainer."""
+    """All that a command line says: what the run is about, the arguments of its trainer, and its words."""
 
     about: SFTArguments
     config: SFTFlags
+    words: Written = field(default_factory=list)
 
     def check(self) -> None:
         """Raise `InputError` for whatever can be known to be wrong before any work."""
@@ -165,7 +167,7 @@ def parse(words: Written) -> SFTRun:
     parser = make_parser(whole=ALL in words)
     about, config, more = read(parser, words)
     options = {name: getattr(more, name) for name in REST}
-    run = SFTRun(about, _with_options(config, options))
+    run = SFTRun(about, _with_options(config, options), words)
     run.check()
     return run
 
@@ -269,13 +271,14 @@ def accuracies(trainer: HRPOSFTTrainer, task: Task, rows: list[Any], batch_size:
 
 def trained(run: SFTRun) -> dict[str, Any]:
     """Do what `main` does, with a run that was parsed."""
-    trainer, task, held_out = make_trainer(run)
+    with in_a_sentence(run.words):
+        trainer, task, held_out = make_trainer(run)
     write_record(run.config, run.record())
     started = time.monotonic()
     parts = ("supervised", run.about.model_name, spelled(run.config.residual), task.name)
     record: dict[str, Any] = {"title": ", ".join(parts), "arguments": run.record()}
     record["prompt"] = asker(run, task, trainer.tokenizer)(QUESTION)
-    train_and_save(trainer, run.config.resume_from_checkpoint)
+    train_and_save(trainer, run.config.resume_from_checkpoint, run.words)
     record |= {"stage": trainer.curriculum.stage, "last_stage": trainer.curriculum.last, "thoughts": trainer.forced}
     if held_out:
         verdicts = verdicts_of(trainer, task, held_out, run.about.eval_batch_size, "live")

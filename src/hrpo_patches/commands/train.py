@@ -19,6 +19,7 @@ from transformers import set_seed
 from trl.models import unwrap_model_for_generation
 
 from hrpo_patches.commands.flags import Written
+from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import write_record
 from hrpo_patches.commands.train_flags import Run, parse
 from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete, completions
@@ -211,15 +212,17 @@ def main(
         return trained(run)
 
 
-def train_and_save(trainer: Any, resumed: str | None) -> None:
-    """Train to the end and save the model; `resumed` is a checkpoint.
+def train_and_save(trainer: Any, resumed: str | None, words: Written) -> None:
+    """Train to the end and save the model; `resumed` is a checkpoint, and `words` the command line.
 
     Raises:
+        InputError: before the first step, what another library refuses.
         SystemExit: with `ending.STATUS`, after SIGTERM; a checkpoint of the last step is saved.
     """
     with EndWhenTold(trainer.accelerator) as ending:
         trainer.add_callback(ending)
-        with suppress(NothingLeft):
+        began = int(Path(resumed).name.rpartition("-")[2]) if resumed else 0
+        with suppress(NothingLeft), in_a_sentence(words, lambda: trainer.state.global_step <= began):
             trainer.train(resume_from_checkpoint=resumed)
     if ending.told:
         if trainer.accelerator.is_main_process:
@@ -231,7 +234,8 @@ def train_and_save(trainer: Any, resumed: str | None) -> None:
 
 def trained(run: Run) -> dict[str, Any]:
     """Do what `main` does, with a run that was parsed."""
-    trainer, chosen, held_out = make_trainer(run)
+    with in_a_sentence(run.words):
+        trainer, chosen, held_out = make_trainer(run)
     write_record(run.config, run.record())
     started = time.monotonic()
     source = (run.about.dataset or "").partition("?")[0]
@@ -240,7 +244,7 @@ def trained(run: Run) -> dict[str, Any]:
     record["prompt"] = asker(run, chosen, trainer._tokenizer)(QUESTION)
     if held_out:
         record["before"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering before")
-    train_and_save(trainer, run.config.resume_from_checkpoint)
+    train_and_save(trainer, run.config.resume_from_checkpoint, run.words)
     if held_out:
         record["after"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering after")
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}

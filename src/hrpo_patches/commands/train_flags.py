@@ -139,12 +139,14 @@ class Run:
         config: of the trainer.
         rest: the options of thinking that the trainer's config has no field for.
         backend: as it was asked for.
+        words: of the command line.
     """
 
     about: RunArguments
     config: TrainingFlags
     rest: dict[str, Any]
     backend: str = "auto"
+    words: Written = field(default_factory=list)
 
     def thinking(self) -> ThinkingConfig | None:
         """How the model is to think; None for plain GRPO."""
@@ -256,6 +258,6 @@ def parse(words: Written, task: str = "gsm8k", backend: str = BACKENDS[0], prog:
     about, config, more = read(make_parser(prog, whole=_ALL in words), words, task=task)
     if about.adapter is not None:
         about.adapter = str(adapter_folder(about.adapter))
-    run = Run(about, config, {name: getattr(more, name) for name in REST}, backend)
+    run = Run(about, config, {name: getattr(more, name) for name in REST}, backend, words)
     run.check()
     return run

@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hrpo_patches.files import missing
 from hrpo_patches.models.adapter import config_of, holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.models.backends import backend_named
 from hrpo_patches.models.hub import find_adapter
@@ -22,6 +23,8 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 def _config(source: Any) -> Any:
     place = found(source)
+    if absent := missing(str(place)):
+        raise InputError(f"the model {absent}")
     try:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:

@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
+from hrpo_patches.files import missing
 from hrpo_thinking.errors import InputError
 
 CONFIG = "adapter_config.json"  # PEFT's, which an adapter has
@@ -40,5 +41,7 @@ def adapter_folder(name: str | Path) -> Path:
     """As `find_adapter`; an `InputError` if there is none."""
     folder = find_adapter(name)
     if folder is None:
+        if absent := missing(str(name)):
+            raise InputError(f"the adapter {absent}")
         raise InputError(f"{name} holds no adapter: {CONFIG} is missing, and it is no hub id that can be reached.")
     return folder

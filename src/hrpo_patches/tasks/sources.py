@@ -9,6 +9,7 @@ from typing import Any
 
 from datasets import load_dataset
 
+from hrpo_patches.files import missing
 from hrpo_thinking.errors import InputError
 
 Rows = Iterator[tuple[dict[str, Any], str]]
@@ -61,7 +62,9 @@ def rows_of(source: str, split: str) -> Rows:
     if path.is_dir():
         path = path / f"{split}.jsonl"
     if path.suffix not in (".jsonl", ".json") and not path.exists():
+        if absent := missing(source):
+            raise InputError(f"the data set {absent}")
         return _hub_rows(source, split)
     if not path.is_file():
-        raise InputError(f"the data file {path} does not exist.")
+        raise InputError(f"the data file {missing(str(path)) or f'{path} does not exist.'}")
     return json_rows(path)

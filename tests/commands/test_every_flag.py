@@ -1,0 +1,73 @@
+"""A wrong value of any flag is a sentence that names it, and so is a mistyped name; a bug keeps its trace."""
+
+import pytest
+from every_flag import base_run, cases, tried
+
+from hrpo_patches.commands.eval import parse as parse_eval
+from hrpo_patches.commands.flags import plain_parser
+from hrpo_patches.commands.main import main
+from hrpo_patches.commands.refusals import in_a_sentence
+from hrpo_patches.models.base import read_config
+from hrpo_patches.models.hub import adapter_folder
+from hrpo_patches.tasks.sources import rows_of
+from hrpo_thinking.errors import InputError
+
+SAMPLE = [  # read by a trainer of TRL's, an optimizer, a scheduler, the first step's loss, and a package
+    ("gradient_accumulation_steps", "0"),
+    ("adam_beta1", "2"),
+    ("optim_args", "nonsense"),
+    ("lr_scheduler_kwargs", '{"nonsense": 1}'),
+    ("loss_type", "nonsense"),
+    ("use_liger_kernel", "true"),
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    return base_run(folder), folder / "run"
+
+
+@pytest.mark.parametrize(("name", "value"), SAMPLE)
+def test_a_wrong_value_is_a_sentence_that_names_its_flag(run, name, value):
+    result, text = tried(*run, name, value)
+    assert result == "refused" and text.startswith("error: ") and f"--{name}" in text, text
+
+
+def test_the_script_tries_every_flag():
+    flags = {name for name, _ in cases()}
+    assert len(flags) > 190 and {"top_p", "report_to", "bptt", "deepspeed", "push_to_hub"} <= flags
+
+
+def test_a_bug_of_ours_or_of_a_later_step_keeps_its_trace():
+    with pytest.raises(ValueError, match="ours"), in_a_sentence(["--lr", "1"]):
+        raise ValueError("ours")
+    with pytest.raises(ImportError), in_a_sentence(["--lr", "1"], lambda: False):
+        raise ImportError("at step 100")
+
+
+def test_a_mistyped_flag_gets_the_nearest_one(run, capsys):
+    assert tried(*run, "lora_rnk", "4")[1] == "error: there is no flag --lora_rnk; did you mean --lora_rank?"
+    with pytest.raises(InputError, match="no flag --modle; did you mean --model"):
+        parse_eval(["--modle", "x"])
+    parser = plain_parser("hrpo x", "")
+    parser.add_argument("--prompt")
+    with pytest.raises(InputError, match="did you mean --prompt"):
+        parser.parse_args(["--promt", "x"])
+    assert main(["trian"]) == 2
+    assert "did you mean 'train'?" in capsys.readouterr().err
+
+
+def test_a_mistyped_path_gets_the_nearest_one_and_no_talk_of_connections(tmp_path):
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "sums").mkdir()
+    (tmp_path / "runs" / "sums.jsonl").touch()
+    for read, name in (
+        (read_config, "runs/sum"),
+        (adapter_folder, "runs/sum"),
+        (lambda name: list(rows_of(name, "train")), "runs/sms.jsonl"),
+    ):
+        with pytest.raises(InputError, match=r"does not exist; did you mean .*sums"):
+            read(str(tmp_path / name))
+    with pytest.raises(InputError, match=r"nowhere/model does not exist\.$"):
+        read_config("./nowhere/model")
