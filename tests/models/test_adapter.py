@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from rollouts import ragged
-from runs import small_trainer
+from runs import lora, small_trainer
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
 from transformers import GenerationConfig
@@ -128,6 +128,16 @@ def test_training_goes_on_from_a_loaded_adapter(base, tmp_path):
     before = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
     trainer.train()
     assert before and all(not torch.equal(model.get_parameter(n), value) for n, value in before.items())
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_an_adapter_that_trained_biases_loads_with_them(tmp_path, bias):
+    model = tiny_model("qwen2", thinking=False)
+    model.config.thinking = None
+    model.save_pretrained(tmp_path / "base")
+    expected = answer(trained(tmp_path / "base", tmp_path / "run", peft_config=lora(bias=bias)))
+    found = answer(load_adapter(str(tmp_path / "base"), tmp_path / "run"))
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits))
 
 
 def test_a_run_resumes_from_its_checkpoint(base, tmp_path):

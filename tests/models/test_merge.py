@@ -9,6 +9,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from rollouts import completions, ragged, sample
+from runs import lora, small_trainer
 from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
@@ -114,6 +115,17 @@ def test_a_bf16_base_stays_bf16_and_the_thinking_weights_float32(folders):
     assert sum(map(is_thinking_parameter, weights)) == 6
     for name, value in weights.items():
         assert value.dtype == (torch.float32 if is_thinking_parameter(name) else torch.bfloat16), name
+
+
+def test_a_lora_bias_without_a_place_is_a_sentence(tmp_path):
+    base = tiny_model("llama", thinking=False)
+    base.config.thinking = None
+    base.save_pretrained(tmp_path / "base")
+    byte_tokenizer().save_pretrained(tmp_path / "base")
+    trainer = small_trainer(tmp_path / "run", model=str(tmp_path / "base"), peft_config=lora(lora_bias=True))
+    trainer.save_model()
+    with pytest.raises(InputError, match="bias for .*q_proj, which has none to merge it into"):
+        merge(tmp_path / "run", tmp_path / "merged")
 
 
 def test_nothing_is_overwritten_and_nothing_is_left_half_written(folders):

@@ -131,6 +131,12 @@ def load_adapter(
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder} holds no adapter: adapter_model.safetensors is missing.")
     weights = weights_of(folder)
+    # LoRA's bias="all" writes the biases of modules_to_save twice more, under PEFT's inner names.
+    weights = {
+        key: value
+        for key, value in weights.items()
+        if not {"modules_to_save", "original_module"} & set(key.split("."))
+    }
     held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
     if not held:
         raise InputError(f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter.")

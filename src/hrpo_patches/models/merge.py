@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
@@ -47,7 +48,11 @@ def merge(adapter: str | Path, destination: Path, base: str | None = None) -> Pa
     tokenizer = tokenizer_of(adapter, source)
     with whole_or_nothing(destination) as folder:
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
-        merged: Any = load_adapter(model, adapter).merge_and_unload()
+        loaded = load_adapter(model, adapter)
+        for name, part in loaded.named_modules():
+            if isinstance(part, LoraLayer) and any(part.lora_bias.values()) and part.get_base_layer().bias is None:
+                raise InputError(f"the adapter has a bias for {name}, which has none to merge it into (lora_bias).")
+        merged: Any = loaded.merge_and_unload()
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         mark(folder)
