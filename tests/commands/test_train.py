@@ -177,10 +177,10 @@ def test_a_run_trains_saves_and_reports(base, data, tmp_path, residual, capsys):
     assert again["log"][0] == record["log"][0]  # the first step was not done again
     other = "embedding" if residual == "projection" else "projection"
     with pytest.raises(InputError, match=f"trained with --residual {residual}, not {other}"):
-        main([*arguments, *TINY, "--resume_from_checkpoint", "latest", "--residual", other])
+        main([*arguments, *TINY, "--max_steps", "3", "--resume_from_checkpoint", "latest", "--residual", other])
     if residual != "none":
         with pytest.raises(InputError, match="trained with --answer_start '####'"):
-            main([*arguments, *TINY, "--resume_from_checkpoint", "latest", "--answer_start", "##"])
+            main([*arguments, *TINY, "--max_steps", "3", "--resume_from_checkpoint", "latest", "--answer_start", "##"])
 
 
 def test_a_resume_asks_whether_the_checkpoint_is_whole_of_this_run_and_not_its_last(base, data, tmp_path, capsys):
@@ -206,6 +206,38 @@ def test_a_resume_asks_whether_the_checkpoint_is_whole_of_this_run_and_not_its_l
         with pytest.raises(InputError, match="is incomplete: .* is missing"):
             main([*resume, "--max_steps", "3"])
         (folder / "checkpoint-2" / name).write_bytes(kept)
+
+
+def test_options_of_loading_and_of_evaluation_reach_the_model_and_the_trainer(base, data, tmp_path):
+    arguments = ["--model_name", base, "--dataset", data, "--output_dir", str(tmp_path / "run"), *TINY]
+    for flags, message in (
+        (["--trust_remote_code", "true"], "runs no code"),
+        (["--model_init_kwargs", '{"thinking": true}'], "has flags of its own"),
+        (["--model_init_kwargs", '{"dtype": "float17"}'], "dtype one of"),
+        (["--eval_strategy", "steps"], "require --eval_problems"),
+        (["--enable_jit_checkpoint", "true"], "upon SIGTERM by itself"),
+        (["--report_to", "tensorboard", "trackio"], "--report_to trackio"),
+    ):
+        with pytest.raises(InputError, match=message):
+            parse([*arguments, *flags])
+    init = ["--model_init_kwargs", '{"dtype": "bfloat16", "attn_implementation": "eager"}']
+    evaluation = [
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+        "--eval_problems",
+        "8",
+        "--num_generations_eval",
+        "4",
+    ]
+    run = parse([*arguments, *init, *evaluation, "--per_device_eval_batch_size", "4"])
+    run.backend = "transformers"
+    trainer, _, held_out = make_trainer(run)
+    assert trainer.model.config._attn_implementation == "eager" and len(trainer.eval_dataset) == len(held_out) == 8
+    assert trainer.model.get_input_embeddings().weight.dtype == torch.bfloat16
+    trainer.train()
+    assert any("eval_reward" in row for row in trainer.state.log_history)
 
 
 def test_whoever_asks_an_adapter_asks_what_was_asked_in_training(base, data, tmp_path, capsys):

@@ -131,6 +131,12 @@ def test_vllms_log_probabilities_of_a_narrowed_distribution_weigh_no_loss(tmp_pa
     HRPOConfig(**own, top_k=-1, top_p=1.0, generation_kwargs={"frequency_penalty": 0.0})
 
 
+def test_noise_in_the_embeddings_is_refused_where_thoughts_are_made_from_them(tmp_path):
+    with pytest.raises(InputError, match="neftune_noise_alpha adds noise"):
+        HRPOConfig(output_dir=str(tmp_path), **PLAIN, neftune_noise_alpha=5.0)
+    HRPOConfig(output_dir=str(tmp_path), **PLAIN, neftune_noise_alpha=5.0, residual=None)
+
+
 def test_a_temperature_that_the_loss_does_not_take_is_refused(tmp_path):
     with pytest.raises(InputError, match="temperature=0.5, and the loss takes 1.0"):
         HRPOConfig(output_dir=str(tmp_path), **PLAIN, generation_kwargs={"temperature": 0.5})

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from trl import TrlParser
 
 Written = list[str]  # words of a command line
+TRACKERS = {
+    "help": "Where the log goes, beside monitor.jsonl; several may be given.",
+    "choices": ("none", "tensorboard", "wandb", "trackio"),
+}
 
 
 def option(default: Any, text: str, **metadata: Any) -> Any:

@@ -16,6 +16,7 @@ from transformers import set_seed
 from trl import TrlParser
 
 from hrpo_patches.commands.flags import (
+    TRACKERS,
     Written,
     add_first_flags,
     add_thinking_flags,
@@ -90,9 +91,7 @@ class SFTFlags(HRPOSFTConfig):
     eval_steps: float | None = published(HRPOSFTConfig, "eval_steps", 250)
     logging_steps: float = published(HRPOSFTConfig, "logging_steps", 10)
     resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' for the last in output_dir.")
-    report_to: str = option(
-        "none", "Where the log goes, beside monitor.jsonl.", choices=("none", "tensorboard", "wandb", "trackio")
-    )
+    report_to: list[str] = field(default_factory=lambda: ["none"], metadata=TRACKERS)
     use_cpu: bool = published(HRPOSFTConfig, "use_cpu", not _GPU)
     bf16: bool = published(HRPOSFTConfig, "bf16", _GPU and torch.cuda.is_bf16_supported())
     dataloader_pin_memory: bool = published(HRPOSFTConfig, "dataloader_pin_memory", _GPU)
@@ -121,6 +120,8 @@ class SFTRun:
             raise InputError(f"--eval_strategy {config.eval_strategy} requires --eval_problems.")
         if config.patience and not about.eval_problems:
             raise InputError("--patience requires --eval_problems, whose accuracy it watches.")
+        if config.enable_jit_checkpoint:
+            raise InputError("--enable_jit_checkpoint: hrpo sft saves a checkpoint upon SIGTERM by itself; remove it.")
         for tracker in config.report_to:
             require(tracker, f"--report_to {tracker}")
         if about.report:

@@ -8,6 +8,7 @@ from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
@@ -69,7 +70,10 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     train, held_out = split_held_out(problems, about.eval_problems, config.seed)
     set_seed(config.seed)
     longest = about.max_prompt_length + (config.max_completion_length or 0)
-    model, tokenizer = load_model(about.model_name, run.thinking(), backend=run.backend, max_seq_length=longest)
+    init: dict[str, Any] = dict(config.model_init_kwargs or {})  # type: ignore[arg-type]  # TRL has read it
+    config.model_init_kwargs = None  # or TRL would say that it cannot use them
+    dtype = getattr(torch, init.pop("dtype")) if "dtype" in init else None
+    model, tokenizer = load_model(about.model_name, run.thinking(), dtype, run.backend, longest, **init)
     marker_table(tokenizer, config.answer_start)
     template_options: Any = config.chat_template_kwargs or {}
     fix_template(tokenizer, template_options, uses_chat(about.prompt, tokenizer))
@@ -88,6 +92,7 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
         [answer_reward(task, config.answer_start), *form],
         config,
         Dataset.from_list(rows),
+        Dataset.from_list(held_out_rows) if held_out_rows else None,
         processing_class=tokenizer,
         peft_config=peft_config,
     )

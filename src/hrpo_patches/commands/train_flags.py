@@ -12,6 +12,7 @@ import torch
 from trl import TrlParser
 
 from hrpo_patches.commands.flags import (
+    TRACKERS,
     Written,
     add_first_flags,
     add_thinking_flags,
@@ -38,6 +39,7 @@ from hrpo_thinking.parts import spelled
 
 OF_TRL = set(GRPOConfig.__dataclass_fields__) - {"resume_from_checkpoint", "report_to"}  # which are said otherwise
 REST = [name for name in OPTIONS if name not in SHARED]  # options of thinking that HRPOConfig has no field for
+DTYPES = ("float32", "bfloat16", "float16")
 _ALL = "--help_all"
 _GPU = torch.cuda.is_available()
 
@@ -115,9 +117,7 @@ class TrainingFlags(HRPOConfig):
     save_total_limit: int | None = published(HRPOConfig, "save_total_limit", 3)
     logging_steps: float = published(HRPOConfig, "logging_steps", 1)
     resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' for the last in output_dir.")
-    report_to: str = option(
-        "none", "Where the log goes, beside monitor.jsonl.", choices=("none", "tensorboard", "wandb", "trackio")
-    )
+    report_to: list[str] = field(default_factory=lambda: ["none"], metadata=TRACKERS)
     bf16: bool = published(HRPOConfig, "bf16", _GPU and torch.cuda.is_bf16_supported())
     gradient_checkpointing: bool = published(HRPOConfig, "gradient_checkpointing", _GPU)
     dataloader_pin_memory: bool = published(HRPOConfig, "dataloader_pin_memory", _GPU)
@@ -200,6 +200,23 @@ class Run:
             rank = config_of(Path(about.adapter)).r
             if about.lora_rank != rank:
                 raise InputError(f"--lora_rank {about.lora_rank} cannot change --adapter, which has rank {rank}.")
+        if config.trust_remote_code:
+            raise InputError(
+                "--trust_remote_code: hrpo train runs no code of a model's repository; load the model in Python, and "
+                "hand it to HRPOTrainer."
+            )
+        init: Any = config.model_init_kwargs or {}
+        if "thinking" in init or init.get("dtype", "float32") not in DTYPES:
+            raise InputError(
+                f"--model_init_kwargs {init}: expected options of from_pretrained, dtype one of {', '.join(DTYPES)}; "
+                f"how the model thinks has flags of its own."
+            )
+        if not about.eval_problems and (config.eval_strategy != "no" or config.eval_on_start):
+            raise InputError("--eval_strategy and --eval_on_start require --eval_problems.")
+        if config.enable_jit_checkpoint:
+            raise InputError(
+                "--enable_jit_checkpoint: hrpo train saves a checkpoint upon SIGTERM by itself; remove it."
+            )
         if about.eval_problems < 0:
             raise InputError(f"--eval_problems has to be 0 or more, not {about.eval_problems}.")
         for tracker in config.report_to:

@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from hrpo_patches.models.adapter import load_adapter
 from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.models.record import THINKING_FILE
+from hrpo_patches.models.smollm2 import found
 from hrpo_patches.thinking.backbone import is_untrained, temporarily
 from hrpo_thinking.errors import InputError
 
@@ -32,7 +33,7 @@ class ThinkingLM(HFLM):
     """
 
     def __init__(self, pretrained: Any, peft: str | None = None, thinking: bool = True, **kwargs: Any) -> None:
-        super().__init__(pretrained=pretrained, **kwargs)
+        super().__init__(pretrained=found(pretrained), **kwargs)
         if peft is not None and (adapter_folder(peft) / THINKING_FILE).is_file():
             self._model = load_adapter(self.model, peft)
         elif peft is not None:

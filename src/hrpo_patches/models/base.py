@@ -60,6 +60,7 @@ def load_model(
     dtype: torch.dtype | None = None,
     backend: str = "transformers",
     max_seq_length: int = 2048,
+    **init: Any,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A causal language model and its tokenizer, which pads on the left.
 
@@ -69,16 +70,17 @@ def load_model(
         dtype: of the base weights; by default bfloat16 on a GPU that has it, else float32.
         backend: "transformers", or "unsloth" where unsloth was imported first.
         max_seq_length: the longest prompt and completion, in tokens; unsloth's models are built for it.
+        init: what else `from_pretrained` takes (`attn_implementation`).
 
     Raises:
         InputError: there is no such model, or it is to think and its family has no patches.
     """
     source = found(name)
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(init)
     if thinking is not None:
-        options = {"thinking": thinking_options(source, thinking.chosen())}
+        options["thinking"] = thinking_options(source, thinking.chosen())
     elif hasattr(_config(source), "thinking"):
-        options = {"thinking": False}
+        options["thinking"] = False
     if dtype is None:
         dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     try:

@@ -100,6 +100,11 @@ class ThinkingArguments(_Arguments):
         self.residual = residual_of(self.residual)
         self._read_thinking()
         self._read_bptt()
+        if self.residual is not None and self.neftune_noise_alpha is not None:
+            raise InputError(
+                "neftune_noise_alpha adds noise to every embedding in training mode, also to what thoughts are made "
+                "from; remove it, or train plain GRPO with residual='none'."
+            )
         for name in ("learning_rate", "lr_residual_gate", "lr_residual_Lambda", "lr_thinking_projection"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name} must be at least 0, not {getattr(self, name)}.")
