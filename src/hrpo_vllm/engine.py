@@ -13,6 +13,8 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import FORCED_ALONE, check_residual
 from hrpo_vllm import CANNOT, KEY, NO_FILLER, THINKING, THOUGHTS, architecture, cannot, check_version, is_thinking
 
+CPU_WORKER, GPU_WORKER = "hrpo_vllm.cpu_workers.ThinkingCPUWorker", "hrpo_vllm.workers.ThinkingGPUWorker"
+
 
 class ThinkingFamily:
     """The config of a merged model, whose type stock transformers refuses, as that of its family.
@@ -58,7 +60,7 @@ class ThinkingEngine:
         check_engine(vllm_config)
         guard_requests()
         parallel, on_cpu = vllm_config.parallel_config, vllm_config.device_config.device_type == "cpu"
-        parallel.worker_cls = "hrpo_vllm.workers." + ("ThinkingCPUWorker" if on_cpu else "ThinkingGPUWorker")
+        parallel.worker_cls = CPU_WORKER if on_cpu else GPU_WORKER
         vllm_config.scheduler_config.scheduler_cls = "hrpo_vllm.workers.thinking_scheduler"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor
 from vllm.model_executor.models.llama import LlamaForCausalLM
 from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
@@ -42,6 +43,7 @@ class ThinkingModel:
     Attributes:
         thoughts: of all requests.
         missing: the thinking parameters that no weights have arrived for.
+        warming_up: whether the engine's requests are its own, made up before it serves any.
     """
 
     model: Any
@@ -55,18 +57,20 @@ class ThinkingModel:
             self.model.add_module(name, module.requires_grad_(False))
         self._blend = _Reader(self.model, config)
         tokenizer = tokenizer_of(vllm_config.model_config)
+        with torch.device("cpu"):  # an engine makes its models within that of its own, token by token
+            table = thinking_table(tokenizer, thinking, config.vocab_size)
         self.thoughts = EngineThoughts(
             config.hidden_size,
             scheduler.max_num_batched_tokens,
             scheduler.max_num_seqs,
-            thinking_table(tokenizer, thinking, config.vocab_size),
+            table,
             thinking.thoughts,
             tokenizer.get_vocab().get(thinking.filler),
             vllm_config.model_config.dtype,
         )
         named: Any = self.named_parameters()  # type: ignore[attr-defined]  # a module's
         self.missing = {name for name, _ in named if is_thinking_parameter(name)}
-        self._loaded = False
+        self._loaded = self.warming_up = False
 
     def forward(
         self, input_ids: Any, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
@@ -75,7 +79,8 @@ class ThinkingModel:
         embeds = self.model.embed_input_ids(input_ids)[None]
         thinking = ThinkingInputs(thoughts.states[None, :rows], thoughts.mask[None, :rows])
         blended = self._blend.blend_thinking(embeds, thinking)
-        return super().forward(input_ids, positions, intermediate_tensors, blended[0])  # type: ignore[misc]
+        inputs = thoughts.inputs[:rows].copy_(blended[0])  # where graphs of the backbone read them
+        return super().forward(input_ids, positions, intermediate_tensors, inputs)  # type: ignore[misc]
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         logits: Tensor | None = super().compute_logits(hidden_states)  # type: ignore[misc]

@@ -55,11 +55,13 @@ class EngineThoughts(nn.Module):
 
     Attributes:
         states, mask: (rows, d) and (rows,) bool, what the forward blends; a captured graph reads them where they are.
+        inputs: (rows, d), the blends, which the backbone's graphs read where they are.
         bound: how many bytes of states are kept, for requests with a key that have ended, until they are taken.
         counts: thoughts that were computed anew after a preemption, in all, and requests that were.
     """
 
     states: Tensor
+    inputs: Tensor
     mask: Tensor
     last: Tensor
     progress: Tensor
@@ -73,6 +75,7 @@ class EngineThoughts(nn.Module):
         self.forced, self.filler = forced, filler
         for name, values in (
             ("states", torch.zeros(rows, size, dtype=dtype)),
+            ("inputs", torch.zeros(rows, size, dtype=dtype)),
             ("mask", torch.zeros(rows, dtype=torch.bool)),
             ("last", torch.zeros(requests, size, dtype=dtype)),
             ("progress", torch.zeros(requests, dtype=torch.long)),

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker
 
 from hrpo_thinking.errors import InputError
@@ -25,6 +24,15 @@ class ThinkingWorker:
         if not self.use_v2_model_runner:
             follow_runner_v1(self.model_runner)
         return out
+
+    def compile_or_warm_up_model(self) -> Any:
+        """As vLLM's, whose made-up requests would think: in training no weights have arrived for it yet."""
+        model = self.model_runner.get_model()
+        model.warming_up = True
+        try:
+            return super().compile_or_warm_up_model()  # type: ignore[misc]
+        finally:
+            model.warming_up = False
 
     def execute_model(self, scheduler_output: Any, *args: Any) -> Any:
         follow_scheduler(self.thoughts, scheduler_output)
@@ -59,9 +67,6 @@ def packed(states: Tensor) -> tuple[bytes, str, list[int]]:
     """The bytes of a tensor on the CPU, its dtype and its shape."""
     values = states.contiguous().view(torch.uint8).numpy().tobytes()
     return values, str(states.dtype).removeprefix("torch."), list(states.shape)
-
-
-class ThinkingCPUWorker(ThinkingWorker, CPUWorker): ...
 
 
 class ThinkingGPUWorker(ThinkingWorker, Worker): ...
@@ -121,7 +126,7 @@ def model_state_class() -> type[Any]:
 
 def prepare(model: Any, step: list[Scheduled], input_ids: Tensor) -> None:
     """`EngineThoughts.prepare`, for a model whose weights are there."""
-    if model.thoughts.prepare(step, input_ids):
+    if model.thoughts.prepare(step, input_ids) and not model.warming_up:
         model.check_arrived()
 
 
