@@ -62,10 +62,10 @@ class Blend:
             The blend (..., d) in the dtype of `embeds`, and a (..., d) in float32.
         """
         with torch.autocast(embeds.device.type, enabled=False):
-            a = self.thinking_decay(embeds)
+            a = self.thinking_decay(embeds).to(embeds.device)  # a device_map may put modules on other devices
             e = embeds.to(a.dtype)
             gate = self.thinking_residual_gate_i(e.to(self.thinking_residual_Lambda.Lambda.dtype))
-            gated = torch.sigmoid(wide(gate)) * residual.to(a.dtype)
+            gated = torch.sigmoid(wide(gate)).to(a.device) * residual.to(a)
             blended = a * e + torch.sqrt(1 - a.square() + EPS) * gated
         return blended.to(embeds.dtype), a
 

@@ -30,6 +30,7 @@ from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import check_output, write_record
 from hrpo_patches.commands.train import LORA_TARGETS, asker, finish, train_and_save
 from hrpo_patches.commands.train_flags import REST, ProblemArguments
+from hrpo_patches.device import has_bf16
 from hrpo_patches.evaluation.generate import Decoding, completions
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.extras import require
@@ -93,7 +94,7 @@ class SFTFlags(HRPOSFTConfig):
     resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' for the last in output_dir.")
     report_to: list[str] = field(default_factory=lambda: ["none"], metadata=TRACKERS)
     use_cpu: bool = published(HRPOSFTConfig, "use_cpu", not _GPU)
-    bf16: bool = published(HRPOSFTConfig, "bf16", _GPU and torch.cuda.is_bf16_supported())
+    bf16: bool = published(HRPOSFTConfig, "bf16", has_bf16())
     dataloader_pin_memory: bool = published(HRPOSFTConfig, "dataloader_pin_memory", _GPU)
 
 

@@ -120,7 +120,7 @@ def _use_engine(engine: str, config: HRPOConfig, model: Any, longest: int) -> No
     if engine == "continuous":
         config.use_transformers_continuous_batching = True
         given: Any = config.transformers_continuous_batching_config or {}
-        size = cache_size(model, longest, config.generation_batch_size or 1)
+        size = cache_size(model, longest, config.generation_batch_size or 1, config.device)
         config.transformers_continuous_batching_config = size | given
     if engine == "vllm":
         config.use_vllm = True
@@ -135,7 +135,7 @@ def engine_of(run: Run, model: Any, longest: int) -> str:
     forced = thinking.thoughts if thinking is not None else run.config.thoughts or 0
     asked = run.about.engine if run.config.engine == "generate" else run.config.engine
     longest = run.config.vllm_max_model_length or longest
-    engine, why = choose_engine(asked, model, run.config.residual, forced, longest=longest)
+    engine, why = choose_engine(asked, model, run.config.residual, forced, longest=longest, device=run.config.device)
     if run.about.engine == "auto":
         print(f"engine: {engine} ({why})")
     return engine

@@ -22,6 +22,7 @@ from hrpo_patches.commands.flags import (
     read,
 )
 from hrpo_patches.commands.resume import check_output
+from hrpo_patches.device import has_bf16
 from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP
 from hrpo_patches.extras import require
 from hrpo_patches.models.adapter import config_of
@@ -118,7 +119,7 @@ class TrainingFlags(HRPOConfig):
     logging_steps: float = published(HRPOConfig, "logging_steps", 1)
     resume_from_checkpoint: str | None = option(None, "A checkpoint folder, or 'latest' for the last in output_dir.")
     report_to: list[str] = field(default_factory=lambda: ["none"], metadata=TRACKERS)
-    bf16: bool = published(HRPOConfig, "bf16", _GPU and torch.cuda.is_bf16_supported())
+    bf16: bool = published(HRPOConfig, "bf16", has_bf16())
     gradient_checkpointing: bool = published(HRPOConfig, "gradient_checkpointing", _GPU)
     dataloader_pin_memory: bool = published(HRPOConfig, "dataloader_pin_memory", _GPU)
 

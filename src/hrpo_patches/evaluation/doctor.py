@@ -124,12 +124,14 @@ class Examination:
         """Devices, dtypes and room."""
         import torch
 
+        from hrpo_patches.device import has_bf16
+
         if shutil.disk_usage(Path.cwd()).free < ROOM:
             raise InputError(f"less than {ROOM / GIB:.0f} GiB of the disk of {Path.cwd()} are free; make room.")
         if not torch.cuda.is_available():
             return f"no GPU; {os.cpu_count()} CPU cores, {torch.get_num_threads()} threads, float32"
         names = {torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())}
-        dtype = "bfloat16" if torch.cuda.is_bf16_supported() else "float32"
+        dtype = "bfloat16" if has_bf16() else "float32"
         return f"{torch.cuda.device_count()} GPU ({', '.join(sorted(names))}), {dtype}"
 
     # --- the model, its tokenizer and its data ---------------------------------------------------------------------

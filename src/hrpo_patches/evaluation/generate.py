@@ -157,7 +157,13 @@ _TITLES = {"continuous": "continuous batching", "vllm": "vLLM"}
 
 
 def choose_engine(
-    asked: str, model: Any, residual: str | None, thoughts: int = 0, control: str = "live", longest: int = 0
+    asked: str,
+    model: Any,
+    residual: str | None,
+    thoughts: int = 0,
+    control: str = "live",
+    longest: int = 0,
+    device: torch.device | None = None,
 ) -> tuple[str, str]:
     """(one of `ENGINES`, why), for what is asked of `model`.
 
@@ -167,22 +173,24 @@ def choose_engine(
         residual: that it thinks with; None if it does not think.
         thoughts, control: as of `Decoding`.
         longest: tokens of a prompt and its completion.
+        device: that the model will be on; by default the one that it is on.
 
     Raises:
         InputError: another engine than generate was asked for, and cannot do it.
     """
+    device = device if device is not None else model.device
     if asked != "auto":
         try:
-            _check_engine(asked, model, residual, thoughts, control, longest)
+            _check_engine(asked, model, residual, thoughts, control, longest, device)
         except InputError as error:
             raise InputError(f"--engine {asked} cannot be used: {error}") from None
         return asked, "asked for"
-    if model.device.type != "cpu":
+    if device.type != "cpu":
         return "generate", "which engine is fastest on this device was not measured"
     reasons = []
     for engine in reversed(ENGINES[1:]):
         try:
-            _check_engine(engine, model, residual, thoughts, control, longest)
+            _check_engine(engine, model, residual, thoughts, control, longest, device)
         except InputError as error:
             reasons.append(f"not {engine}: {str(error).rstrip('.')}")
         else:
@@ -190,7 +198,9 @@ def choose_engine(
     return "generate", "; ".join(reasons)
 
 
-def _check_engine(engine: str, model: Any, residual: str | None, thoughts: int, control: str, longest: int) -> None:
+def _check_engine(
+    engine: str, model: Any, residual: str | None, thoughts: int, control: str, longest: int, device: torch.device
+) -> None:
     """Raise `InputError` if an engine cannot do what is asked of `model`."""
     if engine == "generate":
         return
@@ -208,12 +218,12 @@ def _check_engine(engine: str, model: Any, residual: str | None, thoughts: int, 
     if engine == "vllm" and control != "live":
         raise InputError("controls stand between a thought and its blend, which vLLM makes by itself.")
     if engine == "vllm":
-        _check_vllm(model, longest)
+        _check_vllm(model, longest, device)
 
 
-def _check_vllm(model: Any, longest: int) -> None:
+def _check_vllm(model: Any, longest: int, device: torch.device) -> None:
     """Raise `InputError` where vLLM would not start."""
-    if model.device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("vLLM beside several processes needs GPUs.")
     own = causal_lm(model).config.get_text_config()
     rope = getattr(own, "rope_parameters", None) or {}

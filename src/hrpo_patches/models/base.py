@@ -9,6 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from hrpo_patches.device import has_bf16, placed
 from hrpo_patches.files import missing
 from hrpo_patches.models.adapter import config_of, holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.models.backends import backend_named
@@ -82,7 +83,7 @@ def load_model(
     elif hasattr(_config(source), "thinking"):
         options["thinking"] = False
     if dtype is None:
-        dtype = torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        dtype = torch.bfloat16 if has_bf16() else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
         model = backend_named(backend).load(source, dtype, max_seq_length, **options)
@@ -121,7 +122,7 @@ def tokenizer_of(adapter: Path, base: Any) -> PreTrainedTokenizerBase:
 
 def open_model(name: str, base: str | None = None) -> tuple[Any, PreTrainedTokenizerBase]:
     """A model to look at or to evaluate, and its tokenizer: an adapter's folder or hub id, a merged model, or any
-    base model.
+    base model. It is on this process's device (`run_device`).
 
     A plain adapter (`--residual none`) leaves the thinking weights fresh.
 
@@ -134,12 +135,12 @@ def open_model(name: str, base: str | None = None) -> tuple[Any, PreTrainedToken
             raise InputError(f"{name} is no adapter, so it has no base model; leave --base out.")
         said = ThinkingConfig.of(read_config(name))
         model, tokenizer = load_model(name, said or ThinkingConfig())
-        return model.eval(), tokenizer
+        return placed(model.eval()), tokenizer
     source = base_of(adapter, base)
     model, _ = load_model(str(source), ThinkingConfig())
     tokenizer = tokenizer_of(adapter, source)
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     if not holds_thinking(adapter):
-        return load_plain_adapter(model, adapter), tokenizer
-    return load_adapter(model, adapter), tokenizer
+        return placed(load_plain_adapter(model, adapter)), tokenizer
+    return placed(load_adapter(model, adapter)), tokenizer

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hrpo_patches.thinking.backbone import thinking_backbone
 from hrpo_patches.thinking.decoding import NEUTRAL, check_request, check_room
 from hrpo_thinking.errors import InputError
@@ -49,14 +51,15 @@ def batching_config(given: ContinuousBatchingConfig | None, model: Any, hints: A
     return config
 
 
-def cache_size(model: Any, longest: int, requests: int) -> dict[str, Any]:
+def cache_size(model: Any, longest: int, requests: int, device: torch.device | None = None) -> dict[str, Any]:
     """Options of the engine's config that make its cache fit so many requests of so many tokens; none on a GPU.
 
-    By default the engine takes half of a CPU's memory, and fills masks of that size.
+    By default the engine takes half of a CPU's memory, and fills masks of that size. `device` is where the model will
+    be, by default where it is.
     """
     from transformers import ContinuousBatchingConfig
 
-    if model.device.type != "cpu":
+    if (device if device is not None else model.device).type != "cpu":
         return {}
     own = model.config.get_text_config()
     heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads

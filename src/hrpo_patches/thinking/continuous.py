@@ -129,9 +129,10 @@ class BatchThinking:
     def _inputs(self, rows: list[int], states: list[Tensor], length: int) -> ThinkingInputs:
         kept = torch.stack(states)
         mask = torch.zeros(1, length, dtype=torch.bool, device=kept.device)
-        mask[0, rows] = True
+        at = torch.tensor(rows, device=kept.device)  # one copy to the device: a list would be copied for each use
+        mask[0, at] = True
         whole = kept.new_zeros(1, length, kept.shape[1])
-        whole[0, rows] = kept
+        whole[0, at] = kept
         return ThinkingInputs(whole, mask, self.residual)
 
     def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
