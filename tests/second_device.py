@@ -1,7 +1,7 @@
 """A torch device in pure Python, `second:0` and `second:1`, to see without a GPU what a GPU would refuse or wait for.
 
-Its tensors hold one of the CPU and compute by the CPU's kernels, with autograd. As on a GPU, they do not mix with tensors
-of the CPU or of the other second device. Counted in `EVENTS`, by kind and the line of this project that is nearest: each
+Its tensors hold one of the CPU and compute by the CPU's kernels, with autograd. As on a GPU, they do not mix with
+tensors of the CPU or of the other second device. Counted in `EVENTS`, by kind and the function that asked for it: each
 wait of the host (`.item()`, `.tolist()`, `nonzero`, a boolean index) and each copy between host and device.
 
 Importing it gives torch the device for the whole process, so that it has to be imported in one of its own; tensors are
