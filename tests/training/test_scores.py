@@ -5,6 +5,7 @@ import torch
 from runs import small_trainer
 from tiny import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from hrpo_patches.training import scores as module
@@ -68,3 +69,25 @@ def test_nothing_in_a_loss_and_its_gradient_has_the_size_of_all_tokens_times_the
     rows = trainer.args.per_device_train_batch_size
     table = vocabulary * model.config.hidden_size
     assert table <= seen.elements < rows * length * vocabulary / 2, (seen.elements, table)
+
+
+@pytest.mark.skipif(not hasattr(trl_utils, "_use_triton"), reason="TRL before 1.16 has no fused head without triton")
+def test_trls_fused_head_has_the_values_and_gradients_of_the_plain_one_while_thinking(tmp_path, monkeypatch):
+    trainer, differences = small_trainer(tmp_path, max_steps=1), []
+    plain = trainer._score_plain
+
+    def both(model, ids, mask, width, inputs):
+        if torch.is_grad_enabled() and inputs:
+            found, weights = [], [p for p in model.parameters() if p.requires_grad]
+            for score in (plain, trainer._score_fused):
+                logps, entropies = score(model, ids, mask, width, inputs)
+                gradients = torch.autograd.grad(logps.square().mean(), weights, allow_unused=True)
+                kept = mask[:, -width:].bool()
+                found.append([logps[kept], entropies[kept], *(one for one in gradients if one is not None)])
+            for one, other in zip(*found, strict=True):
+                differences.append(((one - other).abs().max() / one.abs().max().clamp(min=1e-9)).item())
+        return plain(model, ids, mask, width, inputs)
+
+    monkeypatch.setattr(trainer, "_score_plain", both)
+    trainer.train()
+    assert len(differences) > 10 and max(differences) < 1e-4
