@@ -173,3 +173,23 @@ def test_the_configs_are_read(tmp_path):
     for path in sorted((Path(__file__).parents[2] / "configs").glob("sft-*.yaml")):
         run = parse([*evaluation.with_config(["--config", str(path)]), "--output_dir", str(tmp_path / "run")])
         assert run.thinking() is not None
+
+
+@pytest.mark.xdist_group("several")
+def test_two_processes_take_the_steps_and_stages_of_one(flags, tmp_path):
+    alike = {"lr": 1e-4, "eval_problems": 4, "eval_steps": 6}
+    main(flags("one", **alike))
+    words = flags("two", **alike, per_device_train_batch_size=2)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["-m", "hrpo_patches", "sft", *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [[row for row in log_of(tmp_path / name) if "loss" in row] for name in ("one", "two")]
+    assert len(rows[0]) == 12 and rows[0][-1]["stage"] == 3
+    for one, two in zip(*rows, strict=True):
+        assert one["stage"] == two["stage"]
+        assert two["loss"] == pytest.approx(one["loss"], rel=0.05)  # a mean over each process's tokens
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    record = json.loads((tmp_path / "two" / "report.json").read_text())
+    assert record["after"]["total"] == 4 and record["thoughts"] == 3
