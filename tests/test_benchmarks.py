@@ -1,4 +1,4 @@
-"""The benchmarks whose numbers the documents print: the warm-up and the comparison of residuals."""
+"""The comparison of residuals, whose numbers the documents print."""
 
 import json
 import runpy
@@ -6,13 +6,10 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from tiny import byte_tokenizer, tiny_model
-from transformers import AutoModelForCausalLM
 
 from hrpo_patches.monitor.report import Run
-from hrpo_thinking.errors import InputError
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 ROWS = [{"question": f"{i} + 1?", "answer": f"<<{i}+1={i + 1}>>{i + 1}.\n#### {i + 1}"} for i in range(8)]
@@ -28,43 +25,6 @@ def base(tmp_path):
 
 def script(name):
     return runpy.run_path(str(BENCHMARKS / f"{name}.py"))
-
-
-def test_a_lesson_is_the_prompt_of_training_and_a_solution_that_alone_is_learned():
-    tokenizer = byte_tokenizer()
-    lesson = script("warm_up")["lesson"](ROWS[3], "row 3", tokenizer, False)
-    learned = [token for token in lesson["labels"] if token != -100]
-    assert tokenizer.decode(learned) == "4.\n#### 4<end>"
-    prompt = tokenizer.decode(lesson["input_ids"][: -len(learned)])
-    assert prompt.endswith("\n\n3 + 1?\n") and "####" in prompt
-    assert lesson["input_ids"][-len(learned) :] == learned and lesson["labels"][-len(learned) :] == learned
-
-
-def test_a_row_without_a_worked_solution_is_no_lesson():
-    with pytest.raises(InputError, match="row 3 has no worked solution"):
-        script("warm_up")["lesson"]({"question": "3 + 1?", "answer": "4"}, "row 3", byte_tokenizer(), False)
-
-
-def test_a_warmed_up_model_writes_the_marker_and_is_a_plain_one(base, tmp_path, capsys):
-    flags = ["--model_name", base, "--dataset", tmp_path / "data.jsonl", "--out", tmp_path / "warm"]
-    flags = list(map(str, [*flags, "--max_steps", 40, "--lr", "1e-2", "--batch_size", 4]))
-    script("warm_up")["main"](flags)
-    tokenizer = byte_tokenizer()
-    lesson = script("warm_up")["lesson"](ROWS[3], "row 3", tokenizer, False)
-    prompt = torch.tensor([lesson["input_ids"][: lesson["labels"].count(-100)]])
-
-    def answer(folder):
-        model = AutoModelForCausalLM.from_pretrained(folder)
-        assert model.config.thinking is None
-        return tokenizer.decode(model.generate(prompt, max_new_tokens=12, do_sample=False)[0, prompt.shape[1] :])
-
-    assert "####" in answer(tmp_path / "warm") and "####" not in answer(base)
-    with pytest.raises(SystemExit):
-        script("warm_up")["main"](flags)
-    assert "warm exists already" in capsys.readouterr().err
-    (tmp_path / "data.jsonl").write_text("")
-    with pytest.raises(InputError, match="has no rows"):
-        script("warm_up")["main"]([*flags, "--out", str(tmp_path / "other")])
 
 
 def test_a_pair_that_differs_in_every_problem_has_a_small_p_and_an_equal_one_has_1():

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
+from transformers import AutoModelForCausalLM
 
 from hrpo_patches.commands import eval as evaluation
 from hrpo_patches.commands.main import main as cli
@@ -173,6 +174,17 @@ def test_the_configs_are_read(tmp_path):
     for path in sorted((Path(__file__).parents[2] / "configs").glob("sft-*.yaml")):
         run = parse([*evaluation.with_config(["--config", str(path)]), "--output_dir", str(tmp_path / "run")])
         assert run.thinking() is not None
+
+
+def test_without_thoughts_a_model_learns_to_write_its_steps_and_the_marker_and_stays_plain(flags, tmp_path):
+    options = {"residual": "none", "until": 0, "lora_rank": 0, "lr": 1e-2, "max_steps": 40, "advance_loss": None}
+    main(flags("warm", **options | {"advance_batches": None}))
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tmp_path / "warm"), byte_tokenizer()
+    assert model.config.thinking is None and not model.generation_config.thoughts
+    report = json.loads((tmp_path / "warm" / "report.json").read_text())
+    prompt = tokenizer(report["prompt"].replace("{question}", "4?"), return_tensors="pt")
+    answer = tokenizer.decode(model.generate(**prompt, max_new_tokens=40, do_sample=False)[0])
+    assert "####" in answer[len(report["prompt"]) - 20 :]
 
 
 @pytest.mark.xdist_group("several")
