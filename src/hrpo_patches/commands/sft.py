@@ -288,6 +288,6 @@ def trained(run: SFTRun) -> dict[str, Any]:
         record["after"] = counts | {"mean": sum(verdicts) / len(verdicts), "standard_error": standard_error(verdicts)}
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
     if trainer.accelerator.is_main_process:
-        finish(record, Path(str(run.config.output_dir)), run.about.report)
+        finish(trainer, record, Path(str(run.config.output_dir)), run.about.report)
         print(f"stage {record['stage']} of {record['last_stage']}: {record['thoughts']} forced thoughts")
     return record

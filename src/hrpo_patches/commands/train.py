@@ -254,13 +254,14 @@ def trained(run: Run) -> dict[str, Any]:
         record["after"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering after")
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
     if trainer.accelerator.is_main_process:
-        finish(record, Path(str(run.config.output_dir)), run.about.report)
+        finish(trainer, record, Path(str(run.config.output_dir)), run.about.report)
     return record
 
 
-def finish(record: dict[str, Any], folder: Path, picture: bool) -> None:
-    """Write a run's `report.json` and, if asked for, its picture, and print its accuracies and warnings."""
+def finish(trainer: Any, record: dict[str, Any], folder: Path, picture: bool) -> None:
+    """Write a run's `report.json`, model card and, if asked for, picture, and print its accuracies and warnings."""
     written = [write_json(record, folder)]
+    trainer.write_card(folder)
     run = read_run(folder)
     if picture:
         written.append(draw([run], folder / "report.png"))

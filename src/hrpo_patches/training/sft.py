@@ -12,12 +12,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from accelerate.utils import is_peft_model
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn, optim
 from transformers import default_data_collator
 
-from hrpo_patches.models.record import save_pauses, save_thinking
 from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
@@ -26,8 +24,8 @@ from hrpo_patches.training.curriculum import Curriculum
 from hrpo_patches.training.lessons import IGNORED, Classroom, Lesson, LessonBatch
 from hrpo_patches.training.optim import regroup
 from hrpo_patches.training.prepare import check_model, freeze_unused, thinking_policy, with_thinking_modules
+from hrpo_patches.training.saving import SavesThoughts
 from hrpo_patches.training.scores import forward_scores
-from hrpo_patches.training.several import InShards
 from hrpo_patches.training.sft_config import HRPOSFTConfig
 from hrpo_patches.training.start import fit_projection, places_of
 from hrpo_thinking.config import ThinkingConfig
@@ -42,7 +40,7 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-class HRPOSFTTrainer(InShards):
+class HRPOSFTTrainer(SavesThoughts):
     """Supervised training of a model that thinks where it would write steps.
 
     Args:
@@ -65,6 +63,9 @@ class HRPOSFTTrainer(InShards):
         InputError: the model cannot think, the last stage has too many steps, cannot be reached or does not fit into
             a completion.
     """
+
+    method = "supervised latent training (steps replaced by thoughts)"
+    _tag_names = ["sft", "hrpo"]  # noqa: RUF012 - TRL's own type
 
     def __init__(
         self,
@@ -277,12 +278,5 @@ class HRPOSFTTrainer(InShards):
             self._seen.clear()
         super().log(logs, *args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        model, folder = self.accelerator.unwrap_model(self.model), str(output_dir or self.args.output_dir)
-        if self.args.residual is not None:
-            save_thinking(model, folder)
-        elif is_peft_model(self.model):  # a full model's own file says so already
-            save_pauses(self._classroom.thoughts(self.curriculum.stage), self._classroom.filler, folder)
+    def forced_tokens(self) -> list[int]:
+        return [self._classroom.filler] * self.forced

@@ -23,7 +23,6 @@ from trl.trainer import utils as trl_utils
 from trl.trainer.utils import pad
 
 from hrpo_patches.models.backends import backend_of
-from hrpo_patches.models.record import save_pauses, save_thinking
 from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.monitor.nonfinite import keep
 from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
@@ -48,8 +47,9 @@ from hrpo_patches.training.prepare import (
 from hrpo_patches.training.reference import StartReference, without_reference
 from hrpo_patches.training.released import released
 from hrpo_patches.training.rollouts import Made, by_batches, by_generate, by_vllm, engines_that_think
+from hrpo_patches.training.saving import SavesThoughts
 from hrpo_patches.training.scores import forward_scores
-from hrpo_patches.training.several import InShards, as_long_as_any
+from hrpo_patches.training.several import as_long_as_any
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
@@ -58,7 +58,7 @@ GRPOTrainer: Any = released("trl.trainer.grpo_trainer", "GRPOTrainer")
 POSITIONAL = [*signature(GRPOTrainer.__init__).parameters][4:]  # after self, model, reward_funcs and args
 
 
-class HRPOTrainer(InShards, GRPOTrainer):
+class HRPOTrainer(SavesThoughts, GRPOTrainer):
     """GRPO with hybrid latent reasoning (arXiv 2505.18454); `args.residual=None` trains plain GRPO.
 
     Takes what `trl.GRPOTrainer` takes. With `peft_config`, the thinking modules are added to `modules_to_save`.
@@ -71,7 +71,7 @@ class HRPOTrainer(InShards, GRPOTrainer):
     """
 
     _tag_names = ["trl", "grpo", "hrpo"]  # noqa: RUF012 - TRL's own type
-    _name = "HRPO"
+    _name, method = "HRPO", "GRPO with thinking rollouts"
     # Of a trainer that was made without its constructor, as tests of other libraries do.
     _fillers: list[int] = []  # noqa: RUF012
     _thinking: ThinkingInputs | None = None  # of the batch at hand
@@ -371,12 +371,5 @@ class HRPOTrainer(InShards, GRPOTrainer):
     def _record(self, name: str, value: Tensor) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value.item())
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        super()._save(output_dir, state_dict)
-        if not self.args.should_save:
-            return
-        folder = str(output_dir or self.args.output_dir)
-        if self.args.residual is not None:
-            save_thinking(self.accelerator.unwrap_model(self.model), folder)
-        elif self._fillers and is_peft_model(self.model):  # a full model's own file says so already
-            save_pauses(len(self._fillers), self._fillers[0], folder)
+    def forced_tokens(self) -> list[int]:
+        return self._fillers

@@ -1,0 +1,32 @@
+"""A saved model's card says how to load it and how it thinks, and names nothing of a machine."""
+
+import pytest
+from huggingface_hub import ModelCard
+from runs import small_trainer
+from tiny import tiny_model
+
+from hrpo_patches.models.card import PAPER, public_name
+from hrpo_patches.models.smollm2 import SMOLLM2, cache_folder
+
+
+@pytest.mark.parametrize("peft", [True, False], ids=["adapter", "model"])
+def test_a_card_names_the_paper_the_marker_and_how_to_load_it_and_no_path(tmp_path, peft):
+    model = tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9})
+    model.config._name_or_path = str(tmp_path / "base")
+    options = {} if peft else {"peft_config": None, "beta": 0.0}
+    trainer = small_trainer(tmp_path / "run", model=model, answer_start="###", save_strategy="steps", **options)
+    trainer.train()
+    trainer.save_model()
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        card = ModelCard.load(folder / "README.md", ignore_metadata_errors=True)
+        text = str(card)
+        assert PAPER in text and "`###`" in text and "0.9" in text and "arXiv 2505.18454" in text
+        assert ("load_adapter(" in text) == peft and ("AutoModelForCausalLM.from_pretrained" in text) != peft
+        assert str(tmp_path) not in text and "None" not in text and "More Information" not in text
+        assert card.data.library_name == ("peft" if peft else "transformers") and "hrpo" in card.data.tags
+
+
+def test_only_a_hub_id_is_public():
+    assert public_name("Qwen/Qwen2.5-1.5B-Instruct") == "Qwen/Qwen2.5-1.5B-Instruct"
+    assert public_name(str(cache_folder() / SMOLLM2)) == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert public_name("/home/someone/model") is None and public_name("./model") is None and public_name("") is None
