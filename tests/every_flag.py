@@ -60,12 +60,12 @@ def base_run(folder):
     return [str(word) for name, value in (given | {"lora_rank": 4}).items() for word in (f"--{name}", value)]
 
 
-def tried(command, folder, name, value):
+def tried(command, folder, name, *values):
     """What became of one flag: (ok, refused or TRACEBACK, what was said)."""
     said_out, said_err = StringIO(), StringIO()
     try:
         with redirect_stdout(said_out), redirect_stderr(said_err):
-            status = said(train, [*command, "--output_dir", str(folder), f"--{name}", value])
+            status = said(train, [*command, "--output_dir", str(folder), f"--{name}", *values])
     except SystemExit as error:
         return "TRACEBACK", f"SystemExit: {error}"
     except Exception as error:

@@ -103,7 +103,7 @@ backend_registration._setup_privateuseone_for_python_backend(NAME, backend_modul
 def note(kind):
     """Count an event, at the function of this project that asked torch for it, or else as another library's."""
     frame = sys._getframe(1)
-    while frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename:
+    while frame.f_code.co_filename == __file__ or "/torch/" in frame.f_code.co_filename or "<" in frame.f_code.co_name:
         frame = frame.f_back
     file, name = frame.f_code.co_filename, frame.f_code.co_name
     EVENTS[kind, f"{file.rpartition('/src/')[2]}:{name}" if "/src/hrpo_" in file else "upstream"] += 1
@@ -175,12 +175,12 @@ def _check(function, seconds, args, flat):
     if len({one.of for one in seconds}) > 1:
         shapes = ", ".join(f"second:{one.of} {tuple(one.shape)}" for one in seconds)
         raise RuntimeError(f"{function}: tensors of two devices, {shapes}")
+    indices = tree_leaves(args[1]) if function in INDEXING and isinstance(args[0], Second) else []
     for one in flat:
         if isinstance(one, torch.Tensor) and not isinstance(one, Second) and one.dim():
-            if function not in INDEXING:
+            if not any(one is index for index in indices):
                 raise RuntimeError(f"{function}: a tensor of the CPU {tuple(one.shape)} beside one of a second device")
             note("to the device")
-    indices = tree_leaves(args[1]) if function in INDEXING else []
     masks = any(isinstance(one, Second) and one.dtype == torch.bool for one in indices)
     if function in WAITS or masks:
         note("wait")

@@ -21,7 +21,7 @@ NAMED = {
     "hrpo_patches/thinking/continuous.py:take",
     "hrpo_patches/thinking/decoding.py:__init__",
     "hrpo_patches/thinking/decoding.py:start_thinking",
-    "hrpo_patches/training/reference.py:<dictcomp>",
+    "hrpo_patches/training/reference.py:on_train_begin",
     "hrpo_patches/training/rollouts.py:by_generate",
     "hrpo_patches/training/trainer.py:_generate_single_turn",
     "hrpo_patches/training/trainer.py:_record",

@@ -81,19 +81,22 @@ def alone(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def missing(name: str) -> str | None:
+def missing(name: str, no_hub_id: bool = False) -> str | None:
     """What to say of a name that is a path of nothing, with the nearest one that is there; None if it is no path.
 
-    A hub id (`owner/model`) is a path where there is a folder `owner`.
+    Args:
+        name: a path, or a hub id.
+        no_hub_id: whether the hub has no `owner/model` of that name: it is a path where there is a folder `owner`.
     """
-    path = Path(name).expanduser()
-    local = name.startswith((".", "/", "~")) or name.count("/") > 1 or (name.count("/") == 1 and path.parent.is_dir())
-    if path.exists() or not local:
-        return None
-    parent = path.parent
-    beside = [one.name for one in parent.iterdir()] if parent.is_dir() else []
+    path, local = Path(name), name.startswith((".", "/", "~")) or name.count("/") > 1
+    try:
+        if path.expanduser().exists() or not (local or (no_hub_id and path.parent.is_dir() and "/" in name)):
+            return None
+        beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+    except (OSError, RuntimeError):  # no such user, a name that is too long, a folder that may not be read
+        return f"{name} does not exist, or cannot be read."
     near = get_close_matches(path.name, beside, 1)
-    return f"{name} does not exist{f'; did you mean {parent / near[0]}?' if near else '.'}"
+    return f"{name} does not exist{f'; did you mean {path.parent / near[0]}?' if near else '.'}"
 
 
 def listed(folder: Path) -> list[list[object]]:

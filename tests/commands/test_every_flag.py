@@ -6,7 +6,8 @@ from every_flag import base_run, cases, tried
 from hrpo_patches.commands.eval import parse as parse_eval
 from hrpo_patches.commands.flags import plain_parser
 from hrpo_patches.commands.main import main
-from hrpo_patches.commands.refusals import in_a_sentence
+from hrpo_patches.commands.refusals import flags_in, in_a_sentence
+from hrpo_patches.files import missing
 from hrpo_patches.models.base import read_config
 from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.tasks.sources import rows_of
@@ -19,6 +20,11 @@ SAMPLE = [  # read by a trainer of TRL's, an optimizer, a scheduler, the first s
     ("lr_scheduler_kwargs", '{"nonsense": 1}'),
     ("loss_type", "nonsense"),
     ("use_liger_kernel", "true"),
+    ("accelerator_config", "nojson"),
+    ("generation_kwargs", "nojson"),
+    ("num_generations", "0"),
+    ("seed", "-1"),
+    ("report_to", "none trackio"),
 ]
 
 
@@ -30,8 +36,10 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "value"), SAMPLE)
 def test_a_wrong_value_is_a_sentence_that_names_its_flag(run, name, value):
-    result, text = tried(*run, name, value)
-    assert result == "refused" and text.startswith("error: ") and f"--{name}" in text, text
+    words = value.split() if name == "report_to" else [value]
+    result, text = tried(*run, name, *words, "--disable_tqdm", "true")
+    assert result == "refused" and f"--{name}" in text.replace("error: ", "error: --"), text
+    assert "disable_tqdm" not in text or name == "optim_args", text  # whose message says neither name nor value
 
 
 def test_the_script_tries_every_flag():
@@ -46,6 +54,14 @@ def test_a_bug_of_ours_or_of_a_later_step_keeps_its_trace():
         raise ImportError("at step 100")
 
 
+def test_a_message_is_about_the_flag_whose_name_or_value_is_a_word_of_it():
+    ours, others = ["--lr", "1e-5", "--max_steps", "2", "--loss_type=nonsense"], ["--optim_args", "x"]
+    assert flags_in("Unknown loss type: nonsense.", [*ours, *others]) == ["--loss_type nonsense"]
+    assert flags_in("parallel_mode is already set to True", ["--lr", "1e-5"]) == []
+    assert flags_in("too many values (expected 2)", [*ours, *others]) == ["--optim_args x"]
+    assert flags_in("too many values (expected 2)", ours) == ["--max_steps 2"]
+
+
 def test_a_mistyped_flag_gets_the_nearest_one(run, capsys):
     assert tried(*run, "lora_rnk", "4")[1] == "error: there is no flag --lora_rnk; did you mean --lora_rank?"
     with pytest.raises(InputError, match="no flag --modle; did you mean --model"):
@@ -58,10 +74,15 @@ def test_a_mistyped_flag_gets_the_nearest_one(run, capsys):
     assert "did you mean 'train'?" in capsys.readouterr().err
 
 
-def test_a_mistyped_path_gets_the_nearest_one_and_no_talk_of_connections(tmp_path):
+def test_a_mistyped_path_gets_the_nearest_one_and_no_talk_of_connections(tmp_path, monkeypatch):
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "sums").mkdir()
     (tmp_path / "runs" / "sums.jsonl").touch()
+    (tmp_path / "Qwen" / "Qwen2.5-0.5B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert missing("Qwen/Qwen2.5-1.5B") is None  # a hub id beside a folder of its owner's
+    assert "did you mean Qwen/Qwen2.5-0.5B" in missing("Qwen/Qwen2.5-1.5B", no_hub_id=True)
+    assert "cannot be read" in missing("~nosuchuser/x") and "cannot be read" in missing("./" + "x" * 300)
     for read, name in (
         (read_config, "runs/sum"),
         (adapter_folder, "runs/sum"),

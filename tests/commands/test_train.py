@@ -193,10 +193,17 @@ def test_a_resume_asks_whether_the_checkpoint_is_whole_of_this_run_and_not_its_l
         main([*resume, "--max_steps", "2"])
     with pytest.raises(InputError, match="begun with --seed 42, not 43"):
         main([*resume, "--max_steps", "3", "--seed", "43"])
+    (tmp_path / "cut").mkdir()
+    (tmp_path / "cut" / "trainer_state.json").write_text("{")
+    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth", "x.safetensors"):
+        (tmp_path / "cut" / name).touch()
+    with pytest.raises(InputError, match="is damaged"):
+        main([*command, "--resume_from_checkpoint", str(tmp_path / "cut"), "--output_dir", str(tmp_path / "other")])
     for name in ("report.json", "adapter_model.safetensors"):  # as if the end alone had been lost
         (folder / name).unlink()
     record = main([*resume, "--max_steps", "2", "--lr", "1e-4"])
-    assert "resumed with --learning_rate 0.0001; begun with 5e-06." in capsys.readouterr().out
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed with")]
+    assert said == ["resumed with --learning_rate 0.0001; begun with 5e-06."]
     assert max(row["step"] for row in record["log"]) == 2 and not (folder / "checkpoint-3").exists()
     found = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in whole.items())
@@ -206,6 +213,24 @@ def test_a_resume_asks_whether_the_checkpoint_is_whole_of_this_run_and_not_its_l
         with pytest.raises(InputError, match="is incomplete: .* is missing"):
             main([*resume, "--max_steps", "3"])
         (folder / "checkpoint-2" / name).write_bytes(kept)
+
+
+def test_a_run_of_epochs_is_complete_when_its_epochs_are(base, data, tmp_path):
+    folder = tmp_path / "run"
+    command = ["--model_name", base, "--dataset", data, "--output_dir", str(folder), *TINY, "--max_steps", "-1"]
+    main([*command, "--num_train_epochs", "0.1", "--save_strategy", "epoch"])
+    resume = [*command, "--resume_from_checkpoint", "latest", "--save_strategy", "epoch"]
+    with pytest.raises(InputError, match="is complete"):
+        main([*resume, "--num_train_epochs", "0.1"])
+    longer = main([*resume, "--num_train_epochs", "0.2"])
+    assert longer["log"][-1]["epoch"] == pytest.approx(0.2)
+
+
+def test_a_run_that_was_refused_before_its_first_step_leaves_its_folder_free(base, data, tmp_path):
+    command = ["--model_name", base, "--dataset", data, "--output_dir", str(tmp_path / "run"), *TINY]
+    with pytest.raises(InputError, match="--loss_type nonsense"):
+        main([*command, "--loss_type", "nonsense"])
+    main(command)
 
 
 def test_options_of_loading_and_of_evaluation_reach_the_model_and_the_trainer(base, data, tmp_path):
@@ -262,6 +287,11 @@ def test_whoever_asks_an_adapter_asks_what_was_asked_in_training(base, data, tmp
     question = row[1]["content"]
     again = prompt_as_trained(str(folder), question)
     assert again == row and prompt_ids(saved, again) == asked and saved.decode(asked).endswith("!")
+    other = ["--adapter", str(folder), "--output_dir", str(tmp_path / "further"), "--prompt", "chat"]
+    main([*arguments[:4], *TINY, *other])
+    assert prompt_ids(open_model(str(tmp_path / "further"))[1], again) == asked  # whose template is the adapter's
+    (tmp_path / "report.json").write_text('["no report"]')
+    assert prompt_as_trained(str(tmp_path), question) is None
     calls.think([str(folder), "--prompt", question, "--max_new_tokens", "2"])
     assert "the instruction of the run's report.json" in capsys.readouterr().out
 

@@ -128,6 +128,7 @@ def test_vllms_log_probabilities_of_a_narrowed_distribution_weigh_no_loss(tmp_pa
     with pytest.raises(InputError, match="does not go with vLLM's importance sampling correction"):
         HRPOConfig(**own, **narrowed)
     HRPOConfig(**own, **narrowed, vllm_importance_sampling_correction=False)
+    HRPOConfig(**own, generation_kwargs={"bad_words": [], "logit_bias": {}})
     HRPOConfig(**own, top_k=-1, top_p=1.0, generation_kwargs={"frequency_penalty": 0.0})
 
 

@@ -7,16 +7,16 @@ import re
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import fields
 
 from hrpo_patches.commands.flags import Written
-from hrpo_patches.commands.train_flags import own_flags
 from hrpo_thinking.errors import InputError
 
 # Whose checks of options these are. What is raised anywhere else, or is of another kind, is a bug and keeps its trace.
 KINDS: dict[str, tuple[type[Exception], ...]] = {
     **dict.fromkeys(
         ("trl", "transformers", "peft", "accelerate", "datasets", "huggingface_hub"),
-        (ValueError, TypeError, KeyError, AttributeError, AssertionError, NotImplementedError, OSError),
+        (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError, OSError),
     ),
     "torch": (ValueError,),
 }
@@ -42,14 +42,15 @@ def in_a_sentence(words: Written, building: Callable[[], bool] = lambda: True) -
         if not refused or not building() or os.environ.get(TRACE) == "1":
             raise
         message = " ".join(str(error).split())[:600].rstrip(".") or type(error).__name__
-        flags = ", ".join(flags_in(message, words)) or "an option of this run"
+        flags = ", or ".join(flags_in(message, words)) or "an option of this run"
         raise InputError(f"{flags}: {package or 'python'} says: {message}. ({TRACE}=1 shows where.)") from None
 
 
 def flags_in(message: str, words: Written) -> list[str]:
     """The flags of a command line that a message is likely about.
 
-    Those whose name is in it, or else of other libraries' flags those whose value is, or all of them, or else of ours.
+    Those whose name is a word of it, or else a text in their value; or else, of the options that we leave as they are,
+    those whose number is in it, or all of them; or else of the others those whose number is in it.
     """
     given: dict[str, list[str]] = {}
     values: list[str] = []
@@ -60,22 +61,32 @@ def flags_in(message: str, words: Written) -> list[str]:
             given[name] = values
         else:
             values.append(word)
-    shown = {name: " ".join([name, *values]) for name, values in given.items()}
-    others = [name for name in given if name.removeprefix("--") not in own_flags()]
-    valued = [name for name, values in given.items() if any(_has(message, value) for value in values)]
+    from hrpo_patches.commands.train_flags import TrainingFlags, own_flags  # which imports this module
+
+    aliases = [name for one in fields(TrainingFlags) for name in one.metadata.get("aliases", ())]
+    own = {*own_flags(), *(name.removeprefix("--") for name in aliases)}
+    others = [name for name in given if name.removeprefix("--") not in own]
+    hits = {name: [value for value in values if _has(message, value)] for name, values in given.items()}
     kinds = (
-        [name for name in given if name.removeprefix("--") in message],
-        [name for name in valued if name in others],
+        [name for name in given if re.search(rf"\b{re.escape(name.removeprefix('--'))}\b", message)],
+        [name for name, found in hits.items() if not all(map(_is_number, found))],
+        [name for name in others if hits[name]],
         others,
-        valued,
-        given,
+        [name for name, found in hits.items() if found],
     )
-    return [shown[name] for name in next(filter(None, kinds), [])]
+    return [" ".join([name, *given[name]]) for name in next(filter(None, kinds), [])]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return bool(float(text) or True)
+    except ValueError:
+        return text.lower() in ("true", "false")
 
 
 def _has(message: str, value: str) -> bool:
-    """Whether a value stands in a message, a number also as a float."""
-    spelled = {value, value.strip("[]'\"")}
+    """Whether a value stands in a message: a number also as a float, of a text that is no path any long word."""
+    spelled = {value} | (set() if "/" in value else set(re.findall(r"[a-zA-Z_]{4,}", value)))
     with suppress(ValueError):
         spelled.add(str(float(value)))
     return any(re.search(rf"(?<![\w.-]){re.escape(one)}(?![\w.])", message.rstrip(".")) for one in spelled if one)

@@ -31,6 +31,7 @@ FIXED = (
     "num_generations",
     "per_device_train_batch_size",
     "gradient_accumulation_steps",
+    "chat_template_kwargs",
 )
 # What may be missing in no checkpoint, and the names that it may have there, FSDP2's and DeepSpeed's among them.
 STATE = {
@@ -42,9 +43,26 @@ STATE = {
 
 
 def write_record(config: TrainingArguments, record: dict[str, Any]) -> None:
-    """Keep what a run was asked for in its folder, for `check_output` when it is resumed."""
-    if config.process_index == 0:
-        replace(Path(str(config.output_dir)) / RECORD, json.dumps(record, indent=1, default=str) + "\n")
+    """Keep what a run was begun with in its folder, for `check_output` when it is resumed."""
+    file = Path(str(config.output_dir)) / RECORD
+    if config.process_index == 0 and not (config.resume_from_checkpoint and file.is_file()):
+        for path in file.parent.iterdir():
+            if path.name.startswith("monitor") and _is_leftover(path):
+                path.unlink()
+        replace(file, json.dumps(record, indent=1, default=str) + "\n")
+
+
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint's `trainer_state.json` holds; an `InputError` if it is damaged."""
+    return _read(checkpoint / "trainer_state.json")
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: {error}.") from None
+    return found
 
 
 def check_output(config: TrainingArguments, record: dict[str, Any]) -> Path | None:
@@ -60,7 +78,7 @@ def check_output(config: TrainingArguments, record: dict[str, Any]) -> Path | No
     folder, resumed = Path(str(config.output_dir)), config.resume_from_checkpoint
     if folder.is_file():
         raise InputError(f"--output_dir {folder} is a file.")
-    holds = folder.is_dir() and any(path.name != LOCK for path in folder.iterdir())
+    holds = folder.is_dir() and any(not _is_leftover(path) for path in folder.iterdir())
     if resumed is None:
         if holds:
             raise InputError(
@@ -94,12 +112,26 @@ def check_output(config: TrainingArguments, record: dict[str, Any]) -> Path | No
     return checkpoint
 
 
+def _is_leftover(path: Path) -> bool:
+    """Whether a run that was refused before its first step left this behind."""
+    if path.name == "monitor.jsonl":
+        return path.read_text().count("\n") <= 1  # of step 0
+    return path.name in (LOCK, RECORD, "monitor_start.safetensors")
+
+
+def _same(kept: Any, asked: Any) -> bool:
+    """Whether two values are equal, or two paths of the same file."""
+    if kept == asked or not (isinstance(kept, str) and isinstance(asked, str)):
+        return bool(kept == asked)
+    return Path(kept).exists() and Path(kept).resolve() == Path(asked).resolve()
+
+
 def _check_same_run(file: Path, record: dict[str, Any]) -> None:
     """Raise `InputError` if the run that wrote `file` had other data or another model; say what else differs."""
     if not file.is_file():  # written from 0.3 on
         return
-    kept, asked = json.loads(file.read_text()), json.loads(json.dumps(record, default=str))
-    differ = [name for name in {**kept, **asked} if kept.get(name) != asked.get(name)]
+    kept, asked = _read(file), json.loads(json.dumps(record, default=str))
+    differ = [name for name in {**kept, **asked} if not _same(kept.get(name), asked.get(name))]
     for name in differ:
         if name in FIXED:
             raise InputError(
@@ -112,11 +144,14 @@ def _check_same_run(file: Path, record: dict[str, Any]) -> None:
 
 def _last_step(checkpoint: Path, config: TrainingArguments) -> int | None:
     """The step of a checkpoint after which nothing is left to train; None where something is."""
-    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    state = state_of(checkpoint)
+    curriculum = (state.get("stateful_callbacks") or {}).get("Curriculum", {}).get("attributes", {})
+    patience = getattr(config, "patience", 0)
     if config.max_steps > 0:
         done = state["global_step"] >= config.max_steps
     else:
-        done = state["global_step"] >= state["max_steps"] and config.num_train_epochs <= state["num_train_epochs"]
+        done = (state.get("epoch") or 0) >= config.num_train_epochs - 1e-6
+    done = done or (patience > 0 and curriculum.get("waited", 0) >= patience)
     return state["global_step"] if done else None
 
 

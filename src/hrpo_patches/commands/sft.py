@@ -123,6 +123,8 @@ class SFTRun:
             raise InputError("--patience requires --eval_problems, whose accuracy it watches.")
         if config.enable_jit_checkpoint:
             raise InputError("--enable_jit_checkpoint: hrpo sft saves a checkpoint upon SIGTERM by itself; remove it.")
+        if "none" in config.report_to:
+            raise InputError("--report_to none does not go with other names.")
         for tracker in config.report_to:
             require(tracker, f"--report_to {tracker}")
         if about.report:
@@ -167,7 +169,8 @@ def parse(words: Written) -> SFTRun:
         InputError: a flag is not known, or something that it asks for cannot work.
     """
     parser = make_parser(whole=ALL in words)
-    about, config, more = read(parser, words)
+    with in_a_sentence(words):
+        about, config, more = read(parser, words)
     options = {name: getattr(more, name) for name in REST}
     run = SFTRun(about, _with_options(config, options), words)
     run.check()
@@ -273,12 +276,13 @@ def accuracies(trainer: HRPOSFTTrainer, task: Task, rows: list[Any], batch_size:
 
 def trained(run: SFTRun) -> dict[str, Any]:
     """Do what `main` does, with a run that was parsed."""
+    asked = run.record()
     with in_a_sentence(run.words):
         trainer, task, held_out = make_trainer(run)
-    write_record(run.config, run.record())
+    write_record(run.config, asked)
     started = time.monotonic()
     parts = ("supervised", run.about.model_name, spelled(run.config.residual), task.name)
-    record: dict[str, Any] = {"title": ", ".join(parts), "arguments": run.record()}
+    record: dict[str, Any] = {"title": ", ".join(parts), "arguments": asked | run.record()}
     record["prompt"] = asker(run, task, trainer.tokenizer)(QUESTION)
     train_and_save(trainer, run.config.resume_from_checkpoint, run.words)
     record |= {"stage": trainer.curriculum.stage, "last_stage": trainer.curriculum.last, "thoughts": trainer.forced}

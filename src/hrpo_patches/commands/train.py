@@ -21,15 +21,16 @@ from trl.models import unwrap_model_for_generation
 
 from hrpo_patches.commands.flags import Written
 from hrpo_patches.commands.refusals import in_a_sentence
-from hrpo_patches.commands.resume import write_record
+from hrpo_patches.commands.resume import state_of, write_record
 from hrpo_patches.commands.train_flags import Run, parse
 from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete, completions
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.files import alone
 from hrpo_patches.models.adapter import load_adapter
 from hrpo_patches.models.backends import backend_named
-from hrpo_patches.models.base import load_model
+from hrpo_patches.models.base import load_model, tokenizer_of
 from hrpo_patches.models.record import check_same_thinking
+from hrpo_patches.models.smollm2 import found
 from hrpo_patches.monitor.report import draw, read_run, write_json
 from hrpo_patches.tasks.base import Task
 from hrpo_patches.tasks.problems import find_task, load_problems, split_held_out
@@ -75,6 +76,8 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     dtype = getattr(torch, init.pop("dtype")) if "dtype" in init else None
     model, tokenizer = load_model(about.model_name, run.thinking(), dtype, run.backend, longest, **init)
     marker_table(tokenizer, config.answer_start)
+    if about.adapter is not None:
+        tokenizer.chat_template = tokenizer_of(Path(about.adapter), found(about.model_name)).chat_template
     template_options: Any = config.chat_template_kwargs or {}
     fix_template(tokenizer, template_options, uses_chat(about.prompt, tokenizer))
     ask = asker(run, task, tokenizer)
@@ -126,6 +129,7 @@ def _use_engine(engine: str, config: HRPOConfig, model: Any, longest: int) -> No
         config.use_vllm = True
         if config.residual is not None:
             config.check_vllm()
+            config.check_distribution()
         config.vllm_max_model_length = config.vllm_max_model_length or longest
 
 
@@ -226,7 +230,7 @@ def train_and_save(trainer: Any, resumed: str | None, words: Written) -> None:
     """
     with EndWhenTold(trainer.accelerator) as ending:
         trainer.add_callback(ending)
-        began = int(Path(resumed).name.rpartition("-")[2]) if resumed else 0
+        began = state_of(Path(resumed))["global_step"] if resumed else 0
         with suppress(NothingLeft), in_a_sentence(words, lambda: trainer.state.global_step <= began):
             trainer.train(resume_from_checkpoint=resumed)
     if ending.told:
@@ -239,13 +243,17 @@ def train_and_save(trainer: Any, resumed: str | None, words: Written) -> None:
 
 def trained(run: Run) -> dict[str, Any]:
     """Do what `main` does, with a run that was parsed."""
+    asked = run.record()
     with in_a_sentence(run.words):
         trainer, chosen, held_out = make_trainer(run)
-    write_record(run.config, run.record())
+    write_record(run.config, asked)
     started = time.monotonic()
     source = (run.about.dataset or "").partition("?")[0]
     parts = (run.about.model_name, spelled(run.config.residual), chosen.name, source)
-    record: dict[str, Any] = {"title": ", ".join(dict.fromkeys(filter(None, parts))), "arguments": run.record()}
+    record: dict[str, Any] = {
+        "title": ", ".join(dict.fromkeys(filter(None, parts))),
+        "arguments": asked | run.record(),
+    }
     record["prompt"] = asker(run, chosen, trainer._tokenizer)(QUESTION)
     if held_out:
         record["before"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering before")

@@ -21,6 +21,7 @@ from hrpo_patches.commands.flags import (
     published,
     read,
 )
+from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import check_output
 from hrpo_patches.device import has_bf16
 from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP
@@ -201,6 +202,8 @@ class Run:
             rank = config_of(Path(about.adapter)).r
             if about.lora_rank != rank:
                 raise InputError(f"--lora_rank {about.lora_rank} cannot change --adapter, which has rank {rank}.")
+        if config.remove_unused_columns:
+            raise InputError("--remove_unused_columns takes the gold answers from the reward; remove it.")
         if config.trust_remote_code:
             raise InputError(
                 "--trust_remote_code: hrpo train runs no code of a model's repository; load the model in Python, and "
@@ -220,6 +223,8 @@ class Run:
             )
         if about.eval_problems < 0:
             raise InputError(f"--eval_problems has to be 0 or more, not {about.eval_problems}.")
+        if "none" in config.report_to:
+            raise InputError("--report_to none does not go with other names.")
         for tracker in config.report_to:
             require(tracker, f"--report_to {tracker}")
         if about.adapter is not None and config.residual is None:
@@ -273,7 +278,8 @@ def parse(words: Written, task: str = "gsm8k", backend: str = BACKENDS[0], prog:
     Raises:
         InputError: a flag is not known, or something that it asks for cannot work.
     """
-    about, config, more = read(make_parser(prog, whole=_ALL in words), words, task=task)
+    with in_a_sentence(words):
+        about, config, more = read(make_parser(prog, whole=_ALL in words), words, task=task)
     if about.adapter is not None:
         about.adapter = str(adapter_folder(about.adapter))
     run = Run(about, config, {name: getattr(more, name) for name in REST}, backend, words)

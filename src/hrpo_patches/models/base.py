@@ -29,6 +29,8 @@ def _config(source: Any) -> Any:
     try:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
+        if absent := missing(str(place), no_hub_id=True):
+            raise InputError(f"the model {absent}") from None
         raise InputError(f"the model {str(source)!r} could not be loaded: {str(error).splitlines()[0]}") from None
 
 

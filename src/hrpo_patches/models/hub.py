@@ -41,7 +41,7 @@ def adapter_folder(name: str | Path) -> Path:
     """As `find_adapter`; an `InputError` if there is none."""
     folder = find_adapter(name)
     if folder is None:
-        if absent := missing(str(name)):
+        if absent := missing(str(name), no_hub_id=True):
             raise InputError(f"the adapter {absent}")
         raise InputError(f"{name} holds no adapter: {CONFIG} is missing, and it is no hub id that can be reached.")
     return folder

@@ -44,9 +44,10 @@ _ADDED: dict[str, Any] = {
 
 def _refuse_untied(model: Any) -> None:
     """Raise `InputError` for an adapter that changes one of two tied weights, which vLLM holds once."""
-    if not model.config.tie_word_embeddings:
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    if not model.config.tie_word_embeddings or both[0].weight is both[1].weight:
         return
-    for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+    for part in both:
         if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper)):
             raise InputError(
                 "this model's embeddings and head are tied, and the adapter changes one of them alone; vLLM has one "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,20 +85,38 @@ def fix_template(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], ch
         raise InputError("--chat_template_kwargs are of chat templates, and the prompts are plain text.")
     template: Any = tokenizer.chat_template
     for name, value in options.items():
-        if not name.isidentifier() or not isinstance(value, (str, int, float, bool, type(None))):
+        plain = isinstance(value, (str, int, bool, type(None))) or (isinstance(value, float) and math.isfinite(value))
+        if not name.isidentifier() or not plain:
             raise InputError(f"--chat_template_kwargs: expected a text, number or boolean, got {name}={value!r}.")
-        if name not in template:
+        if name not in str(template):
             raise InputError(f"--chat_template_kwargs: this model's chat template has no variable {name}.")
-        tokenizer.chat_template = template = f"{{%- set {name} = {value!r} %}}{template}"
+        if isinstance(template, dict):  # several, by name
+            template = {key: _with_variable(one, name, value) for key, one in template.items()}
+        else:
+            template = _with_variable(template, name, value)
+    tokenizer.chat_template = template
+
+
+def _with_variable(template: str, name: str, value: Any) -> str:
+    """A template in which a variable has this value, whatever it is rendered with or was fixed to before."""
+    before = re.compile(rf"\A((?:{{%- set \w+ = .*? %}}\n)*?){{%- set {name} = .*? %}}\n")
+    # The line break is trimmed when it is rendered, so that the template itself begins at a line's start, as it did.
+    return f"{{%- set {name} = {value!r} %}}\n{before.sub(lambda match: match[1], template)}"
 
 
 def prompt_as_trained(folder: str, question: str) -> Prompt | None:
     """The prompt that a run asked this question with, as its `report.json` says; None where there is none."""
     file = Path(folder) / "report.json"
-    template = json.loads(file.read_text()).get("prompt") if file.is_file() else None
+    try:
+        report = json.loads(file.read_text()) if file.is_file() else None
+    except ValueError:
+        return None
+    template = report.get("prompt") if isinstance(report, dict) else None
     if isinstance(template, str):
         return template.replace(QUESTION, question)
-    return template and [one | {"content": one["content"].replace(QUESTION, question)} for one in template]
+    if not isinstance(template, list) or not all(isinstance(one.get("content"), str) for one in template):
+        return None
+    return [one | {"content": one["content"].replace(QUESTION, question)} for one in template]
 
 
 def uses_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -41,6 +41,8 @@ def _hub_rows(source: str, split: str) -> Rows:
     try:
         data = load_dataset(identifier, config or None, split=split)
     except Exception as error:  # the hub, its cache and its readers have errors of their own
+        if absent := missing(identifier, no_hub_id=True):
+            raise InputError(f"the data set {absent}") from None
         raise InputError(
             f"the data set {source!r} could not be loaded ({' '.join(str(error).split())}); a path has to end in "
             f".jsonl, or be a folder with train.jsonl and test.jsonl."

@@ -46,8 +46,10 @@ _RATIO_CHUNK = 128  # columns of the (B, C, d) gate that are computed at once
 def changed_distribution(options: Any) -> tuple[str, Any] | None:
     """The first option that changes the distribution, and its value; `options`: a dict or a config."""
     given = options if isinstance(options, dict) else {name: getattr(options, name, None) for name in NEUTRAL}
-    changed = ((name, given.get(name)) for name in NEUTRAL)
-    return next(((name, value) for name, value in changed if value is not None and value not in NEUTRAL[name]), None)
+    for name, neutral in NEUTRAL.items():
+        if (value := given.get(name)) not in (None, [], {}, *neutral):
+            return name, value
+    return None
 
 
 def by_temperature(model: Any) -> AbstractContextManager[None]:

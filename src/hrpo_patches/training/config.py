@@ -100,6 +100,11 @@ class ThinkingArguments(_Arguments):
         self.residual = residual_of(self.residual)
         self._read_thinking()
         self._read_bptt()
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed must be from 0 to 2**32 - 1, not {self.seed}.")
         if self.residual is not None and self.neftune_noise_alpha is not None:
             raise InputError(
                 "neftune_noise_alpha adds noise to every embedding in training mode, also to what thoughts are made "
@@ -206,10 +211,15 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
             raise InputError(
                 "sync_ref_model mixes this model's weights into a reference that lacks thinking modules; remove it."
             )
+        if self.num_generations is not None and self.num_generations < 2:
+            raise InputError(f"num_generations must be at least 2, not {self.num_generations}: rewards are compared.")
         super().__post_init__()
+        for name in ("generation_kwargs", "model_init_kwargs", "chat_template_kwargs"):
+            if not isinstance(getattr(self, name), (dict, type(None))):
+                raise InputError(f"{name} must be a dict, on a command line as JSON, not {getattr(self, name)!r}.")
         self._refuse_what_does_nothing()
         if self.residual is not None:
-            self._check_distribution()
+            self.check_distribution()
 
     def _refuse_what_does_nothing(self) -> None:
         """Raise `InputError` for values that train nothing, or uphill."""
@@ -220,7 +230,7 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
         if self.max_steps == 0:
             raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, not 0.")
 
-    def _check_distribution(self) -> None:
+    def check_distribution(self) -> None:
         """Raise `InputError` for completions whose log-probabilities the loss would misread.
 
         The loss divides logits by `temperature`, and knows nothing else. What narrows the distribution further is

@@ -66,8 +66,8 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
     )
     advance_loss: float = _option(
         0.3,
-        "A stage is learned when its mean loss, in nats per token, is below this, both over all that is written and "
-        "over what directly follows the thoughts (a step, or the answer).",
+        "A stage is learned when its mean loss, in nats per token, is below this: of each batch the larger one of the "
+        "loss over all that is written and that over what directly follows the thoughts (a step, or the answer).",
     )
     advance_batches: int = _option(25, "Batches of a stage over which its mean loss is taken.")
     stage_epochs: float = _option(1.0, "Epochs of a stage with --advance epoch.")

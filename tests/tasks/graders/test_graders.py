@@ -154,6 +154,12 @@ EXPRESSIONS_RIGHT = [
     (r"\mathrm{e}^2", "e^2"),
     (r"5\,\mathrm{m}", "5"),
     (r"\frac{3}{8}", "0.375"),
+    ("12", r"\boxed{12}!"),
+    ("12", "It is 12!"),
+    ("10", r"\frac{5!}{2!3!} = 10"),
+    ("720", "720 = 6!"),
+    ("120", "5!"),
+    ("5", r"5\,\frac{\mathrm{m}}{\mathrm{s}}"),
 ]
 EXPRESSIONS_RIGHT += [
     *[

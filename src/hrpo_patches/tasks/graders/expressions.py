@@ -19,10 +19,10 @@ _SYMBOLS = {
 }
 _DELIMITERS = re.compile(r"\\[()\[\]]|\${1,2}")
 _FORMULA = re.compile(r"\$([^$]*)\$")
-_UNIT = re.compile(r"(?<=\S)\s*\\(?:text|mathrm|mbox)\s*\{[^{}]*\}(?:\s*\^\s*\{?[23]\}?)?$")
-_LETTER = re.compile(r"\\(?:math(?:rm|bf|it|sf)|text(?:rm|bf|it)?|operatorname)\s*\{\s*([a-zA-Z])\s*\}")  # \mathrm{e}
-_CONSTANT = re.compile(_LETTER.pattern.replace("a-zA-Z", "ei"))  # no units
-_FACTORIAL = re.compile(r"[\d)}]\s*!")
+_NAME = r"\\(?:text|mathrm|mbox)\s*\{[^{}]*\}"
+_UNIT = re.compile(rf"(?<=\S)\s*(?:{_NAME}|(?:\\,)?\\frac\{{{_NAME}\}}\{{{_NAME}\}})(?:\s*\^\s*\{{?[23]\}}?)?$")
+_CONSTANT = re.compile(r"\\(?:math(?:rm|bf|it|sf)|text(?:rm|bf|it)?|operatorname)\s*\{\s*([ei])\s*\}")  # no units
+_FACTORIAL = re.compile(r"[^a-zA-Z=]*\d\s*!\W*")  # and nothing else: after words, it is an exclamation
 _BASE = re.compile(r"(?<=\d)_\s*\{?\s*(\d+)")
 _COMMANDS = re.compile(r"\\[a-zA-Z]+")
 _PROSE = re.compile(r"(?!sqrt|frac|sin|cos|tan|log|exp)[a-zA-Z]{4,}|\b(?i:it|is|no|so|the|and|are|yes|but)\b")
@@ -46,7 +46,7 @@ def _formula(text: str) -> str | None:
         formula = ", ".join(part.strip(_ENDS) for part in inside)
     else:
         formula = text.replace("$", "").strip(_ENDS)
-    formula = _LETTER.sub(r"{\1}", _UNIT.sub("", _CONSTANT.sub(r"{\1}", formula)))
+    formula = _UNIT.sub("", _CONSTANT.sub(r"{\1}", formula))
     prose = _PROSE.search(_COMMANDS.sub(" ", without(FONTS, formula)))
     return None if prose and not inside else f"${formula}$"
 
@@ -57,14 +57,14 @@ def expression(gold: str, answer: str) -> bool:
     A number may have a unit and prose around it, as for `number`; another expression prose only outside of $ or
     \\boxed. Numerals in a base are equal in the same base.
     """
+    raw = answer
     gold, answer = (tidy(text.replace("\\$", "")).strip(_ENDS) for text in (gold, answer))
     for symbol, command in _SYMBOLS.items():
         gold, answer = gold.replace(symbol, command), answer.replace(symbol, command)
     if not gold or not answer or answer.count("\\boxed") > 1:
         return False
-    if bool(_FACTORIAL.search(gold)) != bool(_FACTORIAL.search(answer)) and is_bare_number(gold):
-        return False
-    if _folded(gold) == _folded(answer) or (is_bare_number(gold) and number(gold, answer)):
+    bare = is_bare_number(gold) and not _FACTORIAL.fullmatch(raw)
+    if _folded(gold) == _folded(answer) or (bare and number(gold, answer)):
         return True
     if DOUBT.search(plain(answer)) or _BASE.findall(gold) != _BASE.findall(answer):
         return False
