@@ -1,17 +1,21 @@
 """Commands in the documents exist, with the flags that they are shown with."""
 
 import io
+import json
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 from contextlib import redirect_stdout, suppress
 from functools import cache
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from hrpo_patches.commands.main import main as cli
+from hrpo_patches.models.smollm2 import smollm2_folder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -70,3 +74,20 @@ def test_a_command_exists_with_its_flags(page, words):
     if rest[:1] != ["serve"]:  # the rest of its flags are vLLM's
         missing = [flag for flag in flags if not re.search(rf"{re.escape(flag)}\b", known)]
         assert known and not missing, missing
+
+
+@pytest.mark.smollm2
+def test_the_readmes_script_trains(tmp_path):
+    (code,) = (
+        block for block in re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.S) if "HRPOTrainer(" in block
+    )
+    for there, here in (("Qwen/Qwen2.5-0.5B-Instruct", str(smollm2_folder())), ("max_steps=50", "max_steps=1")):
+        assert there in code
+        code = code.replace(there, here)
+    code = code.replace("max_completion_length=64", "max_completion_length=16")  # of which a CPU makes eight
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    weights = load_file(tmp_path / "runs" / "mine" / "adapter_model.safetensors")
+    assert any("thinking_projection" in name for name in weights) and any("lora_A" in name for name in weights)
+    log = [json.loads(line) for line in (tmp_path / "runs" / "mine" / "monitor.jsonl").read_text().splitlines()]
+    assert (tmp_path / "runs" / "mine" / "thinking_config.json").is_file() and len(log) >= 1
