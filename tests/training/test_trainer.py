@@ -374,6 +374,7 @@ def test_a_completion_that_ends_with_a_stop_string_has_no_padding_under_its_mask
 def test_a_rollout_leaves_checkpointing_as_it_was_asked_for(tmp_path):
     asked = {"use_reentrant": False, "preserve_rng_state": False}
     trainer = small_trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=asked)
+    trainer.model.gradient_checkpointing_enable(asked)  # as training begins
     layer = causal_lm(trainer.model).model.layers[0]
     before = layer._gradient_checkpointing_func.keywords
     trainer._generate_single_turn([[5, 6], [7]], None, {})
