@@ -47,8 +47,10 @@ FLAGS = {
     "published": ["--bptt", "0"],
     "fillers": ["--residual", "none"],
     "embedding": ["--residual", "embedding"],
-    "fit": ["--advance", "once", "--lr", "0", "--lr_thinking_projection", "0", "--max_steps", "1"],
+    "fit": ["--advance", "once", "--max_steps", "1"],  # and no rate, so that nothing moves
 }
+RATES = ("lr", "lr_thinking_projection", "lr_residual_gate", "lr_residual_Lambda")
+FLAGS["fit"] += [word for name in RATES for word in (f"--{name}", "0")]
 TOKENS_A_STEP = 10
 
 
