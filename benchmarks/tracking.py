@@ -10,7 +10,6 @@ and `hrpo sft` replaces it by one thought. All arms of a seed go on from one mod
     embedding   the original HRPO's residual, the exact gradient
     fit         thoughts as least squares starts them, at the last stage, without training
     written     the start itself, which writes the steps
-    nothing     asked for the answer at once
 
 The verdict, written before the first run. Thoughts carry the moves on language if, at the most moves that were trained
 (16 for the claim; fewer is a pilot and says nothing about depth), in each of three seeds:
@@ -41,7 +40,7 @@ import torch
 import hrpo_patches  # noqa: F401  before transformers
 from hrpo_patches.models.base import load_model
 
-ARMS = ("exact", "published", "fillers", "embedding", "fit", "written", "nothing")
+ARMS = ("exact", "published", "fillers", "embedding", "fit", "written")
 FLAGS = {
     "exact": ["--bptt", "exact"],
     "published": ["--bptt", "0"],
@@ -102,7 +101,7 @@ def start(out: Path, args: argparse.Namespace, seed: int) -> Path:
 def trained(out: Path, args: argparse.Namespace, seed: int, arm: str) -> Path:
     """The model of one arm."""
     model = start(out, args, seed)
-    if arm in ("written", "nothing"):
+    if arm == "written":
         return model
     words = ("--until", args.moves, "--lr", args.lr, "--max_steps", args.steps)
     rule = ("--advance_loss", args.advance_loss, "--advance_batches", 15)
@@ -113,8 +112,8 @@ def evaluated(out: Path, args: argparse.Namespace, seed: int, arm: str, moves: i
     """The read-outs of one arm at so many moves."""
     model, file = trained(out, args, seed, arm), out / f"{seed}-{arm}-{moves}.json"
     if not file.is_file():
-        thinks = arm not in ("fillers", "written", "nothing")
-        forced = 0 if arm in ("written", "nothing") else max(moves, args.moves)
+        thinks = arm not in ("fillers", "written")
+        forced = 0 if arm == "written" else max(moves, args.moves)
         words = ("--control", "all") if thinks else ("--no-thinking",)
         room = forced + 10 + (TOKENS_A_STEP * moves if arm == "written" else 0)
         hrpo(
