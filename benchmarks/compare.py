@@ -1,8 +1,8 @@
 """Trains each residual from the same seeds, data and budget, evaluates each with thinking on and off, and compares.
 
 Every run and every evaluation is kept in --runs and is not done again, so that it can be stopped and started: a run
-goes on from its newest checkpoint, or anew where there is none. What it evaluates on is drawn from the configuration's
-generator with a seed of its own, the same problems for all.
+resumes from its newest checkpoint, or starts again without one. What it evaluates on is drawn from the
+configuration's generator with a seed of its own, the same problems for all.
 
 The standard errors are over seeds. The p are over problems: each problem's verdicts are averaged over the seeds, and
 the signs of the differences are flipped at random. So a p speaks of these trained models, not of the next seed.

@@ -29,7 +29,7 @@ INTRODUCTION = """# Which versions fit
 
 Made by `make patch-matrix`, which fetches the last wheels from the package registry. A version of a patched package
 fits where every hunk of every diff finds its text exactly once in the class or function that it names; anything else
-is refused when the package is imported, with what moved. TRL is not patched; what is overridden of it has to be there.
+is refused when the package is imported, with what moved. TRL is not patched; what is overridden of it must be there.
 "CI" are the versions that the tests run on (`constraints/`), oldest and newest.
 """
 

@@ -4,7 +4,7 @@ Its tensors hold one of the CPU and compute by the CPU's kernels, with autograd.
 tensors of the CPU or of the other second device. Counted in `EVENTS`, by kind and the function that asked for it: each
 wait of the host (`.item()`, `.tolist()`, `nonzero`, a boolean index) and each copy between host and device.
 
-Importing it gives torch the device for the whole process, so that it has to be imported in one of its own; tensors are
+Importing it gives torch the device for the whole process, so that it must be imported in one of its own; tensors are
 made and moved within `SecondMode()`. It is no measure of time or memory.
 """
 

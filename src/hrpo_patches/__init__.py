@@ -1,6 +1,6 @@
 """Hybrid latent reasoning for transformers: importing this package installs the patches; knows nothing of the maths.
 
-`import hrpo_patches` has to come before transformers (and unsloth). It imports neither of them, nor torch: the public
+`import hrpo_patches` must come before transformers (and unsloth). It imports neither of them, nor torch: the public
 names below are loaded when they are first used.
 """
 

@@ -42,22 +42,22 @@ class Option(NamedTuple):
     published: str | None = None
 
     def check(self, name: str, value: Any) -> None:
-        """Raise an `InputError` that says what `name` has to be, unless it may be `value`."""
+        """Raise an `InputError` that says what `name` must be, unless it may be `value`."""
         if value is None and self.optional:
             return
         kinds = (int, float) if self.kind is float else (self.kind,)
         fits = isinstance(value, kinds) and (self.kind is bool or not isinstance(value, bool))
         if not fits or (self.kind is float and not math.isfinite(value)) or value == "":
-            raise InputError(f"{name} has to be {_NOUNS[self.kind]}, not {value!r}.")
+            raise InputError(f"{name} must be {_NOUNS[self.kind]}, not {value!r}.")
         if self.choices is not None and value not in self.choices:
-            raise InputError(f"{name} has to be one of {tuple(self.choices)}, not {value!r}.")
+            raise InputError(f"{name} must be one of {tuple(self.choices)}, not {value!r}.")
         if self.kind in (int, float) and not (max(self.low, self.above) <= value < self.below and value != self.above):
             bounds = [
                 f"{self.low:g} or more" if self.low > -math.inf else "",
                 f"above {self.above:g}" if self.above > -math.inf else "",
                 f"below {self.below:g}" if self.below < math.inf else "",
             ]
-            raise InputError(f"{name} has to be {' and '.join(filter(None, bounds))}, not {value!r}.")
+            raise InputError(f"{name} must be {' and '.join(filter(None, bounds))}, not {value!r}.")
 
 
 _NOUNS = {str: "a non-empty text", bool: "True or False", int: "a whole number", float: "a finite number"}
@@ -136,7 +136,7 @@ class ThinkingConfig:
         lacking = [name for name in about_parts() if OPTIONS[name].part not in parts_of(self.residual)]
         if used := [name for name in lacking if getattr(self, name) != getattr(ThinkingConfig, name)]:
             raise InputError(
-                f"{used[0]} is about the projection; it does not go with residual={self.residual!r}, leave it out."
+                f"{used[0]} is about the projection; it does not go with residual={self.residual!r}, remove it."
             )
 
     @classmethod
@@ -195,7 +195,7 @@ def record_of(thinking: ThinkingConfig, held: Any = None) -> dict[str, Any]:
 
 
 def scaled_to_embeddings(thinking: dict[str, Any]) -> bool:
-    """Whether a record's projected residual is as long as the mean embedding, whose norm then has to be measured."""
+    """Whether a record's projected residual is as long as the mean embedding, whose norm then must be measured."""
     return thinking.get("residual_scale") == "embedding"
 
 

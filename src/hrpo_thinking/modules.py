@@ -154,7 +154,7 @@ class ThinkingLambda(ThinkingModule):
 
     @torch.no_grad()
     def reset_lambda_parameters(self, r_min: float, r_max: float) -> None:
-        """Draw Λ anew so that a = λ^r with λ ~ U(r_min, r_max), also where Λ came from a checkpoint.
+        """Draw Λ again so that a = λ^r with λ ~ U(r_min, r_max), also where Λ came from a checkpoint.
 
         Raises:
             InputError: unless 0 < r_min < r_max < 1.

@@ -112,7 +112,7 @@ def residual_of(given: str | None) -> str | None:
     if given is None or given == NONE:
         return None
     if given not in RESIDUALS:
-        raise InputError(f"residual has to be one of {(*RESIDUALS, NONE)}, not {given!r}.")
+        raise InputError(f"residual must be one of {(*RESIDUALS, NONE)}, not {given!r}.")
     return given
 
 

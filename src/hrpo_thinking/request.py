@@ -17,7 +17,7 @@ PIECE = 64  # states that are copied together: each is a row of its step's, and 
 class ThinkingRequest:
     """A completion that thinks, token by token. Completion token c has the index c, forced thoughts included.
 
-    A record outlives what an engine forgets: a request that is preempted and computed anew finds its states here.
+    A record outlives what an engine forgets: a request that is preempted and computed again finds its states here.
 
     Args:
         table: the marker's automaton (`marker.marker_table`), as an array (V, m + 1).
@@ -27,7 +27,7 @@ class ThinkingRequest:
         states: for each token, the state (d) that it was sampled from; one more than there are tokens read.
         mask: for each token that was read, whether it thinks.
         progress: the automaton's state after the tokens that were read.
-        replayed: how many thoughts were computed anew after a preemption.
+        replayed: how many thoughts were computed again after a preemption.
     """
 
     def __init__(self, table: Any, forced: int = 0) -> None:
@@ -47,7 +47,7 @@ class ThinkingRequest:
         return self.mask[index]
 
     def thinks_again(self, index: int) -> bool:
-        """Whether token `index`, which was read before and is now computed anew, thinks."""
+        """Whether token `index`, which was read before and is now computed again, thinks."""
         self.replayed += self.mask[index]
         return self.mask[index]
 
@@ -60,7 +60,7 @@ class ThinkingRequest:
                 self.states[at] = torch.stack(self.states[at]).unbind()
 
     def resume(self, tokens: list[int]) -> None:
-        """The request is computed anew with these tokens; what was sampled after them, and its state, is forgotten."""
+        """The request is computed again with these tokens; what was sampled after them is forgotten."""
         self.states, self.mask, self.progress = self.states[: len(tokens)], [], 0
         for index, token in enumerate(tokens):
             self.read(index, token)

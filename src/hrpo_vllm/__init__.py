@@ -1,6 +1,6 @@
 """Thinking in vLLM: a plug-in that every process of an engine loads; a model that does not think never meets it.
 
-Imports nothing of hrpo_patches, which has to come before transformers, and an engine's processes cannot promise that.
+Imports nothing of hrpo_patches, which must come before transformers, and an engine's processes cannot promise that.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def check_version() -> None:
 
 def cannot(what: str) -> InputError:
     """The error that an engine cannot do this with a model that thinks."""
-    return InputError(f"a model that thinks does not go with {what} in vLLM; leave it out.")
+    return InputError(f"a model that thinks does not go with {what} in vLLM; remove it.")
 
 
 def engine_options(config: Any, thinking: dict[str, Any] | None = None) -> dict[str, Any]:

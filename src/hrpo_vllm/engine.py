@@ -19,7 +19,7 @@ CPU_WORKER, GPU_WORKER = "hrpo_vllm.cpu_workers.ThinkingCPUWorker", "hrpo_vllm.w
 class ThinkingFamily:
     """The config of a merged model, whose type stock transformers refuses, as that of its family.
 
-    Its classes are not made anew in each process: an engine sends a config to the others that it starts.
+    Its classes are not made again in each process: an engine sends a config to the others that it starts.
     """
 
     architectures: Any
@@ -43,7 +43,7 @@ class ThinkingQwen3Config(ThinkingFamily, Qwen3Config):
 
 
 class ThinkingEngine:
-    """vLLM asks this class what the configuration of an engine on a model that thinks has to be."""
+    """vLLM asks this class what the configuration of an engine on a model that thinks must be."""
 
     @staticmethod
     def verify_and_update_model_config(model_config: Any) -> None:
@@ -112,14 +112,14 @@ def check_request(params: Any, room: int, record: dict[str, Any], filler: Callab
     options = params.extra_args or {}
     thinking, key = options.get(THINKING, True), options.get(KEY)
     if thinking not in (True, False):
-        raise InputError(f"{THINKING} has to be true or false, not {thinking!r}.")
+        raise InputError(f"{THINKING} must be true or false, not {thinking!r}.")
     if key is not None and not isinstance(key, str):
-        raise InputError(f"{KEY} has to be a text, not {key!r}.")
+        raise InputError(f"{KEY} must be a text, not {key!r}.")
     if key is not None and params.n != 1:
         raise InputError(f"{KEY} names the states of one completion; ask for n=1.")
     forced = options.get(THOUGHTS, record["thoughts"] if thinking else 0)
     if not isinstance(forced, int) or isinstance(forced, bool) or forced < 0:
-        raise InputError(f"{THOUGHTS} has to be a whole number from 0, not {forced!r}.")
+        raise InputError(f"{THOUGHTS} must be a whole number from 0, not {forced!r}.")
     if not thinking:
         if forced:
             raise InputError(FORCED_ALONE)
@@ -142,7 +142,7 @@ def check_request(params: Any, room: int, record: dict[str, Any], filler: Callab
 def _check_forced(params: Any, forced: int, room: int, filler: int | None) -> None:
     if forced >= room:
         raise InputError(
-            f"{THOUGHTS}={forced} leave no room for an answer in {room} tokens; they have to be below max_tokens, and "
+            f"{THOUGHTS}={forced} leave no room for an answer in {room} tokens; they must be below max_tokens, and "
             f"below what the prompt leaves of the context."
         )
     if filler is None:

@@ -2,7 +2,7 @@
 
 Of a position whose token was sampled in the step before, only the device knows the token. So the state that the token
 was sampled from, and how far its request has read the answer marker, lie there, a slot a request. What a request
-computes anew after a preemption is read from its record.
+computes again after a preemption is read from its record.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class EngineThoughts(nn.Module):
         states, mask: (rows, d) and (rows,) bool, what the forward blends; a captured graph reads them where they are.
         inputs: (rows, d), the blends, which the backbone's graphs read where they are.
         bound: how many bytes of states are kept, for requests with a key that have ended, until they are taken.
-        counts: thoughts that were computed anew after a preemption, in all, and requests that were.
+        counts: thoughts that were computed again after a preemption, in all, and requests that were.
     """
 
     states: Tensor
@@ -192,7 +192,7 @@ class EngineThoughts(nn.Module):
         self._step = step
         self.mask[: input_ids.shape[0]] = False
         sampled: tuple[list[int], list[int], list[int]] = ([], [], [])  # rows, slots, whether the marker reads them
-        anew: list[tuple[int, Tensor]] = []
+        again: list[tuple[int, Tensor]] = []
         for share in step:
             request = self._running.get(share.name)
             if request is None:
@@ -206,13 +206,13 @@ class EngineThoughts(nn.Module):
                     ):
                         column.append(value)
                 elif request.record.thinks_again(index):
-                    anew.append((row, request.record.states[index]))
-        if anew:
-            self._write([row for row, _ in anew], torch.stack([state for _, state in anew]))
+                    again.append((row, request.record.states[index]))
+        if again:
+            self._write([row for row, _ in again], torch.stack([state for _, state in again]))
         if sampled[0]:
             rows, slots, reads = self._moved(sampled)
             self._read(rows, slots, reads, input_ids)
-        return len(anew) + len(sampled[0])
+        return len(again) + len(sampled[0])
 
     def _read(self, rows: Tensor, slots: Tensor, reads: Tensor, input_ids: Tensor) -> None:
         before = self.progress[slots]

@@ -195,9 +195,9 @@ def test_a_plain_adapter_of_another_base_model_is_refused_too(
     [
         (["--task", "gsm9k"], "no task 'gsm9k'; did you mean gsm8k"),
         (["--samples", "3"], "are all the same; add --no-greedy"),
-        (["--limit", "0"], "--limit has to be 1 or more"),
-        (["--batch_size", "0"], "--batch_size has to be above 0"),
-        (["--no-greedy", "--temperature", "0"], "--temperature has to be 0.01 or more"),
+        (["--limit", "0"], "--limit must be 1 or more"),
+        (["--batch_size", "0"], "--batch_size must be above 0"),
+        (["--no-greedy", "--temperature", "0"], "--temperature must be 0.01 or more"),
         (["--prompt", "loud"], "argument --prompt: invalid choice: 'loud'"),
         (["--prompt", "chat"], "needs a chat template"),
         (["--split", "dev"], "argument --split: invalid choice: 'dev'"),
@@ -214,8 +214,8 @@ def test_a_plain_adapter_of_another_base_model_is_refused_too(
         (["--out", "no/where.json"], "the folder of no/where.json does not exist"),
         (["--shots", "99"], "worked examples, not 99"),
         (["--nonsense", "1"], "--nonsense"),
-        (["--seed", "-1"], "--seed has to be from 0"),
-        (["--answer_start", ""], "--answer_start has to be a text"),
+        (["--seed", "-1"], "--seed must be from 0"),
+        (["--answer_start", ""], "--answer_start must be a text"),
     ],
 )
 def test_what_cannot_work_is_a_sentence(command, flags, sentence, capsys):

@@ -78,9 +78,9 @@ def test_the_reward_for_the_format_is_small_optional_and_reported_apart(base, tm
     [
         (["--task", "gsm9k"], "did you mean gsm8k"),
         (["--shots", "9"], "has 4 worked examples, not 9"),
-        (["--shots", "1", "--examples", "1 + 1 = 2 #### 2"], "leave one out"),
+        (["--shots", "1", "--examples", "1 + 1 = 2 #### 2"], "remove one"),
         (["--engine", "continuous", "--use_vllm"], "--engine continuous and TRL's own flags ask for two engines"),
-        (["--format_reward", "-1"], "--format_reward has to be 0 or more"),
+        (["--format_reward", "-1"], "--format_reward must be 0 or more"),
     ],
 )
 def test_options_of_a_task_that_cannot_work_are_refused_before_any_work(flags, sentence, tmp_path):

@@ -154,7 +154,7 @@ def of_an_engine_that_says_something_else(folder, monkeypatch):
     ("fault", "what", "says"),
     [
         (of_no_family, "model", "is a gpt2 model; hrpo_patches has patches for Llama, Qwen2 or Qwen3 only"),
-        (of_weights_that_are_no_numbers, "model", "up_proj.weight .* is not finite; train it anew"),
+        (of_weights_that_are_no_numbers, "model", "up_proj.weight .* is not finite; train it again"),
         (of_another_tokenizer, "tokenizer", "332 tokens and the model embeds 268.* take the model's own tokenizer"),
         (of_no_end, "tokenizer", "has an end token, .*; set eos_token_id in the model's generation_config.json"),
         (of_a_row_that_is_cut, "data", "line 2"),
@@ -177,7 +177,7 @@ def test_a_planted_fault_is_found_alone_and_what_to_do_is_said(folder, monkeypat
 
 def test_a_damaged_adapter_and_an_engine_that_is_not_there_are_found_too(folder):
     assert "vLLM is not installed; pip install" in examined(folder, "adapter", engine="vllm")["engine"]
-    assert "has to be one of generate, continuous, vllm, auto" in examined(folder, engine="fast")["engine"]
+    assert "must be one of generate, continuous, vllm, auto" in examined(folder, engine="fast")["engine"]
     weights = folder / "adapter" / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert list(examined(folder, "adapter")) == ["model"]

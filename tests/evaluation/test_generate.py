@@ -1,4 +1,4 @@
-"""Answers in batches of similar length, which change no answer and can be passed over."""
+"""Answers in batches of similar length, which change no answer and can be skipped."""
 
 import pytest
 import torch
@@ -34,7 +34,7 @@ def test_completions_come_in_batches_and_end_at_their_end_token():
     same = [row for _, rows in complete(model, tokenizer, [[1, 2]] * 6, decoding) for row in rows]
     assert same[:3] != same[3:]  # batches do not share a seed
     ((batch, rows),) = complete(model, tokenizer, ids, decoding, first=1)
-    assert batch == [2] and rows == [found[2]]  # the same, though the first batch was passed over
+    assert batch == [2] and rows == [found[2]]  # the same, though the first batch was skipped
 
 
 def test_a_conversation_needs_a_template():

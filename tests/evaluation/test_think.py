@@ -61,10 +61,10 @@ def test_greedy_is_greedy_and_takes_no_random_numbers(tokenizer):
 def test_numbers_out_of_range_are_refused(tokenizer):
     model = tiny_model("llama")
     for wrong in ({"max_new_tokens": 0}, {"top": 0}):
-        with pytest.raises(InputError, match="have to be 1 or more"):
+        with pytest.raises(InputError, match="must be 1 or more"):
             think(model, tokenizer, "Hi", **wrong)
     for wrong in ({"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 1e-40}, {"seed": -1}):
-        with pytest.raises(InputError, match="temperature has to be 0, for greedy, or 0.01 or more, and seed"):
+        with pytest.raises(InputError, match="temperature must be 0, for greedy, or 0.01 or more, and seed"):
             think(model, tokenizer, "Hi", **wrong)
     with pytest.raises(InputError, match="the prompt is empty"):
         think(model, tokenizer, "")
@@ -131,7 +131,7 @@ def test_the_command_looks_into_a_base_an_adapter_and_a_merged_model(base, tmp_p
         (["--png", "new.pdf"], "needs a name that ends in .png"),
         (["--png", "nowhere/new.png"], "nowhere is no folder"),
         (["--base", "other"], "is no adapter, so it has no base model"),
-        (["--max_new_tokens", "0"], "have to be 1 or more"),
+        (["--max_new_tokens", "0"], "must be 1 or more"),
     ],
 )
 def test_what_cannot_work_is_a_sentence(arguments, sentence, tmp_path, monkeypatch, capsys):

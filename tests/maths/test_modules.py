@@ -78,12 +78,12 @@ def test_every_illegal_combination_is_one_sentence_at_config_time(options):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"projection_layers": 3}, r"projection_layers has to be one of \(1, 2\), not 3"),
-        ({"projection_layers": 2, "projection_hidden": 0}, "projection_hidden has to be above 0"),
-        ({"projection_norm": "yes"}, "projection_norm has to be True or False"),
-        ({"projection_dropout": 1.0}, "projection_dropout has to be 0 or more and below 1"),
-        ({"residual_scale": "big"}, "residual_scale has to be one of"),
-        ({"embedding_norm": -1.0}, "embedding_norm has to be above 0"),
+        ({"projection_layers": 3}, r"projection_layers must be one of \(1, 2\), not 3"),
+        ({"projection_layers": 2, "projection_hidden": 0}, "projection_hidden must be above 0"),
+        ({"projection_norm": "yes"}, "projection_norm must be True or False"),
+        ({"projection_dropout": 1.0}, "projection_dropout must be 0 or more and below 1"),
+        ({"residual_scale": "big"}, "residual_scale must be one of"),
+        ({"embedding_norm": -1.0}, "embedding_norm must be above 0"),
     ],
 )
 def test_a_value_that_cannot_be_is_one_sentence(options, message):

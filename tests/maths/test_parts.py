@@ -98,7 +98,7 @@ def test_an_adapter_with_a_residual_that_nobody_registered_says_so(tmp_path, bar
     trainer.save_model(str(tmp_path / "adapter"))
     row = RESIDUALS.pop("bare_state")
     try:
-        with pytest.raises(InputError, match="asks for what is not there: residual has to be one of"):
+        with pytest.raises(InputError, match="asks for what is not there: residual must be one of"):
             load_adapter(tiny_model("llama", thinking=None), tmp_path / "adapter")
     finally:
         RESIDUALS["bare_state"] = row

@@ -77,7 +77,7 @@ def test_what_was_chosen_and_why_is_one_line_once(capsys, monkeypatch):
 
 def test_an_unknown_backend_is_refused_with_the_names_there_are():
     for refuse in (lambda: backend.choose_backend("jax"), lambda: parse(["--backend", "jax"])):
-        with pytest.raises(InputError, match="--backend has to be auto, transformers or unsloth, not 'jax'"):
+        with pytest.raises(InputError, match="--backend must be auto, transformers or unsloth, not 'jax'"):
             refuse()
 
 

@@ -303,7 +303,7 @@ def test_a_task_from_outside_is_named_by_module_and_name(tmp_path, monkeypatch):
     for name, message in (
         ("outside_tasks:MISSING", "could not be imported"),
         ("no_such_module:TASK", "could not be imported"),
-        ("outside_tasks:NUMBER", "is a int, and has to be a hrpo_patches.tasks.Task"),
+        ("outside_tasks:NUMBER", "is a int, and must be a hrpo_patches.tasks.Task"),
     ):
         with pytest.raises(InputError, match=message):
             find_task(name, None)

@@ -304,8 +304,8 @@ def test_sequences_of_a_plain_request_do_not_think_and_those_that_end_at_once_ar
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        ({"thinking": "maybe"}, "has to be True or False, not 'maybe'"),
-        ({"thoughts": True}, "has to be a whole number from 0, not True"),
+        ({"thinking": "maybe"}, "must be True or False, not 'maybe'"),
+        ({"thoughts": True}, "must be a whole number from 0, not True"),
         ({"thinking": False, "thoughts": 3}, "forced thoughts without thinking need generate"),
         ({"thoughts": NEW}, "thoughts=20 leave no room"),
         ({"thoughts": 4, "max_new_tokens": 4}, "thoughts=4 leave no room"),

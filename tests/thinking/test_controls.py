@@ -101,7 +101,7 @@ def test_a_control_changes_a_rollout_and_is_replayed_by_all(family, tokenizer, n
 
 def test_what_a_control_needs_is_said_before_any_work(family):
     model = tiny_model(family)
-    with pytest.raises(InputError, match="has to be one of"):
+    with pytest.raises(InputError, match="must be one of"):
         check_control("shuffled", [])
     for name in ("swapped", "mean"):
         with pytest.raises(InputError, match="a batch holds one"):

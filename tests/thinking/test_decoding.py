@@ -274,7 +274,7 @@ def test_stop_strings_do_not_see_the_fillers(family, tokenizer):
 def test_a_filler_that_ends_a_completion_or_is_no_token_is_refused(tokenizer):
     model, inputs = tiny_model("llama"), ragged(tokenizer)
     for filler in (99999, -1):
-        with pytest.raises(InputError, match="has to be the id of one of the model's tokens"):
+        with pytest.raises(InputError, match="must be the id of one of the model's tokens"):
             model.generate(**inputs, thoughts=1, max_new_tokens=4, filler_token_id=filler)
     model.generation_config.eos_token_id = [5, tokenizer.get_vocab()["."]]
     with pytest.raises(InputError, match="ends a completion"):

@@ -28,7 +28,7 @@ def assert_varied(model, tokenizer, out, inputs):
 
 def assert_replays(model, out, inputs, sharp, **options):
     assert worst(model, out, inputs, **options) < TOLERANCE
-    # Each of these is a bug that published code has had; the tolerance has to be tight enough to see it.
+    # Each of these is a bug that published code has had; the tolerance must be tight enough to see it.
     shifted = torch.roll(out.thinking_states, -1, dims=1)
     assert worst(model, out, inputs, states=shifted, **options) > sharp * TOLERANCE
     assert worst(model, out, inputs, states=torch.zeros_like(out.thinking_states), **options) > sharp * TOLERANCE

@@ -188,11 +188,11 @@ def test_a_plain_adapter_remembers_its_pauses(tmp_path, tokenizer):
 
 
 REFUSED = [
-    ({"thoughts": -1}, "thoughts has to be 0 or more, not -1"),
+    ({"thoughts": -1}, "thoughts must be 0 or more, not -1"),
     ({"thoughts": LENGTH}, f"thoughts={LENGTH} leave no room"),
     ({"thoughts": 2, "filler": "<nosuch>"}, "the tokenizer has no token '<nosuch>'"),
     ({"thoughts": 2, "filler": "<end>"}, "end or padding token"),
-    ({"thoughts": 2, "filler": ""}, "filler has to be a non-empty text"),
+    ({"thoughts": 2, "filler": ""}, "filler must be a non-empty text"),
     ({"bptt": -1}, "bptt must be a whole number from 0"),
     ({"bptt": "most"}, "bptt must be a whole number from 0"),
     ({"replay_passes": 0}, "replay_passes must be a whole number from 1"),

@@ -28,7 +28,7 @@ from hrpo_thinking.errors import InputError
         ),
         ({"cache_implementation": "paged"}, "cache_implementation='paged' cannot think"),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2 cannot think"),
-        ({"residual": "both"}, "residual has to be"),
+        ({"residual": "both"}, "residual must be"),
         ({"answer_start": ""}, "answer_start"),
     ],
 )
@@ -79,7 +79,7 @@ def test_how_a_model_thinks_is_said_at_once_and_reaches_it(tmp_path, given):
         ({"thinking": {"residual": "embedding"}, "residual": None}, "does not go with residual='none'"),
         ({"thinking": {"layers": 2}}, "unknown thinking option 'layers'"),
         ({"thinking": "{"}, "thinking is no JSON"),
-        ({"thinking": 3}, "has to be a ThinkingConfig or a dict"),
+        ({"thinking": 3}, "must be a ThinkingConfig or a dict"),
         ({"thinking": {"residual": "embedding", "projection_layers": 2}}, "does not go with residual='embedding'"),
     ],
 )

@@ -93,7 +93,7 @@ def test_a_loaded_adapter_is_ready_to_train_or_frozen(load, tmp_path):
 
 
 def test_an_adapter_that_unsloth_loads_itself_is_ready_too(checkpoints, tmp_path):
-    """On a base as it comes from the hub, whose config has never heard of thinking: it has to be asked for."""
+    """On a base as it comes from the hub, whose config has never heard of thinking: it must be asked for."""
     base = checkpoints / "plain-llama"
     options = {"max_seq_length": 256, "dtype": torch.bfloat16, "load_in_4bit": False, "thinking": {}}
     adapted(FastLanguageModel.from_pretrained(str(base), **options)[0]).save_pretrained(tmp_path / "adapter")

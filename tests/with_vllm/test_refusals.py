@@ -60,12 +60,12 @@ def test_requests_that_cannot_be_thought_are_refused_and_the_next_is_right(token
     prompt, (filler,) = tokenizer("Hi")["input_ids"], tokenizer(".")["input_ids"]
     with engine(model, tokenizer, tmp_path) as llm:
         for extra, says in (
-            ({"thinking": "maybe"}, "thinking has to be true or false"),
+            ({"thinking": "maybe"}, "thinking must be true or false"),
             ({"thoughts": 8}, "thoughts=8 leave no room for an answer in 8 tokens.*below max_tokens"),
-            ({"thoughts": "two"}, "thoughts has to be a whole number"),
-            ({"thoughts": True}, "thoughts has to be a whole number"),
+            ({"thoughts": "two"}, "thoughts must be a whole number"),
+            ({"thoughts": True}, "thoughts must be a whole number"),
             ({"thinking": False, "thoughts": 3}, "without thinking need generate"),
-            ({"thinking_key": ["one"]}, "thinking_key has to be a text"),
+            ({"thinking_key": ["one"]}, "thinking_key must be a text"),
         ):
             with pytest.raises(ValueError, match=says):
                 llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=8, extra_args=extra))

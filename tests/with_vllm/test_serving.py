@@ -100,9 +100,9 @@ def test_hrpo_serve_merges_an_adapter_and_answers_as_generate_does(folder, token
             jobs = {key: clients.submit(ask, client, prompts[key[0]], False, **ways[key[1]]) for key in expected}
             assert {key: job.result() for key, job in jobs.items()} == expected
         for extra, why in (
-            ({"thinking": "no"}, "has to be true or false"),
+            ({"thinking": "no"}, "must be true or false"),
             ({"thoughts": NEW}, "below max_tokens"),
-            ({"thinking_key": ["one"]}, "has to be a text"),
+            ({"thinking_key": ["one"]}, "must be a text"),
         ):
             with pytest.raises(BadRequestError, match=why):
                 ask(client, prompts[0], **extra)

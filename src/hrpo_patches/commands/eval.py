@@ -82,10 +82,10 @@ class EvalArguments:
         if self.greedy and self.samples != 1:
             raise InputError(f"--samples {self.samples} of greedy decoding are all the same; add --no-greedy.")
         if not self.temperature >= 0.01:
-            raise InputError(f"--temperature has to be 0.01 or more, not {self.temperature}; greedy is --greedy.")
+            raise InputError(f"--temperature must be 0.01 or more, not {self.temperature}; greedy is --greedy.")
         for name in ("samples", "batch_size", "max_new_tokens"):
             if not getattr(self, name) > 0:
-                raise InputError(f"--{name} has to be above 0, not {getattr(self, name)}.")
+                raise InputError(f"--{name} must be above 0, not {getattr(self, name)}.")
         for count in self.thoughts:
             if not 0 <= count < self.max_new_tokens:
                 raise InputError(
@@ -96,11 +96,11 @@ class EvalArguments:
         if self.control != "live" and not self.thinking:
             raise InputError(f"--control {self.control} replaces thoughts; it does not go with --no-thinking.")
         if not 0 <= self.seed < 2**31:
-            raise InputError(f"--seed has to be from 0 to 2**31 - 1, not {self.seed}.")
+            raise InputError(f"--seed must be from 0 to 2**31 - 1, not {self.seed}.")
         if self.answer_start == "":
-            raise InputError("--answer_start has to be a text.")
+            raise InputError("--answer_start must be a text.")
         if self.limit is not None and self.limit < 1:
-            raise InputError(f"--limit has to be 1 or more, not {self.limit}.")
+            raise InputError(f"--limit must be 1 or more, not {self.limit}.")
         if os.path.lexists(self.out):
             raise InputError(f"{self.out} exists already; give another --out.")
         if not Path(self.out).absolute().parent.is_dir():

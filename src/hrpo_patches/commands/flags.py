@@ -64,7 +64,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
     if not isinstance(options, dict) or not all(isinstance(key, str) for key in options):
-        raise InputError(f"--config {path} has to hold options, one `name: value` a line.")
+        raise InputError(f"--config {path} must hold options, one `name: value` a line.")
     return options
 
 
@@ -98,7 +98,7 @@ def split_backend(words: Written) -> tuple[str, Written]:
     parser.add_argument("--backend", default=BACKENDS[0])
     known, rest = parser.parse_known_args(words)
     if known.backend not in BACKENDS:
-        raise InputError(f"--backend has to be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, not {known.backend!r}.")
+        raise InputError(f"--backend must be {', '.join(BACKENDS[:-1])} or {BACKENDS[-1]}, not {known.backend!r}.")
     return known.backend, rest
 
 

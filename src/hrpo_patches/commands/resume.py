@@ -156,12 +156,12 @@ def _last_step(checkpoint: Path, config: TrainingArguments) -> int | None:
 
 
 def last_checkpoint(run: Path) -> Path | None:
-    """The newest complete checkpoint of a run; a save that was cut short is passed over, which is said."""
+    """The newest complete checkpoint of a run; a save that was cut short is skipped with a message."""
     numbered = [path for path in run.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     for path in sorted(numbered, key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True):
         try:
             json.loads((path / "trainer_state.json").read_text())  # the last file that a save writes
             return path
         except (OSError, ValueError):
-            print(f"{path} is incomplete, as a save that was cut short leaves it: passed over.")
+            print(f"{path} is incomplete, as a save that was cut short leaves it: skipped.")
     return None

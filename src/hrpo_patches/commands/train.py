@@ -188,7 +188,7 @@ def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: 
         vllm.sync_weights()
     accelerator = trainer.accelerator
     model, shown = accelerator.unwrap_model(trainer.model), accelerator.is_main_process
-    alike = partitioned(model)  # ZeRO-3's processes have to generate in step, so each answers all
+    alike = partitioned(model)  # ZeRO-3's processes must generate in step, so each answers all
     own = held_out if alike else held_out[accelerator.process_index :: accelerator.num_processes]
     gathered = unwrap_model_for_generation(trainer.model_wrapped, accelerator) if alike else nullcontext(model)
     with gathered as model, whole(model):

@@ -181,16 +181,14 @@ class Run:
                 f"--thoughts {forced} leave no room in --max_completion_length {config.max_completion_length}."
             )
         if config.engine != "generate" and about.engine not in ("generate", "auto", config.engine):
-            raise InputError(
-                f"--engine {about.engine} and TRL's own flags ask for two engines; leave one of them out."
-            )
+            raise InputError(f"--engine {about.engine} and TRL's own flags ask for two engines; remove one of them.")
         examples_of(find_task(about.task, about.dataset, size=1), config.answer_start, about.shots, about.examples)
         if about.format_reward < 0:
-            raise InputError(f"--format_reward has to be 0 or more, not {about.format_reward}.")
+            raise InputError(f"--format_reward must be 0 or more, not {about.format_reward}.")
         numbers = asdict(about) | {name: getattr(config, name) for name in ("temperature", "max_completion_length")}
         for name in ("lora_rank", "temperature", "max_prompt_length", "max_completion_length", "eval_batch_size"):
             if numbers[name] is not None and not numbers[name] > 0:
-                raise InputError(f"--{name} has to be above 0, not {numbers[name]}.")
+                raise InputError(f"--{name} must be above 0, not {numbers[name]}.")
         if about.format_reward and config.reward_weights is not None:
             raise InputError("--format_reward and --reward_weights both give weights of rewards; remove one of them.")
         if config.reward_weights is not None and len(config.reward_weights) != 1:
@@ -222,7 +220,7 @@ class Run:
                 "--enable_jit_checkpoint: hrpo train saves a checkpoint upon SIGTERM by itself; remove it."
             )
         if about.eval_problems < 0:
-            raise InputError(f"--eval_problems has to be 0 or more, not {about.eval_problems}.")
+            raise InputError(f"--eval_problems must be 0 or more, not {about.eval_problems}.")
         if "none" in config.report_to:
             raise InputError("--report_to none does not go with other names.")
         for tracker in config.report_to:

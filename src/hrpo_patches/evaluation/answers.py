@@ -64,7 +64,7 @@ def answer_all(
     """Answer what `done` does not hold yet, batch by batch, with a bar that shows the accuracy so far.
 
     Args:
-        model, tokenizer: the tokenizer has to pad on the left.
+        model, tokenizer: the tokenizer must pad on the left.
         questions: what is asked.
         decoding: how it is answered.
         done: takes each batch's samples as they come.

@@ -1,4 +1,4 @@
-"""Looks whether a machine, a model, its data and an engine can think together; prints nothing, and mends nothing.
+"""Looks whether a machine, a model, its data and an engine can think together; prints and changes nothing.
 
 What a look needs is imported by it: the first ones have something to say where transformers cannot be imported.
 """
@@ -149,7 +149,9 @@ class Examination:
         model, self.tokenizer = open_model(self.name, self.base)
         for name, weight in model.named_parameters():
             if not torch.isfinite(weight).all():
-                raise InputError(f"{name} of {self.name} is not finite; train it anew, or from an earlier checkpoint.")
+                raise InputError(
+                    f"{name} of {self.name} is not finite; train it again, or from an earlier checkpoint."
+                )
         self.model, thinking = model, ThinkingConfig.from_dict(causal_lm(model).config.thinking)
         self.marker, self.residual = thinking.answer_start, thinking.residual
         trained = "never trained to think" if is_untrained(model) else "trained to think"
@@ -299,7 +301,7 @@ class Examination:
         from hrpo_patches.thinking.backbone import causal_lm
 
         if self.asked not in CHOICES:
-            raise InputError(f"--engine has to be one of {', '.join(CHOICES)}, not {self.asked!r}.")
+            raise InputError(f"--engine must be one of {', '.join(CHOICES)}, not {self.asked!r}.")
         model, ids = self._seen(), [self._asked()]
         engine, why = choose_engine(self.asked, model, self.residual)
         if engine == "generate":

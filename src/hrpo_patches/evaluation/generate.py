@@ -67,10 +67,10 @@ def complete(
     """Answer prompts in batches of similar length.
 
     Args:
-        model, tokenizer: the tokenizer has to pad on the left.
+        model, tokenizer: the tokenizer must pad on the left.
         ids: of the prompts.
         decoding: how.
-        first: the number of batches that are passed over.
+        first: the number of batches that are skipped.
         golds: the gold answer of each prompt, for the controls that ask for it.
         vllm: a `ThinkingVLLM` with the model's weights, for that engine; by default one is made, and ended.
 

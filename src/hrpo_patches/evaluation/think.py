@@ -68,9 +68,9 @@ def think(
         InputError: a number is out of its range, or the model cannot think.
     """
     if max_new_tokens < 1 or top < 1:
-        raise InputError("max_new_tokens and top have to be 1 or more.")
+        raise InputError("max_new_tokens and top must be 1 or more.")
     if not (temperature == 0 or 0.01 <= temperature < math.inf) or not 0 <= seed < 2**32:
-        raise InputError("temperature has to be 0, for greedy, or 0.01 or more, and seed from 0 to 2**32 - 1.")
+        raise InputError("temperature must be 0, for greedy, or 0.01 or more, and seed from 0 to 2**32 - 1.")
     ids = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long, device=model.device)
     if not ids.numel():
         raise InputError("the prompt is empty.")

@@ -42,7 +42,7 @@ def config_of(folder: Path) -> Any:
 
 
 def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Every expected thinking weight has to be there, in its shape."""
+    """Every expected thinking weight must be there, in its shape."""
     for key, parameter in expected.items():
         if key not in weights:
             raise InputError(
@@ -126,7 +126,7 @@ def load_adapter(
             adapter that has none.
     """
     if isinstance(model, PeftModel):
-        raise InputError("load_adapter takes a base model, and this one already has an adapter; load the base anew.")
+        raise InputError("load_adapter takes a base model, and this one already has an adapter; load the base again.")
     folder = adapter_folder(folder)
     if not (folder / "adapter_model.safetensors").is_file():
         raise InputError(f"{folder} holds no adapter: adapter_model.safetensors is missing.")

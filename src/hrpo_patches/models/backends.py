@@ -1,6 +1,6 @@
 """The libraries that load and run a model, behind one class, and which of them a run takes; nobody else asks.
 
-unsloth has to be imported before transformers, so a command asks here first, and this imports neither.
+unsloth must be imported before transformers, so a command asks here first, and this imports neither.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Backend:
         fused_head: whether TRL's fused LM head can call the backbone of its models.
         bptt: how far the gradient flows through thoughts unless a run says so; 0 where it cannot.
         own_checkpointing: whether its models do gradient checkpointing themselves.
-        own_adapters: whether an adapter has to be made by `add_adapter`, and not by a trainer from a PEFT config.
+        own_adapters: whether an adapter must be made by `add_adapter`, and not by a trainer from a PEFT config.
         packs: whether its models can generate in continuous batching.
     """
 
@@ -65,7 +65,7 @@ class Backend:
 
 
 def backend_named(name: str) -> Backend:
-    """The backend of that name; the library has to be importable."""
+    """The backend of that name; the library must be importable."""
     if name == "transformers":
         return Backend()
     backend: Backend = import_module(f"hrpo_patches.models.{name}_backend").BACKEND
@@ -93,7 +93,7 @@ def choose_backend(wanted: str) -> tuple[str, str]:
         PatchError: unsloth was asked for and there are no patches for the installed version.
     """
     if wanted not in BACKENDS:
-        raise InputError(f"--backend has to be auto, transformers or unsloth, not {wanted!r}.")
+        raise InputError(f"--backend must be auto, transformers or unsloth, not {wanted!r}.")
     if wanted == "transformers":
         return "transformers", "asked for"
     obstacle = _obstacle(refuse=wanted == "unsloth")

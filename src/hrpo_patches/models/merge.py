@@ -98,7 +98,7 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
     """Write a published HRPO adapter (LoRA, gates, Λ) as one that says how it thinks.
 
     Args:
-        source: the adapter; its weights have to be safetensors.
+        source: the adapter; its weights must be safetensors.
         destination: must not exist.
         residual: "embedding", what it was trained with, or "projection", which starts a fresh projection for it.
         answer_start: the marker that it was trained with.

@@ -42,7 +42,7 @@ _MERGE_OPTIONS = {
 
 
 def trained_thinking(model: Any) -> dict[str, Tensor]:
-    """The thinking weights that a save has to keep, by the base model's names; none where all are as they were drawn.
+    """The thinking weights that a save must keep, by the base model's names; none where all are as they were drawn.
 
     Raises:
         InputError: several adapters are active, or none, so that it is not clear whose weights they are.
@@ -56,7 +56,7 @@ def trained_thinking(model: Any) -> dict[str, Tensor]:
         if hasattr(module, "modules_to_save"):
             active = module.active_adapters
             if len(active) != 1 or active[0] not in module.modules_to_save:
-                raise InputError(f"{name} has the active adapters {active}; one has to be set to be saved or merged.")
+                raise InputError(f"{name} has the active adapters {active}; one must be set to be saved or merged.")
             module, trained = module.modules_to_save[active[0]], True
         trained |= not all(part.is_fresh() for part in module.modules() if isinstance(part, ThinkingModule))
         found |= {f"{name}.{parameter}": value for parameter, value in module.named_parameters()}

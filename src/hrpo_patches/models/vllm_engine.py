@@ -125,7 +125,9 @@ class ThinkingVLLM(VLLMGeneration):
         return own
 
     def sync_weights(self) -> None:
-        if self.accelerator.device.type == "cpu":  # whose kernels pack their weights, so that they are loaded as anew
+        if (
+            self.accelerator.device.type == "cpu"
+        ):  # whose kernels pack their weights, so that they are loaded like a checkpoint
             self.llm.llm_engine.model_executor.driver_worker.model_runner.reload_weights(self._iter_named_params())
             self.llm.reset_prefix_cache()
         else:

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 PATIENCE = 20  # optimizer steps after which something that never came is missed
-IN_A_ROW = 5  # rows that a fault has to last
+IN_A_ROW = 5  # rows that a fault must last
 SHARE = 0.01  # of the input; less of the embedding, or of the residual, is as good as none
 COLLAPSE = 0.2  # of the longest mean thinking so far; thinking that is as short has collapsed
 LONG = 8.0  # tokens; shorter thinking cannot collapse
@@ -22,7 +22,7 @@ class EarlyWarnings:
     Args:
         marker: the answer marker.
         max_completion_length: where completions are cut, in tokens; None if that is not known.
-        start: the step that the run starts from. A resumed run is judged anew.
+        start: the step that the run starts from. A resumed run is judged again.
     """
 
     def __init__(self, marker: str, max_completion_length: int | None = None, start: int = 0) -> None:

@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of a log. A last line without its end, which a power failure can leave, is passed over.
+    """The rows of a log. A last line without its end, which a power failure can leave, is skipped.
 
     Raises:
         InputError: a line is no JSON object.
@@ -49,7 +49,7 @@ class RunLog:
         Args:
             step: the last one that was taken; 0 starts a log.
             header: what the run is.
-            history: rows of the checkpoint that the run is resumed from; those of the log have to be the same.
+            history: rows of the checkpoint that the run is resumed from; those of the log must be the same.
 
         Raises:
             InputError: the log that is there is another run's.

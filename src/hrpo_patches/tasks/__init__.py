@@ -19,7 +19,7 @@ __all__ = ["TASKS", "Problem", "Task", "task_named"]
 
 
 def task_named(name: str) -> Task:
-    """The task of this name, or `package.module:NAME`, a `Task` of yours that can be imported.
+    """The task of this name, or `package.module:NAME`, your own `Task`, importable.
 
     Raises:
         InputError: there is none; the message has the nearest names.
@@ -46,5 +46,5 @@ def _imported(name: str) -> Task:
     except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise InputError(f"the task {name!r} could not be imported: {error}.") from None
     if not isinstance(task, Task):
-        raise InputError(f"{name} is a {type(task).__name__}, and has to be a hrpo_patches.tasks.Task.")
+        raise InputError(f"{name} is a {type(task).__name__}, and must be a hrpo_patches.tasks.Task.")
     return task

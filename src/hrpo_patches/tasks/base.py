@@ -37,7 +37,7 @@ class Task:
         name: what it is called on the command line.
         train, test: data sets of the hub, each `ID[:CONFIG]@SPLIT`; a task that is only trained on, or only evaluated
             on, leaves one empty.
-        shapes: how rows are read, by the columns that a row has to have; the first shape that fits is taken.
+        shapes: how rows are read, by the columns that a row must have; the first shape that fits is taken.
         instruction: the zero-shot prompt, with {marker} where the answer marker goes; other braces are braces.
         examples: worked examples for a few-shot prompt, with {marker} once.
         grader: says whether an answer is right.

@@ -1,7 +1,7 @@
 """Tasks of reasoning-gym, `reasoning_gym:NAME?option=value&...`: problems made on the spot.
 
 Many of its generators grade an answer by evaluating it as Python, with whatever it calls. So they are asked only about
-texts that cannot call anything, where the gold answer is such a text too; other answers have to be the gold answer.
+texts that cannot call anything, where the gold answer is such a text too; other answers must be the gold answer.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from hrpo_patches.tasks.graders.options import choice
 def with_options(question: str, options: list[str], right: int) -> Problem:
     """The question, each option on a line with its letter, and the letter of the right one."""
     if not 2 <= len(options) <= 8:
-        raise Unreadable(f"has {len(options)} options; there have to be 2 to 8")
+        raise Unreadable(f"has {len(options)} options; there must be 2 to 8")
     if not 0 <= right < len(options):
         raise Unreadable(f"says that option number {right} of {len(options)} is right, counted from 0")
     letters = ascii_uppercase[: len(options)]

@@ -31,13 +31,13 @@ def examples_of(task: Task, marker: str, shots: int, own: list[str]) -> list[str
         InputError: the task has fewer, or an example does not carry the marker once.
     """
     if own and shots:
-        raise InputError("--examples and --shots are two ways to say the same; leave one out.")
+        raise InputError("--examples and --shots are two ways to say the same; remove one.")
     if not 0 <= shots <= len(task.examples):
         raise InputError(f"{task.name} has {len(task.examples)} worked examples, not {shots}; give --examples.")
     chosen = own or [example.replace(MARKER, marker) for example in task.examples[:shots]]
     for example in chosen:
         if example.count(marker) != 1:
-            raise InputError(f"a worked example has to carry the marker {marker!r} once, unlike {example!r}.")
+            raise InputError(f"a worked example must carry the marker {marker!r} once, unlike {example!r}.")
     return chosen
 
 
@@ -133,7 +133,7 @@ def uses_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 def with_prompts(
     problems: list[Problem], ask: Callable[[str], Prompt], tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> list[dict[str, Any]]:
-    """The problems with their prompts; those whose prompt is too long are left out, which is said.
+    """The problems with their prompts; those whose prompt is too long are left out with a message.
 
     Args:
         problems: of a task.

@@ -44,7 +44,7 @@ def _hub_rows(source: str, split: str) -> Rows:
         if absent := missing(identifier, no_hub_id=True):
             raise InputError(f"the data set {absent}") from None
         raise InputError(
-            f"the data set {source!r} could not be loaded ({' '.join(str(error).split())}); a path has to end in "
+            f"the data set {source!r} could not be loaded ({' '.join(str(error).split())}); a path must end in "
             f".jsonl, or be a folder with train.jsonl and test.jsonl."
         ) from None
     return ((dict(row), f"{name}[{split}] row {i}") for i, row in enumerate(data))

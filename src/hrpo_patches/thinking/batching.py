@@ -27,7 +27,7 @@ _NOT_READ = (
 
 
 def batching_config(given: ContinuousBatchingConfig | None, model: Any, hints: Any = None) -> ContinuousBatchingConfig:
-    """A copy of the engine's config with what cannot think switched off: a step has to wait for the one before.
+    """A copy of the engine's config with what cannot think switched off: a step must wait for the one before.
 
     A cache that nobody sized is made for the requests that `hints` (the engine's WorkloadHints) announce.
 
@@ -39,11 +39,11 @@ def batching_config(given: ContinuousBatchingConfig | None, model: Any, hints: A
     config = copy.copy(given) if given is not None else ContinuousBatchingConfig()
     for name in ("use_async_batching", "use_cuda_graph"):
         if getattr(config, name):
-            raise InputError(f"continuous batching with {name}={getattr(config, name)!r} cannot think; leave it out.")
+            raise InputError(f"continuous batching with {name}={getattr(config, name)!r} cannot think; remove it.")
         setattr(config, name, False)
     for name in ("varlen_compile_config", "decode_compile_config"):
         if getattr(config, name, None) is not None:
-            raise InputError(f"continuous batching that is compiled ({name}) cannot think; leave it out.")
+            raise InputError(f"continuous batching that is compiled ({name}) cannot think; remove it.")
     if hints is not None and config.num_blocks is None:
         longest = hints.max_prompt_length + (hints.max_generated_length or 0)
         for name, value in cache_size(model, longest, hints.num_requests).items():
@@ -87,6 +87,6 @@ def check(model: Any, tokenizer: Any, generation_config: Any) -> None:
         if value not in (None, [], {}, *NEUTRAL.get(name, ())):
             also = " with forced thoughts" if name == "suppress_tokens" else ""
             raise InputError(
-                f"{name}={value!r} cannot be followed by continuous batching that thinks{also}; leave it out, or call "
+                f"{name}={value!r} cannot be followed by continuous batching that thinks{also}; remove it, or call "
                 f"generate."
             )

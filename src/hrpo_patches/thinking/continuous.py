@@ -227,7 +227,7 @@ class BatchThinking:
     def _check_new(self, name: str | None, new: int | None, thinking: bool) -> None:
         """Raise `InputError` for a request that cannot be told from others, or not be thought in its length."""
         if thinking not in (True, False):
-            raise InputError(f"add_request(thinking=...) has to be True or False, not {thinking!r}.")
+            raise InputError(f"add_request(thinking=...) must be True or False, not {thinking!r}.")
         if not thinking and name is None:
             raise InputError("a plain request beside thinking ones needs a request_id of its own.")
         if name in self._names:
@@ -255,7 +255,7 @@ class BatchThinking:
 
 
 def prompt_length(state: Any) -> int:
-    """The number of prompt tokens of an engine's request, also of one that it computes anew."""
+    """The number of prompt tokens of an engine's request, also of one that it computes again."""
     return int(state._true_initial_tokens or len(state.initial_tokens))
 
 

@@ -36,7 +36,7 @@ def check_control(name: str, batches: Sequence[Sequence[Hashable]]) -> None:
         batches: the gold answers of the rows that are decoded together.
     """
     if name not in CONTROLS:
-        raise InputError(f"the control has to be one of {tuple(CONTROLS)}, not {name!r}.")
+        raise InputError(f"the control must be one of {tuple(CONTROLS)}, not {name!r}.")
     for golds in batches:
         if name in SEVERAL and len(golds) < 2:
             raise InputError(f"the control {name!r} needs other rows, and a batch holds one; change the batch size.")

@@ -113,9 +113,9 @@ def check_request(
     """
     wanted, forced = generation_config.thinking, generation_config.thoughts
     if wanted not in (None, True, False):
-        raise InputError(f"generate(thinking=...) has to be True or False, not {wanted!r}.")
+        raise InputError(f"generate(thinking=...) must be True or False, not {wanted!r}.")
     if forced is not None and (isinstance(forced, bool) or not isinstance(forced, int) or forced < 0):
-        raise InputError(f"generate(thoughts=...) has to be a whole number from 0, not {forced!r}.")
+        raise InputError(f"generate(thoughts=...) must be a whole number from 0, not {forced!r}.")
     if not (wanted or forced):
         return
     backbone = thinking_backbone(model) if wanted else None
@@ -145,7 +145,7 @@ def check_filler(model: Any, generation_config: Any) -> None:
     """Raise `InputError` unless the filler of forced thoughts is a token of the model that ends no completion."""
     filler, ends = generation_config.filler_token_id, generation_config.eos_token_id
     if not isinstance(filler, int) or not 0 <= filler < model.get_input_embeddings().weight.shape[0]:
-        raise InputError(f"filler_token_id has to be the id of one of the model's tokens, not {filler!r}.")
+        raise InputError(f"filler_token_id must be the id of one of the model's tokens, not {filler!r}.")
     if filler in (ends if isinstance(ends, list) else [ends]):
         raise InputError(f"the filler of forced thoughts, token {filler}, ends a completion; name another one.")
 

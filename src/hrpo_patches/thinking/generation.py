@@ -82,7 +82,7 @@ class ThinkingGenerationMixin(_Base):
             InputError: as `generate`, or this engine cannot think as the model does.
         """
         parent: Any = super()
-        # The engine is told the length by a word of its own, but forced thoughts have to fit into it.
+        # The engine is told the length by a word of its own, but forced thoughts must fit into it.
         said = {"thinking": thinking, "thoughts": thoughts, "max_new_tokens": kwargs.get("max_new_tokens")}
         if given := {name: value for name, value in said.items() if value is not None}:
             generation_config = copy.deepcopy(generation_config or self.generation_config)

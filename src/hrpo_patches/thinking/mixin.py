@@ -100,13 +100,13 @@ class ThinkingMixin(Blend, _Base):
         if stray and thinking is None and not declined:
             raise InputError(
                 f"this checkpoint holds thinking weights ({stray[0]}), and its config does not say that it thinks; "
-                f"load it with thinking={{}} to use them, or with thinking=False to leave them out."
+                f"load it with thinking={{}} to use them, or with thinking=False to remove them."
             )
         super()._adjust_missing_and_unexpected_keys(loading_info)
         if missing and (claimed or len(missing) < len(whole)):
             raise InputError(
                 f"the checkpoint is to hold thinking weights, but {', '.join(missing)} is missing: it is damaged or "
-                f"was saved without. To start all of them anew, load it once with thinking=False and save that."
+                f"was saved without. To start all of them again, load it once with thinking=False and save that."
             )
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:

@@ -30,7 +30,7 @@ def partitioned(model: nn.Module) -> bool:
 
 
 def in_shards(model: nn.Module) -> bool:
-    """Whether no process holds the weights whole, so that all have to call the same modules in the same order."""
+    """Whether no process holds the weights whole, so that all must call the same modules in the same order."""
     return in_units(model) or partitioned(model)
 
 
@@ -55,13 +55,13 @@ def thinking_stays_float32() -> Iterator[None]:
 
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
-    """Within, each process holds all weights, and its forwards wait for no other's; every process has to enter.
+    """Within, each process holds all weights, and its forwards wait for no other's; every process must enter.
 
     Without it, a process whose completions end early would leave the others waiting for its shards.
     """
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     if hasattr(model, "generate_batch") and "generate_batch" not in vars(model):  # once: it wraps what is there
-        # It runs parts of the model, and the root has to come first.
+        # It runs parts of the model, and the root must come first.
         fsdp.register_fsdp_forward_method(model, "generate_batch")
     for unit in units:
         unit.unshard()
@@ -73,7 +73,7 @@ def whole(model: nn.Module) -> Iterator[None]:
 
 
 def plain(tensor: Tensor) -> Tensor:
-    """A tensor, also one in shards, as an ordinary one on every process; every process has to ask."""
+    """A tensor, also one in shards, as an ordinary one on every process; every process must ask."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
@@ -131,7 +131,7 @@ def give_back(model: nn.Module) -> None:
 
 
 def anywhere(model: nn.Module, flags: Tensor) -> Tensor:
-    """Flags (n,) that are set in any process, where the processes of `model` have to do the same; else `flags`."""
+    """Flags (n,) that are set in any process, where the processes of `model` must do the same; else `flags`."""
     return largest(flags.int()).bool() if in_shards(model) else flags
 
 

@@ -143,14 +143,14 @@ class ThinkingArguments(_Arguments):
             except ValueError as error:
                 raise InputError(f"thinking is no JSON: {error}.") from None
         if not isinstance(given, (ThinkingConfig, dict, type(None))):
-            raise InputError(f"thinking has to be a ThinkingConfig or a dict of its options, not {given!r}.")
+            raise InputError(f"thinking must be a ThinkingConfig or a dict of its options, not {given!r}.")
         options: dict[str, Any] = asdict(given) if isinstance(given, ThinkingConfig) else given or {}
         if options and self.residual is None:
-            raise InputError("thinking does not go with residual='none', which is plain GRPO; leave one of them out.")
+            raise InputError("thinking does not go with residual='none', which is plain GRPO; remove one of them.")
         for name in [name for name in SHARED if name in options]:
             own, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if own not in (default, options[name]):
-                raise InputError(f"{name} is {own!r}, and thinking says {options[name]!r}; leave one of them out.")
+                raise InputError(f"{name} is {own!r}, and thinking says {options[name]!r}; remove one of them.")
             setattr(self, name, options[name])
         self.thinking = options or None
         ThinkingConfig.from_dict(self._options())  # also where nothing is blended, and thoughts are pauses
@@ -280,7 +280,7 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
         }
         if wrong := [option for option, given in refused.items() if given]:
             raise InputError(
-                f"{wrong[0]} cannot think: its decoding hands no hidden state from step to step. Leave it out, or "
+                f"{wrong[0]} cannot think: its decoding hands no hidden state from step to step. Remove it, or "
                 f"train plain GRPO with residual='none'."
             )
 

@@ -67,7 +67,7 @@ def thinking_policy(model: Any, args: ThinkingArguments) -> Any:
 def _asked(given: Any) -> dict[str, Any]:
     """The options that `model_init_kwargs["thinking"]` names."""
     if given is False:
-        raise InputError("model_init_kwargs say thinking=False; leave it out, or train plain GRPO with residual=None.")
+        raise InputError("model_init_kwargs say thinking=False; remove it, or train plain GRPO with residual=None.")
     if isinstance(given, dict):
         return given
     said = ThinkingConfig.of(SimpleNamespace(thinking=given))
@@ -114,7 +114,7 @@ def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: Thin
     """A copy of `peft_config` whose `modules_to_save` names the thinking modules that this run trains.
 
     Raises:
-        InputError: the model is unsloth's, which has to make its adapters itself.
+        InputError: the model is unsloth's, which must make its adapters itself.
     """
     if peft_config is None:
         return None
@@ -146,7 +146,7 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: ThinkingArguments, 
     Args:
         model: the trainer's, unwrapped.
         base: the causal language model in it.
-        tokenizer: has to spell the marker.
+        tokenizer: must spell the marker.
         args: of the run.
         rollout: the trainer's generation config; None if nothing is sampled.
     """

@@ -24,7 +24,7 @@ def fits(rows: int, width: int, vocabulary: int) -> bool:
 def scores(
     head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor, temperature: float, vocabulary: int
 ) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (B, C) of tokens and entropies (B, C), in float32; logits are made anew in the backward.
+    """Log-probabilities (B, C) of tokens and entropies (B, C), in float32; logits are made again in the backward.
 
     Args:
         head: makes logits (n, V) of states (n, d).

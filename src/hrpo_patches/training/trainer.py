@@ -89,7 +89,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         self._epoch_order = EpochOrder()
         turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
         if args.residual is not None and turns:
-            raise InputError(f"{turns[0]} generates outside of one thinking turn; leave it out, or set residual=None.")
+            raise InputError(f"{turns[0]} generates outside of one thinking turn; remove it, or set residual=None.")
         if args.residual is not None:
             kwargs["peft_config"] = with_thinking_modules(model, kwargs.get("peft_config"), args)
         named = isinstance(model, str)
