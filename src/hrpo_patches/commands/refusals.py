@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import fields
 
+import torch
+
 from hrpo_patches.commands.flags import Written
 from hrpo_thinking.errors import InputError
 
 # Whose checks of options these are. What is raised anywhere else, or is of another kind, is a bug and keeps its trace.
+_REFUSALS = (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, OSError)
 KINDS: dict[str, tuple[type[Exception], ...]] = {
     **dict.fromkeys(
-        ("trl", "transformers", "peft", "accelerate", "datasets", "huggingface_hub"),
-        (ValueError, TypeError, LookupError, AttributeError, AssertionError, ArithmeticError, RuntimeError, OSError),
+        ("transformers", "peft", "accelerate", "datasets", "huggingface_hub"), (*_REFUSALS, NotImplementedError)
     ),
+    "trl": (*_REFUSALS, RuntimeError),
     "torch": (ValueError,),
 }
 TRACE = "HRPO_TRACEBACK"  # which, set to 1, lets such an error pass
@@ -39,6 +42,7 @@ def in_a_sentence(words: Written, building: Callable[[], bool] = lambda: True) -
         last = traceback.extract_tb(error.__traceback__)[-1].filename
         package = last.partition("site-packages/")[2].partition("/")[0]
         refused = isinstance(error, (ImportError, *KINDS.get(package, ())))
+        refused = refused and not isinstance(error, torch.OutOfMemoryError)
         if not refused or not building() or os.environ.get(TRACE) == "1":
             raise
         message = " ".join(str(error).split())[:600].rstrip(".") or type(error).__name__
