@@ -314,15 +314,11 @@ def test_the_exact_gradient_is_the_default(tmp_path):
         assert row["bptt/terms"] >= 1 and row["bptt/remainder"] <= 1e-3 and row["bptt/gain"] > 0.5
 
 
-def test_the_models_own_distribution_is_refused_as_the_runs_is(tmp_path):
+@pytest.mark.parametrize("said", [{}, {"typical_p": 0.3, "min_p": 0.2}], ids=["", "whatever the model's file says"])
+def test_the_embedding_residual_is_made_at_the_rollouts_temperature(tmp_path, said):
     model = tiny_model("llama", thinking=FELT)
-    model.generation_config.typical_p = 0.3
-    with pytest.raises(InputError, match="typical_p=0.3 changes the distribution"):
-        small_trainer(tmp_path, model=model, residual="embedding")
-
-
-def test_the_embedding_residual_is_made_at_the_rollouts_temperature(tmp_path):
-    trainer = small_trainer(tmp_path, residual="embedding", max_completion_length=6, temperature=0.6)
+    model.generation_config.update(**said)
+    trainer = small_trainer(tmp_path, model=model, residual="embedding", max_completion_length=6, temperature=0.6)
     batch = batch_of(trainer)
     *values, _ = scored(trainer, batch, 0)
     *others, _ = scored(trainer, batch, "sequential")

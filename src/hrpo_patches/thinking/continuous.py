@@ -139,7 +139,8 @@ class BatchThinking:
         processor = self.manager.batch_processor
         if processor is None or kwargs.get("cache") is not processor.cache:
             return
-        at = torch.tensor([row for row, _, _ in self._news], device=output.last_hidden_state.device)
+        rows = [row for row, _, _ in self._news]  # which may be none
+        at = torch.tensor(rows, dtype=torch.long, device=output.last_hidden_state.device)
         hidden = output.last_hidden_state[0, at]
         in_rows = output.logits.shape[1] == output.last_hidden_state.shape[1]  # a logit for each packed position
         for i, (row, record, index) in enumerate(self._news):
