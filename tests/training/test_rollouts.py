@@ -20,8 +20,14 @@ def run(folder, steps=3, watch=None, **options):
     return trainer, before
 
 
+WAYS = [{"bptt": "sequential"}, {"bptt": 0}, {"thoughts": 2}, {"reference": "start"}]
+
+
 @pytest.mark.parametrize(
-    "options", [{}, {"bptt": "sequential"}, {"bptt": 0}, {"thoughts": 2}, {"reference": "start"}], ids=str
+    ("family", "options"),
+    [*((family, {}) for family in ("llama", "qwen2", "qwen3")), *(("llama", way) for way in WAYS)],
+    ids=str,
+    indirect=["family"],
 )
 def test_twenty_steps_give_every_thinking_weight_a_gradient_and_change_it(tmp_path, family, options):
     replayed = []
