@@ -143,7 +143,7 @@ def test_vllms_own_command_serves_a_merged_model_that_thinks_from_several_proces
     [
         (["base"], "was not trained to think; vLLM serves it without us"),
         (["merged", "--base", "base"], "is no adapter, so it has no base model"),
-        (["nowhere"], "could not be loaded"),
+        (["nowhere"], "does not exist"),
         (["embedding"], "hands over no distribution"),
         (["adapter", '--speculative-config={"method": "ngram"}'], "does not go with speculative decoding"),
         (["adapter", "--speculative_config.method=ngram"], "does not go with speculative decoding"),

@@ -45,10 +45,11 @@ _ADDED: dict[str, Any] = {
 def _refuse_untied(model: Any) -> None:
     """Raise `InputError` for an adapter that changes one of two tied weights, which vLLM holds once."""
     both = model.get_input_embeddings(), model.get_output_embeddings()
-    if not model.config.tie_word_embeddings or both[0].weight is both[1].weight:
+    copied = both[0].weight is not both[1].weight  # LoRA's layers hand out the weight beneath
+    if not model.config.tie_word_embeddings:
         return
     for part in both:
-        if isinstance(part, (BaseTunerLayer, ModulesToSaveWrapper)):
+        if isinstance(part, BaseTunerLayer) or (isinstance(part, ModulesToSaveWrapper) and copied):
             raise InputError(
                 "this model's embeddings and head are tied, and the adapter changes one of them alone; vLLM has one "
                 "weight for both. Leave embed_tokens and lm_head out of the adapter, or use --engine generate."
