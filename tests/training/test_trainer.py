@@ -12,7 +12,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import GRPOConfig
 
 from hrpo_patches import HRPOTrainer
-from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_patches.training.rollouts import Made
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
@@ -369,13 +368,3 @@ def test_a_completion_that_ends_with_a_stop_string_has_no_padding_under_its_mask
     end = byte_tokenizer().eos_token_id
     for ids, text in zip(completions, texts, strict=True):
         assert len(ids) == 16 or ids[-1] == end or any(stop in text for stop in "aei"), text
-
-
-def test_a_rollout_leaves_checkpointing_as_it_was_asked_for(tmp_path):
-    asked = {"use_reentrant": False, "preserve_rng_state": False}
-    trainer = small_trainer(tmp_path, gradient_checkpointing=True, gradient_checkpointing_kwargs=asked)
-    trainer.model.gradient_checkpointing_enable(asked)  # as training begins
-    layer = causal_lm(trainer.model).model.layers[0]
-    before = layer._gradient_checkpointing_func.keywords
-    trainer._generate_single_turn([[5, 6], [7]], None, {})
-    assert before["preserve_rng_state"] is False and layer._gradient_checkpointing_func.keywords == before

@@ -194,10 +194,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
                 return by_vllm(backbone, self._tokenizer, tokens, logprobs, states, forced)
             with (
                 unwrap_model_for_generation(
-                    self.model_wrapped,
-                    self.accelerator,
-                    gather_deepspeed3_params=self.args.ds3_gather_for_generation,
-                    gradient_checkpointing_kwargs=self.args.gradient_checkpointing_kwargs,
+                    self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
                 ) as model,
                 torch.no_grad(),
                 whole(self.model),
