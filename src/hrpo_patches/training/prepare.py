@@ -7,11 +7,13 @@ import logging
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
+from importlib.metadata import version
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
+from packaging.version import Version
 from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import set_seed
@@ -114,7 +116,7 @@ def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: Thin
     """A copy of `peft_config` whose `modules_to_save` names the thinking modules that this run trains.
 
     Raises:
-        InputError: the model is unsloth's, which must make its adapters itself.
+        InputError: the model is unsloth's, which must make its adapters itself, or this PEFT would not save all of it.
     """
     if peft_config is None:
         return None
@@ -122,6 +124,11 @@ def with_thinking_modules(model: Any, peft_config: PeftConfig | None, args: Thin
         raise InputError(
             "this model runs unsloth's forward, which needs an adapter that unsloth made; leave peft_config out, and "
             "wrap the model with FastLanguageModel.get_peft_model(model, ..., modules_to_save=[...])."
+        )
+    if getattr(peft_config, "bias", None) == "lora_only" and Version(version("peft")) < Version("0.21"):
+        raise InputError(
+            "PEFT before 0.21 does not save the biases that bias='lora_only' trains; install peft 0.21 or newer, or "
+            "use bias='all'."
         )
     wanted: Any = copy.deepcopy(peft_config)
     modules = parts_of(args.residual)
