@@ -1,6 +1,6 @@
 """Tries every flag of `hrpo train` with values that may be wrong, one by one: none may end in a traceback.
 
-    python tests/every_flag.py [FLAG ...]        # all: about 400 runs of two steps on a tiny model, half an hour
+    python tests/every_flag.py [FLAG ...]        # all: about 400 runs of two steps on a tiny model, some minutes
 
 Prints a line for each and exits with 1 if there was a traceback. `tests/commands/test_every_flag.py` takes a sample.
 """
