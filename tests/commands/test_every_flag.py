@@ -7,12 +7,14 @@ from hrpo_patches.commands.eval import parse as parse_eval
 from hrpo_patches.commands.flags import plain_parser
 from hrpo_patches.commands.main import main
 from hrpo_patches.commands.refusals import flags_in, in_a_sentence
+from hrpo_patches.commands.train_flags import own_names
 from hrpo_patches.files import missing
 from hrpo_patches.models.base import read_config
 from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.tasks.sources import rows_of
 from hrpo_thinking.errors import InputError
 
+OWN = own_names()
 SAMPLE = [  # read by a trainer of TRL's, an optimizer, a scheduler, the first step's loss, and a package
     ("gradient_accumulation_steps", "0"),
     ("adam_beta1", "2"),
@@ -48,18 +50,18 @@ def test_the_script_tries_every_flag():
 
 
 def test_a_bug_of_ours_or_of_a_later_step_keeps_its_trace():
-    with pytest.raises(ValueError, match="ours"), in_a_sentence(["--lr", "1"]):
+    with pytest.raises(ValueError, match="ours"), in_a_sentence(["--lr", "1"], OWN):
         raise ValueError("ours")
-    with pytest.raises(ImportError), in_a_sentence(["--lr", "1"], lambda: False):
+    with pytest.raises(ImportError), in_a_sentence(["--lr", "1"], OWN, lambda: False):
         raise ImportError("at step 100")
 
 
 def test_a_message_is_about_the_flag_whose_name_or_value_is_a_word_of_it():
     ours, others = ["--lr", "1e-5", "--max_steps", "2", "--loss_type=nonsense"], ["--optim_args", "x"]
-    assert flags_in("Unknown loss type: nonsense.", [*ours, *others]) == ["--loss_type nonsense"]
-    assert flags_in("parallel_mode is already set to True", ["--lr", "1e-5"]) == []
-    assert flags_in("too many values (expected 2)", [*ours, *others]) == ["--optim_args x"]
-    assert flags_in("too many values (expected 2)", ours) == ["--max_steps 2"]
+    assert flags_in("Unknown loss type: nonsense.", [*ours, *others], OWN) == ["--loss_type nonsense"]
+    assert flags_in("parallel_mode is already set to True", ["--lr", "1e-5"], OWN) == []
+    assert flags_in("too many values (expected 2)", [*ours, *others], OWN) == ["--optim_args x"]
+    assert flags_in("too many values (expected 2)", ours, OWN) == ["--max_steps 2"]
 
 
 def test_a_mistyped_flag_gets_the_nearest_one(run, capsys):

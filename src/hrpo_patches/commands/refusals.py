@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import fields
 
 import torch
 
@@ -27,11 +26,12 @@ TRACE = "HRPO_TRACEBACK"  # which, set to 1, lets such an error pass
 
 
 @contextmanager
-def in_a_sentence(words: Written, building: Callable[[], bool] = lambda: True) -> Iterator[None]:
+def in_a_sentence(words: Written, own: Collection[str], building: Callable[[], bool] = lambda: True) -> Iterator[None]:
     """Within, an option that another library refuses is an `InputError`.
 
     Args:
         words: the command line.
+        own: names of the flags that are not as other libraries have them.
         building: whether what fails now is still about options: no step has been taken.
     """
     try:
@@ -46,15 +46,15 @@ def in_a_sentence(words: Written, building: Callable[[], bool] = lambda: True) -
         if not refused or not building() or os.environ.get(TRACE) == "1":
             raise
         message = " ".join(str(error).split())[:600].rstrip(".") or type(error).__name__
-        flags = ", or ".join(flags_in(message, words)) or "an option of this run"
+        flags = ", or ".join(flags_in(message, words, own)) or "an option of this run"
         raise InputError(f"{flags}: {package or 'python'} says: {message}. ({TRACE}=1 shows where.)") from None
 
 
-def flags_in(message: str, words: Written) -> list[str]:
+def flags_in(message: str, words: Written, own: Collection[str]) -> list[str]:
     """The flags of a command line that a message is likely about.
 
-    Those whose name is a word of it, or else a text in their value; or else, of the options that we leave as they are,
-    those whose number is in it, or all of them; or else of the others those whose number is in it.
+    Those whose name is a word of it, or else a text in their value; or else, of those that are not our `own`, the ones
+    whose number is in it, or all of them; or else of our own the ones whose number is in it.
     """
     given: dict[str, list[str]] = {}
     values: list[str] = []
@@ -65,10 +65,6 @@ def flags_in(message: str, words: Written) -> list[str]:
             given[name] = values
         else:
             values.append(word)
-    from hrpo_patches.commands.train_flags import TrainingFlags, own_flags  # which imports this module
-
-    aliases = [name for one in fields(TrainingFlags) for name in one.metadata.get("aliases", ())]
-    own = {*own_flags(), *(name.removeprefix("--") for name in aliases)}
     others = [name for name in given if name.removeprefix("--") not in own]
     hits = {name: [value for value in values if _has(message, value)] for name, values in given.items()}
     kinds = (
@@ -82,10 +78,10 @@ def flags_in(message: str, words: Written) -> list[str]:
 
 
 def _is_number(text: str) -> bool:
-    try:
-        return bool(float(text) or True)
-    except ValueError:
-        return text.lower() in ("true", "false")
+    with suppress(ValueError):
+        float(text)
+        return True
+    return text.lower() in ("true", "false")
 
 
 def _has(message: str, value: str) -> bool:

@@ -29,7 +29,7 @@ from hrpo_patches.commands.flags import (
 from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import check_output, write_record
 from hrpo_patches.commands.train import LORA_TARGETS, asker, finish, train_and_save
-from hrpo_patches.commands.train_flags import REST, ProblemArguments
+from hrpo_patches.commands.train_flags import REST, ProblemArguments, own_names
 from hrpo_patches.device import has_bf16
 from hrpo_patches.evaluation.generate import Decoding, completions
 from hrpo_patches.evaluation.scores import standard_error
@@ -169,7 +169,7 @@ def parse(words: Written) -> SFTRun:
         InputError: a flag is not known, or something that it asks for cannot work.
     """
     parser = make_parser(whole=ALL in words)
-    with in_a_sentence(words):
+    with in_a_sentence(words, own_names()):
         about, config, more = read(parser, words)
     options = {name: getattr(more, name) for name in REST}
     run = SFTRun(about, _with_options(config, options), words)
@@ -277,7 +277,7 @@ def accuracies(trainer: HRPOSFTTrainer, task: Task, rows: list[Any], batch_size:
 def trained(run: SFTRun) -> dict[str, Any]:
     """Do what `main` does, with a run that was parsed."""
     asked = run.record()
-    with in_a_sentence(run.words):
+    with in_a_sentence(run.words, own_names()):
         trainer, task, held_out = make_trainer(run)
     write_record(run.config, asked)
     started = time.monotonic()

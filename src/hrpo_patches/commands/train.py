@@ -22,7 +22,7 @@ from trl.models import unwrap_model_for_generation
 from hrpo_patches.commands.flags import Written
 from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import state_of, write_record
-from hrpo_patches.commands.train_flags import Run, parse
+from hrpo_patches.commands.train_flags import Run, own_names, parse
 from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete, completions
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.files import alone
@@ -231,7 +231,7 @@ def train_and_save(trainer: Any, resumed: str | None, words: Written) -> None:
     with EndWhenTold(trainer.accelerator) as ending:
         trainer.add_callback(ending)
         began = state_of(Path(resumed))["global_step"] if resumed else 0
-        with suppress(NothingLeft), in_a_sentence(words, lambda: trainer.state.global_step <= began):
+        with suppress(NothingLeft), in_a_sentence(words, own_names(), lambda: trainer.state.global_step <= began):
             trainer.train(resume_from_checkpoint=resumed)
     if ending.told:
         if trainer.accelerator.is_main_process:
@@ -244,7 +244,7 @@ def train_and_save(trainer: Any, resumed: str | None, words: Written) -> None:
 def trained(run: Run) -> dict[str, Any]:
     """Do what `main` does, with a run that was parsed."""
     asked = run.record()
-    with in_a_sentence(run.words):
+    with in_a_sentence(run.words, own_names()):
         trainer, chosen, held_out = make_trainer(run)
     write_record(run.config, asked)
     started = time.monotonic()

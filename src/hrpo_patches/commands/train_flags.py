@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import SUPPRESS
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -270,13 +270,19 @@ def own_flags() -> list[str]:
     return sorted((names | {*REST, "backend", "config"}) - {"thinking"})
 
 
+def own_names() -> set[str]:
+    """`own_flags`, and the other names that they have in the published scripts."""
+    aliases = (name for one in fields(TrainingFlags) for name in one.metadata.get("aliases", ()))
+    return {*own_flags(), *(name.removeprefix("--") for name in aliases)}
+
+
 def parse(words: Written, task: str = "gsm8k", backend: str = BACKENDS[0], prog: str = "hrpo train") -> Run:
     """The run that a command line without --backend and --config asks for, checked; `task` is where it names none.
 
     Raises:
         InputError: a flag is not known, or something that it asks for cannot work.
     """
-    with in_a_sentence(words):
+    with in_a_sentence(words, own_names()):
         about, config, more = read(make_parser(prog, whole=_ALL in words), words, task=task)
     if about.adapter is not None:
         about.adapter = str(adapter_folder(about.adapter))
