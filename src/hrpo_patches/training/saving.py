@@ -22,16 +22,13 @@ class SavesThoughts(InShards):
 
     method = ""
     _tag_names: list[str] = []  # noqa: RUF012 - TRL's own type
-
-    def forced_tokens(self) -> list[int]:
-        """The ids of the forced thoughts that a completion begins with."""
-        raise NotImplementedError
+    _fillers: list[int] = []  # noqa: RUF012 - the ids of the forced thoughts that a completion begins with
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return
-        folder, fillers = str(output_dir or self.args.output_dir), self.forced_tokens()
+        folder, fillers = str(output_dir or self.args.output_dir), self._fillers
         if self.args.residual is not None:
             save_thinking(self.accelerator.unwrap_model(self.model), folder)
             self.write_card(folder)

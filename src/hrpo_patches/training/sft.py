@@ -278,5 +278,6 @@ class HRPOSFTTrainer(SavesThoughts):
             self._seen.clear()
         super().log(logs, *args, **kwargs)
 
-    def forced_tokens(self) -> list[int]:
+    @property
+    def _fillers(self) -> list[int]:  # type: ignore[override]  # they follow from the stage
         return [self._classroom.filler] * self.forced

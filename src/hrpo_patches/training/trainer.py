@@ -370,6 +370,3 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
 
     def _record(self, name: str, value: Tensor) -> None:
         self._metrics["train" if self.model.training else "eval"][name].append(value.item())
-
-    def forced_tokens(self) -> list[int]:
-        return self._fillers
