@@ -105,7 +105,7 @@ def _with_variable(template: str, name: str, value: Any) -> str:
 
 
 def prompt_as_trained(folder: str, question: str) -> Prompt | None:
-    """The prompt that a run asked this question with, as its `report.json` says; None where there is none."""
+    """A question in the prompt of a run, from its `report.json`; None if that file is missing or holds no prompt."""
     file = Path(folder) / "report.json"
     try:
         report = json.loads(file.read_text()) if file.is_file() else None
@@ -114,7 +114,9 @@ def prompt_as_trained(folder: str, question: str) -> Prompt | None:
     template = report.get("prompt") if isinstance(report, dict) else None
     if isinstance(template, str):
         return template.replace(QUESTION, question)
-    if not isinstance(template, list) or not all(isinstance(one.get("content"), str) for one in template):
+    if not isinstance(template, list) or not all(
+        isinstance(one, dict) and isinstance(one.get("content"), str) for one in template
+    ):
         return None
     return [one | {"content": one["content"].replace(QUESTION, question)} for one in template]
 
