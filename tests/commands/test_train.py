@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from trl import GRPOConfig
 
 from hrpo_patches.commands import calls
 from hrpo_patches.commands.main import train as main
+from hrpo_patches.commands.train import _use_engine as use_engine
 from hrpo_patches.commands.train import make_trainer
 from hrpo_patches.commands.train_flags import TrainingFlags, make_parser
 from hrpo_patches.models.base import open_model
@@ -213,6 +215,14 @@ def test_a_resume_asks_whether_the_checkpoint_is_whole_of_this_run_and_not_its_l
         with pytest.raises(InputError, match="is incomplete: .* is missing"):
             main([*resume, "--max_steps", "3"])
         (folder / "checkpoint-2" / name).write_bytes(kept)
+
+
+def test_the_engine_flag_refuses_what_the_configuration_of_vllm_does(base, data, tmp_path):
+    words = ["--model_name", base, "--dataset", data, "--output_dir", str(tmp_path / "run"), *TINY]
+    for narrowed, refused in ((["--top_p", "0.9"], True), ([], False)):
+        run = parse([*words, *narrowed])
+        with pytest.raises(InputError, match="importance sampling") if refused else nullcontext():
+            use_engine("vllm", run.config, None, 20)
 
 
 def test_a_run_of_epochs_is_complete_when_its_epochs_are(base, data, tmp_path):
