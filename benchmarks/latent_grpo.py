@@ -1,6 +1,6 @@
 """Does reward teach thoughts further? GRPO on the product alone, from a model of latent.py's that was taught to think.
 
-It begins with the arm `all` after its curriculum, before the phase in which the product is the only supervised loss.
+It begins with an --arm of latent.py after its curriculum, before the phase in which the product is the only supervised loss.
 A few steps of its head alone, which no thought is made with, teach it the form of an answer: marker, product, end.
 Then GRPO rewards right products of words of --length elements, with as many forced thoughts, and the start as the KL
 reference. A line of --out is one run.
@@ -56,7 +56,7 @@ def begun(args: argparse.Namespace, seed: int):
     """The model that GRPO begins with."""
     options = latent.parsed(["--task", args.task, "--runs", str(args.runs), "--product", "0"])
     options.taught, options.written = args.taught, args.written
-    model, _ = latent.trained("all", options, seed)
+    model, _ = latent.trained(args.arm, options, seed)
     optimizer = torch.optim.AdamW(model.lm_head.parameters(), lr=3e-3)
     generator = torch.Generator().manual_seed(seed)
     for step in range(args.form):
@@ -80,7 +80,7 @@ def right(completion_ids: list[list[int]], gold: list[str], **_: object) -> list
 
 def accuracies(model, args: argparse.Namespace) -> dict[str, float]:
     """On words of the tested part."""
-    arm, table = latent.ARMS["all"], TASKS[args.task]()
+    arm, table = latent.ARMS[args.arm], TASKS[args.task]()
     lengths = sorted({*latent.TESTED, args.length})
     return {str(h): latent.accuracy(model.eval(), arm, latent.tests(h, args.tests), table) for h in lengths}
 
@@ -139,6 +139,7 @@ def main(flags: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--bptt", nargs="+", default=["0", "exact"], help="of the loss: what is compared")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of latent.py's models, and of GRPO")
+    parser.add_argument("--arm", default="exact", choices=("exact", "all"), help="of latent.py, that GRPO begins with")
     parser.add_argument("--task", default="a5", choices=TASKS, help="the word problem of A5, or the control")
     parser.add_argument("--length", type=int, default=16, help="elements of a word, and thoughts")
     parser.add_argument("--written", type=int, default=2500, help="steps of latent.py's start, at most")

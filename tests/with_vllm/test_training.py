@@ -104,6 +104,21 @@ def test_adapters_of_embeddings_and_of_biases_reach_the_engine(base, tmp_path, o
 
 
 @one_family
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("vllm_importance_sampling_mode", "token_truncate", 1.0),  # bounded by clip_max, not masked
+        ("vllm_importance_sampling_clip_max", 0.5, 0.0),  # weights are nearly 1: above it, and masked
+        ("vllm_importance_sampling_clip_min", 2.0, 0.0),
+        ("vllm_importance_sampling_cap", 0.5, 0.0),
+    ],
+)
+def test_the_options_of_the_importance_weights_reach_them(base, tmp_path, option, value, expected):
+    trainer, _ = run(tmp_path / "run", base, steps=1, **{option: value})
+    row = next(row for row in trainer.state.log_history if "loss" in row)
+    assert row["sampling/importance_sampling_ratio/mean"] == pytest.approx(expected, abs=1e-2)
+
+
 def test_an_adapters_bias_that_vllm_has_no_place_for_is_refused(base, tmp_path):
     with pytest.raises(InputError, match="leave lora_bias out"):
         small_trainer(tmp_path, model=base, peft_config=lora(lora_bias=True), **VLLM)

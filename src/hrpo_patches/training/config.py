@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
+import torch
 from transformers import GenerationConfig
 
 from hrpo_patches.thinking.decoding import changed_distribution
@@ -105,6 +106,8 @@ class ThinkingArguments(_Arguments):
                 raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed must be from 0 to 2**32 - 1, not {self.seed}.")
+        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
+            raise InputError("fp16=True needs a GPU: on a CPU accelerate neither casts nor scales; use bf16=True.")
         if self.residual is not None and self.neftune_noise_alpha is not None:
             raise InputError(
                 "neftune_noise_alpha adds noise to every embedding in training mode, also to what thoughts are made "
