@@ -162,6 +162,9 @@ EXPRESSIONS_RIGHT = [
     ("5", r"5\,\frac{\mathrm{m}}{\mathrm{s}}"),
 ]
 EXPRESSIONS_RIGHT += [
+    *[(r"(\frac{1}{2},2)", "(0.5,2)"), (r"\frac{x}{2}", "0.5x"), (r"y = \frac{x}{2}", "y = 0.5x")],
+    *[("[0.1,0.7)", "[1/10,7/10)"), (r"(\pi, 1)", "(3.14159265, 1)"), (r"\frac{\sqrt{2}}{2}", "0.70710678")],
+    (r"\begin{pmatrix} -1/2 \\ 2 \end{pmatrix}", r"\begin{pmatrix} -0.5 \\ \frac{4}{2} \end{pmatrix}"),
     *[
         ("x^2+y^2", "y^2+x^2"),
         ("x^3+x^2", "x^2 + x^3"),
@@ -202,6 +205,12 @@ EXPRESSIONS_WRONG = [
     (r"\frac{1}{3}", "0.333333333"),
     ("0.1", "0.10000001"),
     ("4.5", "4.49999999999"),
+    (r"(\frac{1}{3},2)", "(0.333333333,2)"),
+    (r"\left[\frac13,2\right)", "[0.333333333,2)"),
+    (r"\left\{\frac13,2\right\}", r"\{0.333333333,2\}"),
+    (r"\frac{x}{3}", "0.333333333x"),
+    (r"y = \frac{x}{3}", "y = 0.333333333x"),
+    (r"\begin{pmatrix} 1/3 \\ 2 \end{pmatrix}", r"\begin{pmatrix} 0.333333333 \\ 2 \end{pmatrix}"),
     ("12", "12!"),
 ]
 DOTTED = (

@@ -63,9 +63,11 @@ def _ask(gold: str, answer: str) -> bool:
     both = [parse(text, parsing_timeout=None) for text in (gold, answer)]
     if not all(both) or any(_is_cut(parsed) for parsed in both):
         return False
-    exact = [_rational(parsed[0]) for parsed in both]
-    if None not in exact:
-        return bool(exact[0] == exact[1])
+    exact = [[_exact(part) for part in parsed] for parsed in both]
+    if not _is_irrational(exact[0][0]):
+        both = exact
+    if all(isinstance(parsed[0], sympy.Rational) for parsed in both):
+        return bool(both[0][0] == both[1][0])
     return bool(verify(*both, timeout_seconds=None))
 
 
@@ -74,12 +76,19 @@ def _is_cut(parsed: list[Any]) -> bool:
     return any(isinstance(part, str) and part.count("{") != part.count("}") for part in parsed)
 
 
-def _rational(value: Any) -> Any:
-    """A number as a fraction, decimals as they are written (math-verify rounds them); None for other numbers."""
-    if not isinstance(value, sympy.Expr) or not value.is_number:
-        return None
-    exact = value.xreplace({one: sympy.Rational(str(one)) for one in value.atoms(sympy.Float)}).doit()
-    return exact if exact.is_Rational else None
+def _exact(value: Any) -> Any:
+    """A parsed formula whose decimals are fractions, as they are written: math-verify would round them."""
+    if not isinstance(value, sympy.Basic | sympy.MatrixBase):
+        return value  # the text itself, which math-verify keeps beside what it read
+    value = value.xreplace({one: sympy.Rational(str(one)) for one in value.atoms(sympy.Float)})
+    return value.doit() if getattr(value, "is_number", False) else value
+
+
+def _is_irrational(value: Any) -> bool:
+    """Whether a formula has a number such as pi or a root, for which decimals are right up to six places."""
+    parts = value if isinstance(value, sympy.MatrixBase) else (value,)
+    inner = (one for part in parts for one in sympy.preorder_traversal(part))
+    return any(isinstance(one, sympy.Expr) and one.is_number and not one.is_rational for one in inner)
 
 
 def equal(gold: str, answer: str) -> bool:

@@ -24,7 +24,7 @@ _UNIT = re.compile(rf"(?<=\S)\s*(?:{_NAME}|(?:\\,)?\\frac\{{{_NAME}\}}\{{{_NAME}
 _CONSTANT = re.compile(r"\\(?:math(?:rm|bf|it|sf)|text(?:rm|bf|it)?|operatorname)\s*\{\s*([ei])\s*\}")  # no units
 _FACTORIAL = re.compile(r"[^a-zA-Z=]*\d\s*!\W*")  # and nothing else: after words, it is an exclamation
 _BASE = re.compile(r"(?<=\d)_\s*\{?\s*(\d+)")
-_COMMANDS = re.compile(r"\\[a-zA-Z]+")
+_COMMANDS = re.compile(r"\\(?:begin|end)\s*\{[a-z*]+\}|\\[a-zA-Z]+")
 _PROSE = re.compile(r"(?!sqrt|frac|sin|cos|tan|log|exp)[a-zA-Z]{4,}|\b(?i:it|is|no|so|the|and|are|yes|but)\b")
 
 
