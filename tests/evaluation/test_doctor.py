@@ -63,6 +63,7 @@ def test_a_healthy_model_is_said_to_be_healthy_within_half_a_minute(kept, capsys
     assert said.endswith("Healthy.") and "BAD" not in said
     assert ("never trained to think" in said) == (name == "base")
     assert "6 problems of gsm8k, gold answers right" in said and "thinking_projection" in said
+    assert "a step of hrpo train with its defaults takes about" in said
     assert "continuous (not vllm: " in said and "says what generate says" in said
 
 

@@ -54,10 +54,20 @@ class Examination:
         name, base: of the model, as for `open_model`; without a name, the machine alone is looked at.
         task, dataset: of the data, as for `find_task`; without a task, a made-up question stands for it.
         engine: one of `CHOICES`.
+        memory: the bytes that a step of training takes, by the config of a model that thinks.
     """
 
-    def __init__(self, name: str | None, base: str | None, task: str | None, dataset: str | None, engine: str) -> None:
+    def __init__(
+        self,
+        name: str | None,
+        base: str | None,
+        task: str | None,
+        dataset: str | None,
+        engine: str,
+        memory: Callable[[Any], int] | None = None,
+    ) -> None:
         self.name, self.base, self.task, self.dataset, self.asked = name, base, task, dataset, engine
+        self.memory = memory
         self.model: Any = None
         self.tokenizer: Any = None
         self.marker = self.residual = ""
@@ -78,6 +88,7 @@ class Examination:
             "replay": self.replays,
             "gradient": self.learns,
             "engine": self.chooses,
+            "memory": self.fits,
         }
         for what, look in looks.items():
             try:
@@ -311,6 +322,28 @@ class Examination:
         if one != other and causal_lm(model).dtype.itemsize == 4:
             raise InputError(f"{engine} says {other} where generate says {one}; use --engine generate.")
         return f"{engine} ({why}), {'says what generate says' if one == other else 'rounds otherwise than generate'}"
+
+    def fits(self) -> str:
+        """What a step of training takes of the device's memory."""
+        import torch
+
+        from hrpo_patches.thinking.backbone import causal_lm
+
+        model = causal_lm(self._seen())
+        if self.memory is None:
+            raise Unseen("it was not planned")
+        need, device = self.memory(model.config), model.device
+        if device.type == "cuda":
+            have = torch.cuda.get_device_properties(device).total_memory
+        else:
+            have = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        says = f"a step of hrpo train with its defaults takes about {need / GIB:.1f} of {have / GIB:.1f} GiB"
+        if need < have:
+            return says
+        raise Unseen(
+            f"{says}: lower --per_device_train_batch_size, --max_completion_length or --max_prompt_length; hrpo info "
+            f"MODEL --plan says what they take"
+        )
 
     def _seen(self) -> Any:
         if self.model is None:

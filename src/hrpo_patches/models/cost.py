@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -30,6 +31,26 @@ def _cost(name: str, module: nn.Module) -> Cost:
     return Cost(name, sum(parameter.numel() for parameter in module.parameters()), linear)
 
 
+def config_that_thinks(source: str, thinking: ThinkingConfig) -> Any:
+    """A model's config, with these options of thinking, or the ones that it was merged with.
+
+    Args:
+        source: a hub id, a folder, a `config.json`, or "smollm2-135m".
+        thinking: what is taken where the model does not think by itself.
+
+    Raises:
+        InputError: there is no such model, its family has no patches, or it thinks in another way.
+    """
+    folder = str(Path(source).parent) if Path(source).name == "config.json" else source
+    config = read_config(folder)
+    saved = config.thinking if isinstance(config.thinking, dict) else {}
+    if saved.get("in_checkpoint") and thinking == ThinkingConfig():  # a merged model has a projection of its own kind
+        thinking = ThinkingConfig.from_dict(saved)
+    check_same_kind(saved, {name: getattr(thinking, name) for name in about_parts()}, repr(source))
+    config.thinking = record_of(thinking)
+    return config
+
+
 def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
     """The base model, each thinking module, and the embedding residual that the projection stands in for.
 
@@ -40,13 +61,7 @@ def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
     Raises:
         InputError: there is no such model, or its family has no patches.
     """
-    folder = str(Path(source).parent) if Path(source).name == "config.json" else source
-    config = read_config(folder)
-    saved = config.thinking if isinstance(config.thinking, dict) else {}
-    if saved.get("in_checkpoint") and thinking == ThinkingConfig():  # a merged model has a projection of its own kind
-        thinking = ThinkingConfig.from_dict(saved)
-    check_same_kind(saved, {name: getattr(thinking, name) for name in about_parts()}, repr(source))
-    config.thinking = record_of(thinking)
+    config = config_that_thinks(source, thinking)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     whole = sum(p.numel() for name, p in model.named_parameters() if not is_thinking_parameter(name))

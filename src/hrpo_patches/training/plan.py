@@ -1,0 +1,207 @@
+"""The memory of a training run before there is one: the real rollout, loss and gradient, on tensors without data.
+
+torch's fake tensors have shapes and no values, so that the model's own code runs, and a model of any size takes no
+memory. What is counted is the storages that are alive at once. Not counted: what a process takes before it has a
+model (on a GPU some 500 MiB), the scratch memory of single kernels, and the gaps of an allocator.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from rich.table import Table
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import AutoModelForCausalLM, DynamicCache
+
+from hrpo_patches.thinking import adjoint
+from hrpo_patches.thinking.backbone import temporarily
+from hrpo_patches.training.scores import forward_scores
+from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
+from hrpo_thinking.parts import parts_of
+
+GIB = 2**30
+PRODUCTS = 2  # of the exact gradient: it takes as many as its series needs, one after the other
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What the memory of a run depends on, beside its model; the names are those of the flags of `hrpo train`.
+
+    Attributes:
+        per_device_train_batch_size: completions in one backward.
+        gradient_accumulation_steps: backwards in one optimizer step; a rollout makes the completions of all of them.
+        max_prompt_length, max_completion_length: tokens.
+        lora_rank: of the adapter of all linear layers.
+        gradient_checkpointing: whether layers are computed again in the backward.
+        dtype: of the base's weights; with bfloat16, the loss runs under autocast.
+        bptt: how many thoughts back the gradient flows.
+        optim: its name; AdamW keeps 8 bytes per trained weight, an optimizer of 8 bits keeps 2.
+        engine: generate, continuous or vllm, which has weights and keys of its own.
+    """
+
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 4
+    max_prompt_length: int = 1024
+    max_completion_length: int = 1024
+    lora_rank: int = 32
+    gradient_checkpointing: bool = True
+    dtype: torch.dtype = torch.bfloat16
+    bptt: Depth = "exact"
+    optim: str = "paged_adamw_8bit"
+    engine: str = "generate"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes.
+
+    Attributes:
+        weights: of the base and the thinking modules in it.
+        trained: the weights of the adapter, a copy of the thinking modules among them.
+        optimizer: its state.
+        engine: what an engine of its own holds at all times.
+        rollout: what making completions takes for its time, beside all of the above.
+        loss: what loss and gradient of one batch take for their time, the gradients among it.
+    """
+
+    weights: int
+    trained: int
+    optimizer: int
+    engine: int
+    rollout: int
+    loss: int
+
+    @property
+    def peak(self) -> int:
+        """The most that is held at once."""
+        return self.weights + self.trained + self.optimizer + self.engine + max(self.rollout, self.loss)
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of the storages that operations within it make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._alive: dict[int, weakref.ref[Any]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for made in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(made, Tensor):
+                self._count(made.untyped_storage())
+        return out
+
+    def _count(self, storage: Any) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._alive:
+            return
+
+        def end(_: Any) -> None:
+            self.now -= size
+            del self._alive[key]
+
+        self._alive[key] = weakref.ref(storage, end)
+        self.now += size
+        self.most = max(self.most, self.now)
+
+
+def plan(config: Any, shapes: Shapes) -> Plan:
+    """The memory of a run of `hrpo train` on one device.
+
+    Args:
+        config: of a model that thinks (`models.cost.config_that_thinks`).
+        shapes: of the run.
+    """
+    parts = parts_of(config.thinking["residual"])
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=shapes.dtype)
+        lora = LoraConfig(
+            r=shapes.lora_rank, target_modules="all-linear", exclude_modules=parts, modules_to_save=parts
+        )
+        model = get_peft_model(model, lora)
+    trained = sum(weight.nbytes for weight in model.parameters() if weight.requires_grad)
+    count = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)
+    living = _Living()
+    with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), living:
+        warnings.simplefilter("ignore", FutureWarning)  # names that the oldest transformers needs
+        model = model.to_empty(device="cpu")
+        held = living.now
+        rollout = _rollout(model, shapes, living) - held
+        loss = _loss(model, shapes, living) - held
+    weights, engine = held - trained, 0
+    if shapes.engine == "vllm":
+        engine = weights + rollout
+        rollout = 0
+    return Plan(weights, trained, count * (2 if "8bit" in shapes.optim else 8), engine, rollout, loss)
+
+
+def _rollout(model: Any, shapes: Shapes, living: _Living) -> int:
+    """The most bytes at once while completions are made: reading prompts, then the last token's step."""
+    rows = shapes.per_device_train_batch_size * shapes.gradient_accumulation_steps
+    inner, length = model.get_base_model().eval(), shapes.max_completion_length
+    living.most = living.now
+    with torch.no_grad():
+        cache: Any = DynamicCache(config=inner.config)
+        ids = torch.zeros(rows, shapes.max_prompt_length, dtype=torch.long)
+        mask = torch.ones(rows, shapes.max_prompt_length + length, dtype=torch.long)
+        given = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        inner(ids, attention_mask=mask[:, : ids.shape[1]], **given)
+        for layer in cache.layers:
+            keys = layer.keys[:, :, :1].expand(-1, -1, length - 1, -1).clone()
+            layer.update(keys, keys.clone())
+        states = torch.zeros(rows, length, inner.config.hidden_size, dtype=inner.dtype)
+        out = inner(ids[:, :1], attention_mask=mask, **given)
+        states = states.clone()  # the steps', and the stack of them
+        out.logits.float().softmax(-1)
+    return living.most
+
+
+def _loss(model: Any, shapes: Shapes, living: _Living) -> int:
+    """The most bytes at once in loss and backward of one batch, whose completions think from end to end."""
+    rows, length = shapes.per_device_train_batch_size, shapes.max_completion_length
+    inner = model.get_base_model()
+    depth = PRODUCTS if shapes.bptt == "exact" else shapes.bptt
+    if shapes.gradient_checkpointing:
+        inner.gradient_checkpointing_enable({"use_reentrant": False})
+        inner.enable_input_require_grads()
+    model.train()
+    living.most = living.now
+    ids = torch.zeros(rows, shapes.max_prompt_length + length, dtype=torch.long)
+    states = torch.zeros(rows, length, inner.config.hidden_size, dtype=shapes.dtype)
+    thinks = torch.ones(rows, length, dtype=torch.bool)
+    thinking = ThinkingInputs(states, thinks, inner.config.thinking["residual"], Bptt(depth) if depth else None)
+    with temporarily(adjoint, _number=lambda *_: 1.0):  # norms, of which there are none: take all products
+        with torch.autocast("cpu", torch.bfloat16, enabled=shapes.dtype == torch.bfloat16):
+            logps, _ = forward_scores(model, inner, ids, torch.ones_like(ids), length, 1.0, thinking_inputs=thinking)
+        logps.sum().backward()
+    return living.most
+
+
+def table_of(found: Plan, title: str) -> Table:
+    """The plan as a table, in GiB."""
+    table = Table(title=title, caption="GiB on one device; what a process takes before it has a model comes on top.")
+    table.add_column("", no_wrap=True)
+    table.add_column("GiB", justify="right")
+    rows = {
+        "weights": found.weights,
+        "adapter": found.trained,
+        "optimizer": found.optimizer,
+        "vLLM": found.engine,
+        "rollout (temporary)": found.rollout,
+        "loss and gradient (temporary)": found.loss,
+    }
+    for name, size in rows.items():
+        table.add_row(name, f"{size / GIB:.2f}", end_section=name.startswith("loss"))
+    table.add_row("peak", f"{found.peak / GIB:.2f}")
+    return table
