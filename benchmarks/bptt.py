@@ -8,12 +8,10 @@ rollout's, in float32 and bfloat16.
 """
 
 import argparse
-import ctypes
 import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import hrpo_patches  # noqa: F401 - before transformers
@@ -21,6 +19,7 @@ import hrpo_patches  # noqa: F401 - before transformers
 # isort: split
 import torch
 from datasets import Dataset
+from measuring import device, device_name, measured, timed
 from peft import LoraConfig
 from rich.console import Console
 from rich.progress import track
@@ -80,7 +79,7 @@ def share_thinking_weights(trainers: dict[str, HRPOTrainer]) -> None:
 def batch_of(model, tokenizer, args: argparse.Namespace, thoughts: int) -> dict:
     """A scored rollout: prompts, and completions of `thoughts` thinking tokens."""
     prompts = [QUESTION.format(n, 7 - n) for n in range(2, 2 + args.batch)]
-    inputs = tokenizer(prompts, return_tensors="pt", padding=True)
+    inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     torch.manual_seed(0)
     out = model.generate(
         **inputs,
@@ -98,41 +97,24 @@ def batch_of(model, tokenizer, args: argparse.Namespace, thoughts: int) -> dict:
         "prompt_mask": inputs["attention_mask"],
         "completion_ids": completions,
         "completion_mask": torch.ones_like(completions),
-        "advantages": torch.linspace(-1, 1, args.batch),
-        "num_items_in_batch": torch.tensor(float(completions.numel())),
+        "advantages": torch.linspace(-1, 1, args.batch, device=model.device),
+        "num_items_in_batch": torch.tensor(float(completions.numel()), device=model.device),
         "thinking_states": out.thinking_states,
         "thinking_mask": torch.ones_like(completions, dtype=torch.bool),
     }
 
 
-def resident(field: str) -> float:
-    """GiB of this process: VmRSS, or VmHWM, its peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(field)) / 2**20
-
-
-def settle() -> None:
-    """Give back what was freed, and let the peak of the resident memory begin here."""
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
-
-
 def measure(trainer: HRPOTrainer, batch: dict) -> tuple[float, int]:
     """Seconds of one loss with its backward, and terms of the series."""
     trainer._metrics["train"].clear()
-    started = time.perf_counter()
-    trainer.compute_loss(trainer.model, batch).backward()
-    seconds = time.perf_counter() - started
+    seconds = timed(lambda: trainer.compute_loss(trainer.model, batch).backward())
     trainer.model.zero_grad(set_to_none=True)
     return seconds, int(trainer._metrics["train"].get("bptt/terms", [0])[0])
 
 
 def peak_of(trainer: HRPOTrainer, batch: dict) -> float:
     """GiB that a step takes at its peak, over what was there before."""
-    settle()
-    before = resident("VmRSS")
-    measure(trainer, batch)
-    return resident("VmHWM") - before
+    return measured(lambda: measure(trainer, batch))[1]
 
 
 def costs(args: argparse.Namespace, thoughts: int) -> dict:
@@ -142,9 +124,8 @@ def costs(args: argparse.Namespace, thoughts: int) -> dict:
         trainers = {kind: trainer_of(kind, args, folder) for kind in kinds}
         share_thinking_weights(trainers)
         one = trainers[PUBLISHED]
-        started = time.perf_counter()
-        batch = batch_of(one._base_model().eval(), one._tokenizer, args, thoughts)
-        rollout = time.perf_counter() - started
+        batch: dict = {}
+        rollout = timed(lambda: batch.update(batch_of(one._base_model().eval(), one._tokenizer, args, thoughts)))
         one.model.train()
         rounds = []
         for n in track(range(args.rounds), description=f"{thoughts} thoughts"):
@@ -182,7 +163,7 @@ def drift(args: argparse.Namespace) -> dict:
     found: dict[str, dict] = {}
     for dtype in (torch.float32, torch.bfloat16):
         model, tokenizer = load_model(args.model_name, ThinkingConfig(r_min=args.r_min, r_max=args.r_max), dtype)
-        batch = batch_of(model.eval(), tokenizer, args, args.thoughts[0])
+        batch = batch_of(model.eval().to(device()), tokenizer, args, args.thoughts[0])
         ids = torch.cat([batch["prompt_ids"], batch["completion_ids"]], 1)
         mask = torch.cat([batch["prompt_mask"], batch["completion_mask"]], 1)
         states = {"thinking_states": batch["thinking_states"], "thinking_mask": batch["thinking_mask"]}
@@ -233,6 +214,7 @@ def main(flags: list[str] | None = None) -> None:
         record |= {
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "device": device_name(),
             "options": vars(args) | {"out": None},
         }
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -6,13 +6,12 @@ within a round, and their median is reported. The kinds change places from round
 
 import argparse
 import json
-import platform
 import statistics
-import time
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from measuring import device, device_name, timed
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -29,13 +28,9 @@ def tokens_a_second(model, tokenizer, inputs, kind, length):
     if kind != "stock":
         model.config.thinking["residual"] = kind
         options = {"thinking": True, "tokenizer": tokenizer}
-    started = time.perf_counter()
-    out = model.generate(**inputs, do_sample=False, min_new_tokens=length, max_new_tokens=length, **options)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    assert out.shape[1] == inputs["input_ids"].shape[1] + length
-    return len(out) * length / seconds
+    exactly = {"do_sample": False, "min_new_tokens": length, "max_new_tokens": length}
+    seconds = timed(lambda: model.generate(**inputs, **exactly, **options))
+    return len(inputs["input_ids"]) * length / seconds
 
 
 def main():
@@ -55,7 +50,7 @@ def main():
         model, tokenizer = load_model(args.model_name, ThinkingConfig(), backend=backend)
     except (InputError, PatchError) as error:
         parser.error(str(error))
-    model = model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.eval().to(device())
     prompts = [f"Tell me a story of {n} animals and what they learned." for n in range(2, 2 + args.batch)]
     inputs = tokenizer(prompts, return_tensors="pt", padding=True).to(model.device)
     for kind in KINDS:  # warm up, and make the marker's table, which is kept
@@ -78,8 +73,7 @@ def main():
         table.add_row(kind, f"{speed:.1f}", f"{statistics.median(ratios):.3f}", spread)
     Console().print(table)
     if args.out:
-        device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu"
-        versions = {"torch": torch.__version__, backend: version(backend), "device": device}
+        versions = {"torch": torch.__version__, backend: version(backend), "device": device_name()}
         record |= {"environment": versions | {"threads": torch.get_num_threads()}, "title": table.title}
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record, indent=2) + "\n")

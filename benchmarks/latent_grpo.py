@@ -1,9 +1,9 @@
 """Does reward teach thoughts further? GRPO on the product alone, from a model of latent.py's that was taught to think.
 
-It begins with an --arm of latent.py after its curriculum, before the phase in which the product is the only supervised loss.
-A few steps of its head alone, which no thought is made with, teach it the form of an answer: marker, product, end.
-Then GRPO rewards right products of words of --length elements, with as many forced thoughts, and the start as the KL
-reference. A line of --out is one run.
+It begins with an --arm of latent.py after its curriculum, before the phase in which the product is the only
+supervised loss. A few steps of its head alone, which no thought is made with, teach it the form of an answer: marker,
+product, end. Then GRPO rewards right products of words of --length elements, with as many forced thoughts, and the
+start as the KL reference. A line of --out is one run.
 """
 
 import argparse

@@ -7,13 +7,10 @@ engines alternate from round to round, and ratios are taken within a round. vLLM
 
 import argparse
 import json
-import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -42,8 +39,8 @@ def by_generate(model, tokenizer, rows, lengths, thinking):
     import torch
 
     width = max(map(len, rows))
-    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
-    seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows], device=model.device)
+    seen = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
     model.generation_config.eos_token_id = None
     extra = {"thinking": True, "tokenizer": tokenizer, "return_dict_in_generate": True} if thinking else {}
     sampling = {"do_sample": True, "top_k": 0, "temperature": 1.0, "pad_token_id": 0}
@@ -117,6 +114,7 @@ def started(engine, model, tokenizer, longest, count):
 def measure(kind, arguments):
     """Seconds of one engine's batch, and the process's peak memory in GiB."""
     import torch
+    from measuring import device, device_name, peak, timed
 
     from hrpo_patches.models.base import load_model
     from hrpo_thinking.config import ThinkingConfig
@@ -124,20 +122,19 @@ def measure(kind, arguments):
     engine, thinking = kind.partition(",")[0], kind.endswith("thinking")
     own = ThinkingConfig() if thinking or engine != "vllm" else None  # vLLM's own model, if it is not to think
     model, tokenizer = load_model(arguments.model_name, own, dtype=torch.float32)
-    model.eval()
+    model = model.eval().to(device())
     rows, lengths = batch(arguments.prompts, arguments.completions, model.config.vocab_size)
     longest = max(map(len, rows)) + max(lengths)
     with torch.no_grad(), started(engine, model, tokenizer, longest, len(rows)) as answer:
         answer(rows[-2:], [3, 3], thinking)  # a warm engine, and the marker's table
-        begun = time.perf_counter()
-        answer(rows, lengths, thinking)
-        seconds = time.perf_counter() - begun
-    return {"seconds": seconds, "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        seconds = timed(lambda: answer(rows, lengths, thinking))
+    return {"seconds": seconds, "peak_gib": peak(), "device": device_name()}
 
 
 def floors(arguments):
     """Seconds that no engine can do without here: the weights read once a step, and the products of all tokens."""
     import torch
+    from measuring import device, timed
 
     from hrpo_patches.models.base import load_model
 
@@ -145,15 +142,10 @@ def floors(arguments):
     rows, lengths = batch(arguments.prompts, arguments.completions, model.config.vocab_size)
     weights = sum(weight.numel() for weight in model.parameters())
     tokens = sum(map(len, rows[:: arguments.completions])) + sum(lengths)  # each prompt once
-    read, square = torch.ones(2**28), torch.ones(4096, 4096)
+    read, square = torch.ones(2**28, device=device()), torch.ones(4096, 4096, device=device())
 
     def fastest(work):
-        times = []
-        for _ in range(5):
-            begun = time.perf_counter()
-            work()
-            times.append(time.perf_counter() - begun)
-        return min(times)
+        return min(timed(work) for _ in range(5))
 
     bandwidth = read.numel() * 4 / fastest(read.sum)
     products = 2 * 4096**3 / fastest(lambda: square @ square)
@@ -208,11 +200,11 @@ def main(argv=None):
         stock = kind.removesuffix(", thinking")
         own = [row[stock]["seconds"] / row[kind]["seconds"] for row in rounds if stock in row]
         spread = f"{statistics.median(own):.2f} ({min(own):.2f} to {max(own):.2f})" if own and stock != kind else ""
-        peak = max(row[kind]["peak_gib"] for row in rounds)
-        table.add_row(kind, f"{seconds:.1f}", f"{count / seconds:.3f}", f"{times:.2f}", spread, f"{peak:.1f}")
+        most = max(row[kind]["peak_gib"] for row in rounds)
+        table.add_row(kind, f"{seconds:.1f}", f"{count / seconds:.3f}", f"{times:.2f}", spread, f"{most:.1f}")
     Console(width=120).print(table)
     if arguments.out:
-        record = {"title": table.title, "rounds": rounds, "environment": {"device": platform.processor() or "cpu"}}
+        record = {"title": table.title, "rounds": rounds, "environment": {"device": rounds[0][kinds[0]]["device"]}}
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(record, indent=2) + "\n")
 

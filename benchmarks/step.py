@@ -1,8 +1,9 @@
 """What thinking costs in a whole step: rollout, loss with its backward, optimizer, against plain GRPO's.
 
 Every round takes both kinds in turn, another one first each time; ratios are taken within a round. All completions
-are of one length, so that both kinds do the same work. Memory is the growth of the process's resident memory over a
-step, at its peak (Linux). With --vocabulary it measures instead how the loss's memory grows with the vocabulary.
+are of one length, so that both kinds do the same work. Memory is the growth over a step at its peak, of the GPU's or,
+on a CPU, of the process's resident memory (Linux). With --vocabulary it measures instead how the loss's memory grows
+with the vocabulary.
 """
 
 import argparse
@@ -10,15 +11,15 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import hrpo_patches  # noqa: F401 - before transformers
 
 # isort: split
 import torch
-from bptt import QUESTION, resident, settle
+from bptt import QUESTION
 from datasets import Dataset
+from measuring import device_name, measured
 from peft import LoraConfig
 from rich.console import Console
 from rich.progress import track
@@ -63,11 +64,12 @@ def trainer_of(model, tokenizer, residual: str, args: argparse.Namespace, folder
 def step(trainer: HRPOTrainer, args: argparse.Namespace) -> tuple[float, float]:
     """Seconds and peak memory (GiB, over what was there before) of one step."""
     rows = [{"prompt": QUESTION.format(3, 4)}] * args.batch
-    settle()
-    before, started = resident("VmRSS"), time.perf_counter()
-    trainer.training_step(trainer.model, rows, None)
-    trainer.optimizer.step()
-    seconds, peak = time.perf_counter() - started, resident("VmHWM") - before
+
+    def work() -> None:
+        trainer.training_step(trainer.model, rows, None)
+        trainer.optimizer.step()
+
+    seconds, peak = measured(work)
     trainer.model.zero_grad(set_to_none=True)
     return seconds, peak
 
@@ -126,10 +128,8 @@ def loss(trainer: HRPOTrainer, args: argparse.Namespace) -> float:
     batch = {"prompt_ids": ids, "prompt_mask": ones, "completion_ids": ids, "completion_mask": ones}
     batch |= {"advantages": torch.linspace(-1, 1, args.batch), "num_items_in_batch": torch.tensor(float(ids.numel()))}
     batch |= {"thinking_states": torch.randn(*size, width), "thinking_mask": ones.bool()}
-    settle()
-    before = resident("VmRSS")
-    trainer.compute_loss(trainer.model, batch).backward()
-    peak = resident("VmHWM") - before
+    on = {name: tensor.to(trainer.model.device) for name, tensor in batch.items()}
+    _, peak = measured(lambda: trainer.compute_loss(trainer.model, on).backward())
     trainer.model.zero_grad(set_to_none=True)
     return peak
 
@@ -155,7 +155,12 @@ def main(flags: list[str] | None = None) -> None:
         rounds = steps(args)
         show(rounds)
     if args.out:
-        record = {"rounds": rounds, "threads": torch.get_num_threads(), "torch": torch.__version__}
+        record = {
+            "rounds": rounds,
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "device": device_name(),
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(record | {"options": vars(args) | {"out": None}}, indent=1) + "\n")
 

@@ -59,6 +59,11 @@ def hrpo(*words: object) -> None:
     subprocess.run([sys.executable, "-m", "hrpo_patches", *map(str, words)], check=True)
 
 
+def task_of(moves: object) -> str:
+    """Problems of so many moves, which all ask about the first thing."""
+    return f"passing?moves={moves}&asked=0"
+
+
 def base_of(out: Path, layers: int) -> Path:
     """The pretrained model's first layers, as a folder."""
     folder = out / f"base-{layers}"
@@ -91,7 +96,7 @@ def start(out: Path, args: argparse.Namespace, seed: int) -> Path:
     """A model that writes all steps: problems of two moves first, then of twice as many, and so on."""
     model, most = base_of(out, args.layers), 2
     for steps in args.start_steps:
-        folder, task = out / f"{seed}-start-{most}", f"passing?moves=1-{most}&asked=0"
+        folder, task = out / f"{seed}-start-{most}", task_of(f"1-{most}")
         words = ("--until", 0, "--lr", args.start_lr, "--residual", "none", "--max_steps", steps)
         model = sft(folder, model, task, args, seed, *words)
         most = min(2 * most, args.moves)
@@ -105,7 +110,7 @@ def trained(out: Path, args: argparse.Namespace, seed: int, arm: str) -> Path:
         return model
     words = ("--until", args.moves, "--lr", args.lr, "--max_steps", args.steps)
     rule = ("--advance_loss", args.advance_loss, "--advance_batches", 15)
-    return sft(out / f"{seed}-{arm}", model, f"passing?moves=1-{args.moves}&asked=0", args, seed, *words, *rule, *FLAGS[arm])
+    return sft(out / f"{seed}-{arm}", model, task_of(f"1-{args.moves}"), args, seed, *words, *rule, *FLAGS[arm])
 
 
 def evaluated(out: Path, args: argparse.Namespace, seed: int, arm: str, moves: int) -> dict:
@@ -117,7 +122,7 @@ def evaluated(out: Path, args: argparse.Namespace, seed: int, arm: str, moves: i
         words = ("--control", "all") if thinks else ("--no-thinking",)
         room = forced + 10 + (TOKENS_A_STEP * moves if arm == "written" else 0)
         hrpo(
-            "eval", "--model", model, "--task", f"passing?moves={moves}&asked=0", "--limit", args.tested, "--prompt", "plain",
+            "eval", "--model", model, "--task", task_of(moves), "--limit", args.tested, "--prompt", "plain",
             "--thoughts", forced, "--max_new_tokens", room, "--batch_size", 50, "--out", file, *words,
         )  # fmt: skip
     return json.loads(file.read_text())
