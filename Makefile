@@ -29,7 +29,12 @@ OLDEST_VENV := .venv-oldest
 CORE := tests/patching tests/thinking tests/maths tests/training tests/monitor/test_callback.py \
 	$(addprefix tests/models/test_,adapter.py full.py merge.py older_files.py)
 
-.PHONY: train test test-oldest test-other-machines test-unsloth test-vllm test-gpu bench lint patch-matrix install wheel clean
+# The day with a GPU: where its results go, the Python of a machine that packs are for, and the place of the dry run.
+GPU_RESULTS ?= benchmarks/results/gpu-$(shell date +%F)
+GPU_PYTHON ?= 3.12
+DRY_RUN := .gpu-dry-run
+
+.PHONY: train test test-oldest test-other-machines test-unsloth test-vllm test-gpu test-gpu-dry-run gpu-pack bench lint patch-matrix install wheel clean
 
 train: install
 	$(BIN)/python scripts/hrpo_gsm8k.py --config configs/quickstart.yaml
@@ -68,9 +73,22 @@ bench: install $(VLLM_VENV)/.installed
 	$(BIN)/python benchmarks/bptt.py --rounds 3
 	$(BIN)/python benchmarks/bptt.py --rounds 3 --r_min 0.5 --r_max 0.9 --residual_scale embedding
 
-# Needs a GPU, and the environment that docs/unsloth.md names; writes what it saw under benchmarks/results/.
+# Everything that needs a GPU, in any environment with torch and transformers; docs/gpu.md. `make gpu-pack` goes before it
+# where the machine cannot fetch anything.
 test-gpu:
-	bash tests/gpu/run.sh
+	$(PYTHON) tests/gpu/day.py $(GPU_RESULTS) $(if $(wildcard .gpu-day),--pack .gpu-day)
+
+gpu-pack: install
+	$(BIN)/python tests/gpu/pack.py .gpu-day --python $(GPU_PYTHON)
+
+# The day on a CPU with a tiny model, in an environment with torch and transformers alone, from the packed wheels.
+test-gpu-dry-run: install
+	rm -rf $(DRY_RUN)
+	$(PYTHON) -m venv $(DRY_RUN)/venv
+	$(DRY_RUN)/venv/bin/pip install --quiet torch==2.13.0
+	$(DRY_RUN)/venv/bin/pip install --quiet transformers -c constraints/newest.txt
+	$(BIN)/python tests/gpu/pack.py $(DRY_RUN)/pack --python $$($(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+	$(DRY_RUN)/venv/bin/python tests/gpu/day.py $(DRY_RUN)/results --pack $(DRY_RUN)/pack --dry_run
 
 lint: install
 	$(BIN)/ruff check .
