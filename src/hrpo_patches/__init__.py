@@ -1,4 +1,4 @@
-"""Hybrid latent reasoning for transformers: importing this package installs the patches; knows nothing of the maths.
+"""Hybrid latent reasoning for transformers: importing this package installs the patches.
 
 `import hrpo_patches` must come before transformers (and unsloth). It imports neither of them, nor torch: the public
 names below are loaded when they are first used.

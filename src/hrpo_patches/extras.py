@@ -1,4 +1,4 @@
-"""Asks for the packages that only some of the commands need; knows which extra installs which."""
+"""Asks for the packages that only some of the commands need."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Writes files and folders that are whole or not there, also after a kill; knows nothing of what is in them."""
+"""Writes files and folders that are whole or not there, also after a kill."""
 
 from __future__ import annotations
 

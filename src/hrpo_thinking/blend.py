@@ -1,4 +1,4 @@
-"""The maths of a thinking position: decay, residual and blend; knows modules and tensors, no models and no generation.
+"""The maths of a thinking position: decay, residual and blend.
 
 Shapes: d is the hidden size, `...` any leading shape. Everything here is computed in float32, the dtype of the
 thinking modules, with autocast off, and only the blend is rounded to the model's dtype.

@@ -81,7 +81,7 @@ class ThinkingConfig:
         span: which tokens of a completion think. "marker": all until the answer marker; "thoughts": the forced
             thoughts alone, after which the model writes as a plain one.
         r_min, r_max: the range that the decay at a fully open gate starts in, 0 < r_min < r_max < 1.
-        init_std: the standard deviation of the projection's initial weights. It sets no scale, for the residual is
+        init_std: the standard deviation of the projection's initial weights. It sets no scale because the residual is
             normalised; the start is smooth because r_min is near 1.
         projection_layers: 1, one linear layer, as published; 2, two of them with SiLU between.
         projection_hidden: the width between two layers; by default the hidden size.

@@ -1,4 +1,4 @@
-"""The four errors that reach a user on purpose; knows nothing else."""
+"""The four errors that reach a user on purpose."""
 
 
 class InputError(ValueError):

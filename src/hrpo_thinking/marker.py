@@ -1,4 +1,4 @@
-"""Finds the answer marker in a stream of tokens with one table look-up a step; knows tokens and text, no models.
+"""Finds the answer marker in a stream of tokens with one table look-up a step.
 
 A Knuth-Morris-Pratt automaton over the marker's bytes, with whole tokens as its letters: state k means that the text
 so far ends in the first k bytes of the marker, and the last state, once reached, is never left. So a marker that is

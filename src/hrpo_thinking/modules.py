@@ -1,4 +1,4 @@
-"""The modules that a model family gains: float32, with a start of their own; knows tensors, nothing of a blend."""
+"""The modules that a model family gains: float32, with a start of their own."""
 
 from __future__ import annotations
 

@@ -100,7 +100,7 @@ def register(kind: ResidualKind, trains: Collection[str] = ()) -> None:
     if kind.name in RESIDUALS or kind.name == NONE:
         raise InputError(f"there is a residual {kind.name!r} already; give yours another name.")
     if unknown := sorted(set(trains) - set(MODULES)):
-        raise InputError(f"there is no thinking module {unknown[0]!r}; there are {', '.join(MODULES)}.")
+        raise InputError(f"unknown thinking module {unknown[0]!r}; expected one of {', '.join(MODULES)}.")
     RESIDUALS[kind.name] = kind
     for part in PARTS:
         if part.residuals is not None and part.name in trains:
@@ -108,7 +108,7 @@ def register(kind: ResidualKind, trains: Collection[str] = ()) -> None:
 
 
 def residual_of(given: str | None) -> str | None:
-    """The residual of that name, None for "none"; an `InputError` if there is no such."""
+    """The residual of that name, None for "none"; an `InputError` if it is unknown."""
     if given is None or given == NONE:
         return None
     if given not in RESIDUALS:

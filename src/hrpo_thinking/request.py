@@ -1,4 +1,4 @@
-"""What one request of an engine has thought so far: states, marker, forced thoughts; knows no engine."""
+"""What one request of an engine has thought so far: states, marker, forced thoughts."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from hrpo_thinking.families import FAMILIES
 if TYPE_CHECKING:
     from torch import Tensor
 
-OLDEST, BEFORE = "0.24", "0.33"  # what has the seams and was read or run
+OLDEST, BEFORE = "0.24", "0.34"  # what has the seams and was read or run
 PREFIX = "Thinking"
 
 # What a request may say in SamplingParams.extra_args ("vllm_xargs" of the OpenAI interface): whether it thinks, by

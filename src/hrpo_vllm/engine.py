@@ -132,7 +132,7 @@ def check_request(params: Any, room: int, record: dict[str, Any], filler: Callab
         )
     if not record["in_checkpoint"]:
         raise InputError(
-            "the model cannot think yet, for no weights have arrived: send them, and then call "
+            "the model cannot think yet because no weights have arrived: send them, and then call "
             "hrpo_vllm.weights_arrived(llm)."
         )
     if forced:

@@ -35,7 +35,7 @@ def test_an_engine_that_cannot_think_as_its_model_does_is_not_made(tokenizer, tm
 
 def test_a_version_out_of_range_is_refused_by_name(monkeypatch):
     monkeypatch.setattr(hrpo_vllm, "vllm_version", lambda: "0.23.0")
-    with pytest.raises(InputError, match=r"from 0.24 to before 0.33; 0.23.0 is installed"):
+    with pytest.raises(InputError, match=r"from 0.24 to before 0.34; 0.23.0 is installed"):
         hrpo_vllm.check_version()
 
 

@@ -1,6 +1,6 @@
-"""Reads a command line and its YAML file into dataclasses by TRL's parser, once; knows flags, not what they mean.
+"""Reads a command line and its YAML file into dataclasses by TRL's parser, once.
 
-Importing this imports neither torch nor transformers: `--backend` is read before them, for so unsloth wants it.
+Importing this imports neither torch nor transformers: `--backend` is read before them, as unsloth requires.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def with_config(argv: Written) -> Written:
 
 
 def split_backend(words: Written) -> tuple[str, Written]:
-    """The `--backend` of a command line, and all other words; an `InputError` if there is no such backend."""
+    """The `--backend` of a command line, and all other words; an `InputError` if the backend is unknown."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--backend", default=BACKENDS[0])
     known, rest = parser.parse_known_args(words)
@@ -142,7 +142,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, words: Written) -> None:
     flag = flag.partition("=")[0]
     near = get_close_matches(flag, parser._option_string_actions, 1)
     hint = f"; did you mean {near[0]}?" if near else f"; see {parser.prog} --help."
-    raise InputError(f"there is no flag {flag}{hint}")
+    raise InputError(f"unknown flag {flag}{hint}")
 
 
 def plain_parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -92,7 +92,7 @@ def main(argv: Written | None = None) -> int:
     if argv[0] not in COMMANDS:
         near = get_close_matches(argv[0], COMMANDS, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
-        print(f"error: there is no command {argv[0]!r}; {hint}", file=sys.stderr)
+        print(f"error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
     return said(COMMANDS[argv[0]][0], argv[1:])
 

@@ -1,4 +1,4 @@
-"""`hrpo status`, `checkout`, `refresh`: what of upstream is patched; knows their flags, leaves the work to others."""
+"""`hrpo status`, `checkout`, `refresh`: what of upstream is patched."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def load_patched() -> dict[str, str]:
     for patch in sorted(export.installed_patches(), key=lambda patch: patch.package, reverse=True):
         try:
             import_module(patch.module)
-        except Exception as error:  # unsloth raises all kinds where there is no GPU
+        except Exception as error:  # unsloth raises all kinds without a GPU
             failed[patch.module] = f"could not be imported: {str(error).splitlines()[0]}"
     return failed
 

@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is whole, of this run, and not its last one."""
+"""Which checkpoint a run resumes from, and whether it is whole, of this run, and not its last one."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def check_output(config: TrainingArguments, record: dict[str, Any]) -> Path | None:
-    """The checkpoint that a run goes on from, if it is to be resumed.
+    """The checkpoint that a run resumes from, if it is to be resumed.
 
     Args:
         config: of the run: `output_dir`, `resume_from_checkpoint` (a folder, or "latest") and how long it trains.
         record: what the run is asked for, by flag.
 
     Raises:
-        InputError: the folder holds another run, or there is no such checkpoint, it is incomplete, or has all steps.
+        InputError: the folder holds another run, or the checkpoint is missing, incomplete, or has all steps.
     """
     folder, resumed = Path(str(config.output_dir)), config.resume_from_checkpoint
     if folder.is_file():

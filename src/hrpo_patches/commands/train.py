@@ -1,4 +1,4 @@
-"""`hrpo train`: a run from its command line to its report; knows the steps, and leaves each to its room."""
+"""`hrpo train`: a run from its command line to its report."""
 
 from __future__ import annotations
 

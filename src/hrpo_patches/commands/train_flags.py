@@ -1,4 +1,4 @@
-"""The flags of a training run, their defaults and what they refuse; knows nothing of how a run is done."""
+"""The flags of a training run, their defaults and what they refuse."""
 
 from __future__ import annotations
 

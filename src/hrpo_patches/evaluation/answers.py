@@ -1,4 +1,4 @@
-"""Lets a model answer the problems of a task, and grades each sample as it comes; knows no files and no flags."""
+"""Lets a model answer the problems of a task, and grades each sample as it comes."""
 
 from __future__ import annotations
 

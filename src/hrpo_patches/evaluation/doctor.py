@@ -352,5 +352,5 @@ class Examination:
 
     def _asked(self) -> list[int]:
         if not self.ids:
-            raise Unseen("there is no prompt")
+            raise Unseen("a prompt is missing")
         return self.ids

@@ -1,4 +1,4 @@
-"""Lets a model answer prompts, batch by batch; knows models and text, nothing of tasks or files."""
+"""Lets a model answer prompts, batch by batch."""
 
 from __future__ import annotations
 

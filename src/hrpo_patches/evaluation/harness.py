@@ -1,4 +1,4 @@
-"""`hrpo`, a model for lm-evaluation-harness: its own `hf`, which thinks; knows the harness, nothing of training."""
+"""`hrpo`, a model for lm-evaluation-harness: its own `hf`, which thinks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps what an evaluation has done so far, so that it can be stopped and taken up again; knows files, no models."""
+"""Keeps what an evaluation has done so far, so that it can be stopped and taken up again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Numbers that sum up graded answers: accuracy, its error, pass@k, majority@k; knows verdicts, nothing of models."""
+"""Numbers that sum up graded answers: accuracy, its error, pass@k, majority@k."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Looks into one completion: what each token was blended with; knows models and text, nothing of training."""
+"""Looks into one completion: what each token was blended with."""
 
 from __future__ import annotations
 

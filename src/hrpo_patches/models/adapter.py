@@ -1,4 +1,4 @@
-"""Loads trained adapters so that the model thinks as it did in training; knows files, nothing of training.
+"""Loads trained adapters so that the model thinks as it did in training.
 
 An adapter folder holds PEFT's `adapter_config.json` and `adapter_model.safetensors` (LoRA and the thinking modules, as
 `modules_to_save`), and beside them `thinking_config.json` and a `generation_config.json` with `thinking: true`.
@@ -33,7 +33,7 @@ def weights_of(folder: Path) -> dict[str, Tensor]:
 
 
 def config_of(folder: Path) -> Any:
-    """What PEFT wrote of an adapter, a `PeftConfig`; an `InputError` if there is none, or it is damaged."""
+    """What PEFT wrote of an adapter, a `PeftConfig`; an `InputError` if it is missing or damaged."""
     folder = adapter_folder(folder)
     try:
         return PeftConfig.from_pretrained(str(folder))

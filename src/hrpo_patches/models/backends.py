@@ -89,7 +89,7 @@ def choose_backend(wanted: str) -> tuple[str, str]:
     """("transformers" or "unsloth", why). Imports torch to ask for a GPU, and nothing else.
 
     Raises:
-        InputError: there is no such backend, or unsloth was asked for and cannot be used.
+        InputError: the backend is unknown, or unsloth was asked for and cannot be used.
         PatchError: unsloth was asked for and there are no patches for the installed version.
     """
     if wanted not in BACKENDS:

@@ -1,4 +1,4 @@
-"""Loads a base model and its tokenizer; knows names and files, nothing of training."""
+"""Loads a base model and its tokenizer."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _config(source: Any) -> Any:
 
 
 def read_config(source: Any) -> Any:
-    """The config of a model that can think; an `InputError` if there is none, or its family has no patches."""
+    """The config of a model that can think; an `InputError` if it is missing, or its family has no patches."""
     config = _config(source)
     if not hasattr(config, "thinking"):
         raise InputError(f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for {NAMES} only.")
@@ -46,7 +46,7 @@ def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
     """What to pass as `thinking` to `from_pretrained(source)`: `wanted`, over what the checkpoint's config says.
 
     Raises:
-        InputError: there is no such model, its family has no patches, or the checkpoint holds thinking weights of
+        InputError: the model is missing, its family has no patches, or the checkpoint holds thinking weights of
             another residual or marker.
     """
     config = read_config(source)
@@ -76,7 +76,7 @@ def load_model(
         init: what else `from_pretrained` takes (`attn_implementation`).
 
     Raises:
-        InputError: there is no such model, or it is to think and its family has no patches.
+        InputError: the model is missing, or it is to think and its family has no patches.
     """
     source = found(name)
     options: dict[str, Any] = dict(init)

@@ -1,4 +1,4 @@
-"""What thinking adds to a model, in parameters and multiply-adds; knows configs, loads no weights."""
+"""What thinking adds to a model, in parameters and multiply-adds."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def config_that_thinks(source: str, thinking: ThinkingConfig) -> Any:
         thinking: what is taken where the model does not think by itself.
 
     Raises:
-        InputError: there is no such model, its family has no patches, or it thinks in another way.
+        InputError: the model is missing, its family has no patches, or it thinks in another way.
     """
     folder = str(Path(source).parent) if Path(source).name == "config.json" else source
     config = read_config(folder)
@@ -59,7 +59,7 @@ def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
         thinking: the options of the projection.
 
     Raises:
-        InputError: there is no such model, or its family has no patches.
+        InputError: the model is missing, or its family has no patches.
     """
     config = config_that_thinks(source, thinking)
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""Puts trained thinking weights into a full model's folder that was written without them; knows files, not models.
+"""Puts trained thinking weights into a full model's folder that was written without them.
 
 Weights stay float32 whatever the rest is in, as everywhere: a 16-bit Λ would round a training run away.
 """
@@ -30,7 +30,7 @@ def add_thinking(folder: Path, weights: dict[str, Tensor], thinking: dict[str, A
         thinking: `config.thinking`.
 
     Raises:
-        InputError: there is no full checkpoint in safetensors.
+        InputError: a full checkpoint in safetensors is missing.
     """
     shards = sorted(folder.glob("model*.safetensors"))
     if not shards or not (folder / "config.json").is_file():

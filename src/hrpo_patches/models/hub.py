@@ -1,4 +1,4 @@
-"""Finds the files of an adapter, in a folder or on the hub; knows names, nothing of what is in the files."""
+"""Finds the files of an adapter, in a folder or on the hub."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def find_adapter(name: str | Path) -> Path | None:
 
 
 def adapter_folder(name: str | Path) -> Path:
-    """As `find_adapter`; an `InputError` if there is none."""
+    """As `find_adapter`; an `InputError` if it is missing."""
     folder = find_adapter(name)
     if folder is None:
         if absent := missing(str(name), no_hub_id=True):

@@ -1,4 +1,4 @@
-"""An adapter made into a full model, and an old adapter into one of ours; knows files and models, not training."""
+"""An adapter made into a full model, and an old adapter into one of ours."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def merge(adapter: str | Path, destination: Path, base: str | None = None) -> Pa
         base: the base model, by default the one that the adapter names.
 
     Raises:
-        InputError: the destination exists, there is no such base, or the adapter does not load.
+        InputError: the destination exists, the base is missing, or the adapter does not load.
     """
     adapter = adapter_folder(adapter)
     source = base_of(adapter, base)
@@ -71,7 +71,7 @@ def merged_for(name: str, base: str | None, engine: str) -> str:
         engine: that the model is for; it stands in what is refused.
 
     Raises:
-        InputError: there is no such model, it does not think, or the engine cannot make its residual.
+        InputError: the model is missing, it does not think, or the engine cannot make its residual.
     """
     adapter = find_adapter(name)
     if adapter is None:

@@ -1,4 +1,4 @@
-"""How a trained adapter thinks, written beside PEFT's files and read again; knows files, nothing of tensors."""
+"""How a trained adapter thinks, written beside PEFT's files and read again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def save_thinking(model: PreTrainedModel, folder: str | Path) -> None:
     base = causal_lm(model)
     thinking = ThinkingConfig.of(base.config)
     if thinking is None:
-        raise InputError("this is a plain model; there is no thinking to save.")
+        raise InputError("expected a model that thinks, got a plain one: it has nothing of thinking to save.")
     write_thinking(record_of(thinking, base.config.thinking), base.config.hidden_size, base.generation_config, folder)
 
 

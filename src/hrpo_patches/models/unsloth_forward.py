@@ -1,4 +1,4 @@
-"""What the patched `unsloth/models/llama.py` calls: reads thinking out of its keywords; knows nothing of the maths."""
+"""What the patched `unsloth/models/llama.py` calls: reads thinking out of its keywords."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the patched `unsloth/save.py` calls: no way of saving loses trained thinking weights; knows files and names.
+"""What the patched `unsloth/save.py` calls: no way of saving loses trained thinking weights.
 
 The adapter and the merged 16-bit model are saved with them; what unsloth writes for other programs (GGUF, torchao,
 OpenVINO, compressed or 4-bit models, uploads of a merge) cannot hold them and is refused before anything is written.

@@ -1,4 +1,4 @@
-"""Reads a run's log row by row and says what goes wrong, once each, with a remedy; knows numbers, not models."""
+"""Reads a run's log row by row and says what goes wrong, once each, with a remedy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A run's log as JSON lines, whole also after a kill; knows rows and a file, nothing of what they mean."""
+"""A run's log as JSON lines, whole also after a kill."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What can be measured of a model that thinks; knows tensors and modules, nothing of trainers or files.
+"""What can be measured of a model that thinks.
 
 Every function works on a sample, without gradients, and leaves the random state alone.
 """
@@ -51,7 +51,7 @@ def measure_weights(backbone: ThinkingMixin, start: dict[str, Tensor]) -> dict[s
     """projection/weight_norm, /drift and /effective_rank, the range of Λ, and decay/* of λ.
 
     The norm is that of all weights of the projection; the drift is the distance from `start` over the norm there, left
-    out if there is no `start`; the rank is the (last) linear layer's. λ is the share of an embedding that is left at
+    out without a `start`; the rank is the (last) linear layer's. λ is the share of an embedding that is left at
     a fully open gate.
     """
     Lambda = backbone.thinking_residual_Lambda.Lambda

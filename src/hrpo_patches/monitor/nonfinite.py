@@ -1,4 +1,4 @@
-"""Stops a run before a step that is not finite, and keeps what it was computed from; knows tensors and a folder."""
+"""Stops a run before a step that is not finite, and keeps what it was computed from."""
 
 from __future__ import annotations
 

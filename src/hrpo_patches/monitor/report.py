@@ -1,4 +1,4 @@
-"""Draws runs side by side and puts them into a table; knows what a run's folder holds, nothing of models."""
+"""Draws runs side by side and puts them into a table."""
 
 from __future__ import annotations
 

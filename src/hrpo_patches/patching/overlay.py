@@ -1,4 +1,4 @@
-"""Finds, checks and applies the diffs under patches/ as upstream modules are imported; knows nothing of what they do.
+"""Finds, checks and applies the diffs under patches/ as upstream modules are imported.
 
 Nothing is written to disk: a finder at the front of `sys.meta_path` hands Python the patched source of the few modules
 that have a diff. Every diff of a package is checked when the package itself is first imported, so that a hunk that
@@ -108,7 +108,7 @@ def check(package: str) -> None:
 
 
 def installed_source(patch: Patch) -> str:
-    """The source that the diff is for, as it is installed; a `PatchError` if there is no such file."""
+    """The source that the diff is for, as it is installed; a `PatchError` if it is missing."""
     site = site_of(patch.package)
     if site is None or not (site / patch.target).is_file():
         raise cannot_patch(patch.package, f"{patch.target} is missing")

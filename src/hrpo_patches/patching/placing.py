@@ -1,4 +1,4 @@
-"""Places the hunks of a diff by scope: a hunk names class and function; knows text and syntax, nothing of packages.
+"""Places the hunks of a diff by scope: a hunk names class and function.
 
 A hunk begins with `@@ Class.function @@` (`@@ module @@` outside of both) and holds lines as in a unified diff,
 without line numbers: it goes where its text stands exactly once among that scope's own lines, and nowhere else. Where

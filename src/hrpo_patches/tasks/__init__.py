@@ -22,7 +22,7 @@ def task_named(name: str) -> Task:
     """The task of this name, or `package.module:NAME`, your own `Task`, importable.
 
     Raises:
-        InputError: there is none; the message has the nearest names.
+        InputError: the task is unknown; the message has the nearest names.
     """
     if ":" in name:
         return _imported(name)
@@ -33,7 +33,7 @@ def task_named(name: str) -> Task:
             if near
             else f"there are {', '.join(sorted(TASKS))}, reasoning_gym:NAME, and package.module:TASK."
         )
-        raise InputError(f"there is no task {name!r}; {hint}")
+        raise InputError(f"unknown task {name!r}; {hint}")
     return TASKS[name]
 
 

@@ -1,4 +1,4 @@
-"""What a task is: where its problems are, how a row is read, how an answer is graded; knows text, no models."""
+"""What a task is: where its problems are, how a row is read, how an answer is graded."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Five people pass things on: tracking of shuffled objects (BIG-bench hard's), with moves that all are even.
 
-Every move is a cycle of three or two swaps, so that the moves generate the alternating group A5. There is no parity
+Every move is a cycle of three or two swaps, so that the moves generate the alternating group A5. No parity remains
 to read the answer from, and no fixed number of layers follows long chains of moves. `passing?moves=4-16&names=1` makes
 problems of 4 to 16 moves, with the second set of names.
 """
@@ -92,7 +92,7 @@ def passing(name: str, size: int, seed: int) -> Passing:
     """The task `passing?option=value&...`, with `size` problems.
 
     Raises:
-        InputError: there is no such option, or it cannot have this value.
+        InputError: the option is unknown, or cannot have this value.
     """
     options: dict[str, Any] = {}
     for key, value in parse_qsl(name.partition("?")[2], keep_blank_values=True):

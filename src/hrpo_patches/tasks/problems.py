@@ -1,4 +1,4 @@
-"""The problems of a task, from wherever they are; knows rows and text, no models."""
+"""The problems of a task, from wherever they are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def find_task(name: str, dataset: str | None, size: int = 10_000, seed: int = 42
         size, seed: of a generator.
 
     Raises:
-        InputError: there is no such task or generator.
+        InputError: the task or generator is unknown.
     """
     makes = name.startswith(GYM) or name.partition("?")[0] == PASSING
     if makes and dataset is not None:

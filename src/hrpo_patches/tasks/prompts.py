@@ -1,4 +1,4 @@
-"""The prompts that ask a task's questions; knows text and tokenizers, no models."""
+"""The prompts that ask a task's questions."""
 
 from __future__ import annotations
 

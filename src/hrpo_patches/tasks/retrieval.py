@@ -1,4 +1,4 @@
-"""Gives questions their documents: the row's own, else the nearest of a corpus by BM25; knows texts, no models."""
+"""Gives questions their documents: the row's own, else the nearest of a corpus by BM25."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def with_retrieved(problems: list[Problem], rows: list[Row], corpus: str | None)
     """The problems with their documents before the question: of the row's own the nearest three, else of the corpus.
 
     Raises:
-        InputError: a row has no documents and there is no corpus.
+        InputError: a row has no documents and no corpus was given.
     """
     if corpus is not None and not Path(corpus).exists():
         raise InputError(f"the corpus {corpus} does not exist.")

@@ -1,4 +1,4 @@
-"""The reward: 1 if the marker appears exactly once and the answer after it is right, else 0; knows text and tasks.
+"""The reward: 1 if the marker appears exactly once and the answer after it is right, else 0.
 
 Training and evaluation grade with the same function.
 """

@@ -1,4 +1,4 @@
-"""Reads the rows of a data set, from a file, a folder or the hub; knows nothing of what is in them."""
+"""Reads the rows of a data set, from a file, a folder or the hub."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def rows_of(source: str, split: str) -> Rows:
         split: which part, where the source does not say.
 
     Raises:
-        InputError: there is no such data, or a line is no JSON object.
+        InputError: the data is missing, or a line is no JSON object.
     """
     path = Path(source)
     if path.is_dir():

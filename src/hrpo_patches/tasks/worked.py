@@ -1,4 +1,4 @@
-"""Problems with worked solutions: a question, its steps, each a line of text, and its answer; knows text, no models.
+"""Problems with worked solutions: a question, its steps, each a line of text, and its answer.
 
 A row holds `steps`, a list of texts, beside what its task needs, or an `answer` in GSM8K's form: a step per line, and
 the answer after `####`. GSM8K's notes for a calculator (`<<6*3=18>>`) are left out.

@@ -88,7 +88,7 @@ def ready(
     if not wanted:
         return replace(thinking, bptt=None)
     assert thinking.states is not None
-    leaf = thinking.states.detach().to(embeds.device, copy=True)  # a copy, for states may be of inference mode
+    leaf = thinking.states.detach().to(embeds.device, copy=True)  # a copy: states may be of inference mode
     return replace(thinking, states=leaf.requires_grad_())
 
 
@@ -101,7 +101,7 @@ def _check(
         raise InputError("thinking_inputs were given to a plain model; build or load it with thinking={}.")
     if mask.dim() != 2 or mask.shape[0] != embeds.shape[0] or not 0 < mask.shape[1] < embeds.shape[1]:
         raise InputError(
-            f"states of today's weights require a mask (B, K) with 0 < K < L, for the first one comes from the "
+            f"states of today's weights require a mask (B, K) with 0 < K < L, because the first one comes from the "
             f"position before: expected B, L = {tuple(embeds.shape[:2])}, got {tuple(mask.shape)}."
         )
     if mask.dtype != torch.bool:

@@ -1,4 +1,4 @@
-"""Finds the part of a model that thinks, whatever is around it, and changes a thing for a while; knows no maths."""
+"""Finds the part of a model that thinks, whatever is around it, and changes a thing for a while."""
 
 from __future__ import annotations
 

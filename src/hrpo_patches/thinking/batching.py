@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 PAGE = 32  # tokens in a block of the cache
 MEMORY = 4 << 30  # bytes of keys and values
-# What this engine passes by, or reads in the wrong text, for it hands over no more than the last tokens.
+# What this engine ignores, or reads in the wrong text, because it hands over no more than the last tokens.
 _NOT_READ = (
     *("repetition_penalty", "encoder_repetition_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size"),
     *("min_length", "min_new_tokens", "stop_strings", "max_time", "guidance_scale", "watermarking_config"),

@@ -2,7 +2,7 @@
 
 Hooks on the model's forward stand where the engine calls it: before, every packed position that thinks is given its
 state; after, the state that each new token is sampled from is kept. They see the engine's own forwards only, and
-go with its manager. Requests share the engine's blocks of prompts alone, for thoughts are not in the tokens.
+go with its manager. Requests share the engine's blocks of prompts alone: thoughts are not in the tokens.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ class BatchThinking:
 
             def clear_cancelled_requests() -> Any:
                 dropped = clear()
-                for state in dropped:  # not when they are cancelled, for they may be in a step
+                for state in dropped:  # not when they are cancelled: they may be in a step
                     self._drop(state.request_id)
                 return dropped
 

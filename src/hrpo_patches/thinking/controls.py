@@ -1,4 +1,4 @@
-"""What a thought is worth: the same decoding with its residuals replaced; knows tensors, nothing of text or tasks.
+"""What a thought is worth: the same decoding with its residuals replaced.
 
 A control stands between a residual and its blend, in every forward that thinks: `generate`, or a replay.
 """

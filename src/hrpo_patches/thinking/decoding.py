@@ -1,4 +1,4 @@
-"""The state that `_sample` carries from step to step while a model thinks; knows nothing of training.
+"""The state that `_sample` carries from step to step while a model thinks.
 
 One object lives for one call of `generate`. Before each forward it hands over the last token's state and whether that
 token thinks; after each it takes the state that the next token was sampled from. It never waits for the device.
@@ -86,7 +86,7 @@ def filler_id(tokenizer: PreTrainedTokenizerBase | None, thinking: ThinkingConfi
     """The id of the token that stands for a forced thought.
 
     Raises:
-        InputError: there is no tokenizer to ask, it lacks the token, or the token ends a completion.
+        InputError: the tokenizer is missing, lacks the token, or the token ends a completion.
     """
     if tokenizer is None:
         raise InputError("generate(thoughts=...) needs tokenizer=..., to know which token is the filler.")

@@ -120,7 +120,7 @@ def _think_and_advance(
 ) -> tuple[Tensor, Stretch]:
     """`advance` by one column (B, 1, d) that thinks.
 
-    The control is that of the forward, for a backward may compute this again when the control is gone.
+    The control is that of the forward: a backward may compute this again when the control is gone.
     """
     with temporarily(backbone, thinking_control=control):
         blended = backbone.blend_thinking(inputs, thinking)

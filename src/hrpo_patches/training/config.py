@@ -1,4 +1,4 @@
-"""HRPOConfig: GRPOConfig with thinking; knows what a run may ask for, nothing of how it is done."""
+"""HRPOConfig: GRPOConfig with thinking."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Lets a run that is told to end save first; knows a signal and the trainer's control, nothing of models."""
+"""Lets a run that is told to end save first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keeps a run's data in the same order when it is resumed; knows the sampler and epochs, nothing of models."""
+"""Keeps a run's data in the same order when it is resumed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Reward functions whose answers are looked at before a step is taken with them; knows functions, no models."""
+"""Reward functions whose answers are looked at before a step is taken with them."""
 
 from __future__ import annotations
 

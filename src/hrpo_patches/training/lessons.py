@@ -1,4 +1,4 @@
-"""Supervised batches: worked solutions as tokens, whose first steps are replaced by forced thoughts; knows no models.
+"""Supervised batches: worked solutions as tokens, whose first steps are replaced by forced thoughts.
 
 At stage c a completion is c * k thoughts, the steps from the c-th on, and the answer behind its marker. It has as many
 thoughts where a solution has fewer steps, so that a rollout needs to know one number.

@@ -1,4 +1,4 @@
-"""Parameter groups: base, gates, Λ and projection, each with its learning rate; knows names, not what they compute.
+"""Parameter groups: base, gates, Λ and projection, each with its learning rate.
 
 Names are matched by component, so PEFT's, DDP's and torch.compile's prefixes and infixes do not matter.
 """
@@ -18,7 +18,7 @@ def regroup(trainer: Trainer, optimizer: optim.Optimizer, learning_rates: dict[s
     """Put the parameters of a trainer's fresh `optimizer` into our groups; its class and options stay as they are.
 
     Each trainable parameter is in one group, which has a "name"; none is empty. Thinking weights never decay: Λ would
-    be pulled towards a = 2^(-c r), away from the smooth start, and the projection has no scale, for its output is
+    be pulled towards a = 2^(-c r), away from the smooth start, and the projection has no scale because its output is
     normalised.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Makes a model and its adapter config ready to be trained; knows names and dtypes, nothing of the trainer."""
+"""Makes a model and its adapter config ready to be trained."""
 
 from __future__ import annotations
 

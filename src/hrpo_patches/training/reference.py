@@ -1,4 +1,4 @@
-"""The KL reference `start`: the model that training began from, thinking as it does; knows weights and their file."""
+"""The KL reference `start`: the model that training began from, thinking as it does."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ START_FILE = "reference_start.safetensors"
 class StartReference(TrainerCallback):
     """Keeps the trainable weights of a model as they are now, and puts them in place of today's for a while.
 
-    A run writes them into its folder, for the process that resumes it may draw others before it loads a checkpoint.
+    A run writes them into its folder because a process that resumes it may draw others before it loads a checkpoint.
 
     Args:
         model: unwrapped.

@@ -1,4 +1,4 @@
-"""Makes thinking rollouts with each engine, in one shape; knows generation and tensors, no trainers."""
+"""Makes thinking rollouts with each engine, in one shape."""
 
 from __future__ import annotations
 

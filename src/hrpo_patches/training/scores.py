@@ -1,4 +1,4 @@
-"""Log-probabilities and entropies of tokens, a few tokens' logits at a time; knows heads and tensors, no trainers."""
+"""Log-probabilities and entropies of tokens, a few tokens' logits at a time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a trainer does otherwise where weights are in shards, and where a save fails; knows nothing of thinking.
+"""What a trainer does otherwise where weights are in shards, and where a save fails.
 
 Its checkpoints are those that one process writes, so that a run is resumed with as many processes as there are, in
 shards or not.

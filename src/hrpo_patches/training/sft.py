@@ -1,4 +1,4 @@
-"""HRPOSFTTrainer: supervised latent training, from worked solutions to thoughts; knows lessons, no tasks.
+"""HRPOSFTTrainer: supervised latent training, from worked solutions to thoughts.
 
 It is transformers' `Trainer` with batches of its own: a stage decides how many steps of a solution are replaced by
 forced thoughts. Each forward first thinks the given tokens (without gradient) and then replays them, and the gradient

@@ -1,4 +1,4 @@
-"""HRPOSFTConfig: TrainingArguments of supervised latent training; knows what a run may ask for."""
+"""HRPOSFTConfig: TrainingArguments of supervised latent training."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
         self.check_start()
 
     def check_start(self) -> None:
-        """Raise `InputError` if least squares are asked for, and there is no single linear layer to fit."""
+        """Raise `InputError` if least squares are asked for without a single linear layer to fit."""
         if self.projection_start == "lstsq":
             check_fits(self.residual, *self._shape)
 

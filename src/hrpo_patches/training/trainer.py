@@ -1,4 +1,4 @@
-"""HRPOTrainer: GRPOTrainer whose rollouts think and whose loss replays them; knows nothing of how a blend is made.
+"""HRPOTrainer: GRPOTrainer whose rollouts think and whose loss replays them.
 
 It overrides only what differs from TRL: the constructor (which modules are trained, and that they stay float32), the
 generation of one turn (keeps the states), the scoring of a batch (carries them along), the log-probabilities (replays

@@ -1,4 +1,4 @@
-"""Whether an answer is a mathematical expression; knows where it is in a text. math-verify says what is equal."""
+"""Whether an answer is a mathematical expression. math-verify says what is equal."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether an answer is a number; knows how people write one. Whether two are equal is math-verify's to say."""
+"""Whether an answer is a number. Whether two are equal is math-verify's to say."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def number(gold: str, answer: str) -> bool:
     """Whether `answer` states the number `gold` and no other.
 
     Units, currencies, percent signs, thousands separators, prose and LaTeX's markup may surround it. Two numbers are
-    wrong, for one of them would often be right, and so is what makes it another number ("minus 5", "5 thousand",
+    wrong, because one of them would often be right, and so is what makes it another number ("minus 5", "5 thousand",
     "more than 5") or a formula ("> 5", "5 + x", "3 \\times 4").
     """
     stated, given = _stated(gold), _stated(answer)
