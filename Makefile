@@ -14,7 +14,7 @@ DEEPSPEED := deepspeed==0.19.8 hjson msgpack ninja psutil py-cpuinfo einops
 
 # unsloth brings triton, which TRL's CPU path does not survive, so it lives in an environment of its own.
 UNSLOTH_VENV := .venv-unsloth
-UNSLOTH := 2026.10.7
+UNSLOTH := 2026.10.9
 
 # vLLM for a CPU, under a name of its own on the registry; what it pulls beside itself does not fit this torch.
 VLLM_VENV := .venv-vllm

@@ -32,6 +32,20 @@ fits where every hunk of every diff finds its text exactly once in the class or 
 is refused when the package is imported, with what moved. TRL is not patched; what is overridden of it must be there.
 "CI" are the versions that the tests run on (`constraints/`), oldest and newest.
 """
+RUN = """
+## What was run beside CI
+
+| package | versions | how |
+| --- | --- | --- |
+| torch | 2.13.0 | CI, all environments |
+| torch | 2.14.1 (the build for CUDA, on a CPU) | the core of the tests, as in `make test-oldest`'s list but for examples with SmolLM2 |
+| torch | 2.15.0 | not run |
+| vLLM | 0.31.0 (for CPUs) | CI |
+| vLLM | 0.32.0 (for CPUs) | `make test-vllm VLLM=0.32.0` |
+| vLLM | 0.24 to 0.30, 0.33 | read: the seams are there; 0.33 has no build for CPUs |
+| unsloth | 2026.10.9 | CI |
+| unsloth | 2026.10.7 | `make test-unsloth UNSLOTH=2026.10.7` |
+"""
 
 
 def pip(*arguments: str) -> str:
@@ -87,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     moved = obstacle(package, archive)
             mark = "**yes**, CI" if version in tested(package) else "**yes**"
             text += f"| {version} | {'no' if moved else mark} | {moved or ''} |\n"
+    text += RUN
     arguments.out.write_text(text)
     print(text)
 
