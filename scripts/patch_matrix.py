@@ -38,7 +38,7 @@ RUN = """
 | package | versions | how |
 | --- | --- | --- |
 | torch | 2.13.0 | CI, all environments |
-| torch | 2.14.1 (the build for CUDA, on a CPU) | the core of the tests, as in `make test-oldest`'s list but for examples with SmolLM2 |
+| torch | 2.14.1 (the build for CUDA, on a CPU) | the core of the tests, without SmolLM2 |
 | torch | 2.15.0 | not run |
 | vLLM | 0.31.0 (for CPUs) | CI |
 | vLLM | 0.32.0 (for CPUs) | `make test-vllm VLLM=0.32.0` |
