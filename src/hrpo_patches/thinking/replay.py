@@ -73,7 +73,8 @@ def replay_forward(
 
     Args:
         model: a causal language model that thinks, also a PEFT one, or wrapped for data parallel training.
-        input_ids, attention_mask: (B, L).
+        input_ids: (B, L).
+        attention_mask: (B, L).
         thinking_states: (B, K, d), what each position's residual is made from. None, for supervised text: the tokens
             are thought first, without gradient (`thinking_roll`).
         thinking_mask: (B, K) bool, aligned with the last K input positions; K < L unless `bptt` is 0.
@@ -127,7 +128,11 @@ def thinking_roll(
     They are decoded one by one, in evaluation mode. Columns before the first and after the last thinking one are 0.
 
     Args:
-        model, input_ids, attention_mask, thinking_mask, temperature: as for `replay_forward`.
+        model: as for `replay_forward`.
+        input_ids: (B, L).
+        attention_mask: (B, L).
+        thinking_mask: (B, K) bool.
+        temperature: of the rollout, for the embedding residual.
     """
     inner = causal_lm(model)
     backbone = thinking_backbone(inner)
