@@ -12,10 +12,12 @@ import argparse
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -42,14 +44,14 @@ class Day:
         command = [sys.executable, "-m", "hrpo_patches", "train", "--backend", "transformers", "--task", "gsm8k"]
         command += ["--lr_thinking_projection", "1e-4", "--model_name", self.model, "--max_steps", steps]
         command += ["--dataset", self.out / "problems.jsonl", "--max_completion_length", length]
-        command += ["--output_dir", self.out / "runs" / name, "--skip_memory_metrics", "false", "--prompt", "plain"]
+        command += ["--output_dir", self.out / "runs" / name, "--prompt", "plain"]
         small = ["--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1]
         return [*command, *(small if self.dry else []), *words]
 
-    def benchmark(self, name: str, *words: object) -> list[object]:
-        """A benchmark on the model."""
+    def benchmark(self, name: str, *words: object, result: str = "") -> list[object]:
+        """A benchmark on the model; its numbers go to a file of its name, or of that of the `result`."""
         command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", "--model_name", self.model]
-        return [*command, "--out", self.out / f"{name}.json", *words]
+        return [*command, "--out", self.out / f"{result or name}.json", *words]
 
 
 @dataclass
@@ -69,6 +71,9 @@ class Piece:
     needs: str = "torch"
 
 
+DRY_KINDS = ("generate", "generate, thinking", "continuous", "continuous, thinking")
+
+
 def _sizes(day: Day, small: list[object], large: list[object]) -> list[object]:
     return small if day.dry else large
 
@@ -77,6 +82,7 @@ PIECES = [
     Piece("correct", 420, lambda day: [sys.executable, HERE / "correct.py"]),
     Piece("model", 180, lambda day: [sys.executable, HERE / "model.py", day.out, *(["--tiny"] if day.dry else [])]),
     Piece("main command", 240, lambda day: day.train("main")),
+    Piece("peak memory", 240, lambda day: day.train("memory", "--skip_memory_metrics", "false")),  # it slows steps
     Piece("plain GRPO", 240, lambda day: day.train("plain", "--residual", "none")),
     Piece("published gradient", 240, lambda day: day.train("published", "--bptt", 0)),
     Piece("continuous batching", 240, lambda day: day.train("continuous", "--engine", "continuous")),
@@ -89,9 +95,9 @@ PIECES = [
     Piece("bptt", 420, lambda day: day.benchmark("bptt", *_sizes(
         day, ["--rounds", 1, "--thoughts", 4, "--batch", 2], ["--rounds", 3, "--thoughts", 64]))),
     Piece("rollout", 420, lambda day: day.benchmark("rollout", "--rounds", 1, *_sizes(
-        day, ["--prompts", 1, "--completions", 2, "--kinds", "generate", "generate, thinking"], []))),
+        day, ["--prompts", 1, "--completions", 2, "--kinds", *DRY_KINDS], []))),
     Piece("vllm tests", 590, lambda day: [
-        sys.executable, "-m", "pytest", "-q", "-x", "--confcutdir", ROOT / "tests" / "with_vllm",
+        sys.executable, "-m", "pytest", "-q", "--confcutdir", ROOT / "tests" / "with_vllm",
         ROOT / "tests" / "with_vllm" / "test_training.py", ROOT / "tests" / "with_vllm" / "test_gpu_ready.py",
     ], needs="vllm"),
     Piece("vllm training", 300, lambda day: day.train("vllm", "--engine", "vllm"), needs="vllm"),
@@ -99,7 +105,8 @@ PIECES = [
         sys.executable, "-m", "pytest", "-q", "--confcutdir", ROOT / "tests" / "gpu", ROOT / "tests" / "gpu",
     ], needs="unsloth"),
     Piece("unsloth decode", 300, lambda day: day.benchmark(
-        "decode", "--backend", "unsloth", *_sizes(day, ["--rounds", 1, "--tokens", 4], [])), needs="unsloth"),
+        "decode", "--backend", "unsloth", *_sizes(day, ["--rounds", 1, "--tokens", 4], []), result="decode-unsloth",
+    ), needs="unsloth"),
 ]  # fmt: skip
 
 
@@ -132,13 +139,14 @@ def trained(folder: Path) -> list[str]:
     """What a run's log says of its last step, and of memory."""
     rows = [json.loads(line) for line in (folder / "monitor.jsonl").read_text().splitlines()]
     step = [row for row in rows if "loss" in row][-1]
-    names = ("step_time", "loss", "grad_norm", "projection/grad_norm", "embeds_ratio", "thinking/length", "bptt/terms")
-    said = [f"{name} {step[name]:.4g}" for name in names if name in step]
     report = json.loads((folder / "report.json").read_text())
     last = next((row for row in reversed(report["log"]) if "train_mem_gpu_peaked_delta" in row), {})
     held = sum(last.get(f"train_mem_gpu_{name}_delta", 0) for name in ("alloc", "peaked"))
     held += last.get("init_mem_gpu_alloc_delta", 0)
-    return [*said, *([f"peak {held / 2**30:.2f} GiB of the GPU"] if held else [])]
+    if held:
+        return [f"peak {held / 2**30:.2f} GiB of the GPU"]
+    names = ("step_time", "loss", "grad_norm", "projection/grad_norm", "embeds_ratio", "thinking/length", "bptt/terms")
+    return [f"{name} {step[name]:.4g}" for name in names if name in step]
 
 
 def run(day: Day, piece: Piece, environment: dict[str, str]) -> Result:
@@ -149,13 +157,16 @@ def run(day: Day, piece: Piece, environment: dict[str, str]) -> Result:
     words = list(map(str, piece.command(day)))
     with log.open("w") as file:
         print(*words, file=file, flush=True)
+        options = {"stdout": file, "stderr": subprocess.STDOUT, "env": environment, "cwd": ROOT}
+        process = subprocess.Popen(words, start_new_session=True, **options)
         try:
-            code = subprocess.run(
-                words, stdout=file, stderr=subprocess.STDOUT, timeout=piece.seconds, env=environment, cwd=ROOT
-            ).returncode
-            became = "ok" if code == 0 else "failed"
+            became = "ok" if process.wait(piece.seconds) == 0 else "failed"
         except subprocess.TimeoutExpired:
             became = "stopped"
+        finally:  # also what it has started, which would keep the GPU's memory
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
     text = log.read_text(errors="replace")
     try:
         numbers = numbers_of(day, piece, text)
@@ -184,6 +195,14 @@ def install(pack: Path, out: Path) -> None:
     subprocess.run([*map(str, command), *map(str, wheels)], check=True)
 
 
+def chosen(day: Day, names: list[str] | None) -> list[Piece]:
+    """The pieces of these names, or all; with the model, if one of them reads it."""
+    pieces = [piece for piece in PIECES if not names or piece.name in names]
+    if any(day.model in piece.command(day) for piece in pieces):
+        names = [*(piece.name for piece in pieces), "model"]
+    return [piece for piece in PIECES if not names or piece.name in names]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="where results go; must not exist")
@@ -200,14 +219,14 @@ def main() -> int:
     paths = [str(ROOT / "tests"), str(ROOT / "tests" / "unsloth"), str(ROOT / "benchmarks"), str(ROOT / "src")]
     if args.pack:
         install(args.pack, day.out)
-        sys.path.insert(0, str(day.out / SITE))
-        paths.insert(0, str(day.out / SITE))
+        sys.path.append(str(day.out / SITE))
+        paths.append(str(day.out / SITE))  # after the checkout, whose package it holds, too
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
     environment["COLUMNS"] = "200"  # of the benchmarks' tables
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU (dry run)"
     machine = f"{name}, torch {torch.__version__}, Python {sys.version.split()[0]}"
     results = []
-    pieces = [piece for piece in PIECES if not args.only or piece.name in args.only]
+    pieces = chosen(day, args.only)
     for number, piece in enumerate(pieces, 1):
         print(f"{number}/{len(pieces)} {piece.name} ...", end=" ", flush=True)
         result = run(day, piece, environment)

@@ -16,6 +16,7 @@ from hrpo_patches.commands.main import main
 from hrpo_patches.models.cost import config_that_thinks
 from hrpo_patches.training.plan import Shapes, plan
 from hrpo_thinking.config import ThinkingConfig
+from hrpo_thinking.errors import InputError
 
 TESTS = Path(__file__).parents[1]
 COMMON = {"gradient_accumulation_steps": 1, "lora_rank": 16, "optim": "adamw_torch"}
@@ -84,3 +85,26 @@ def test_the_command_prints_a_plan_and_refuses_its_flags_without_it(tmp_path, ca
     assert "--per_device_train_batch_size is about the memory of training; add --plan." in capsys.readouterr().err
     assert main(["info", str(tmp_path), "--plan", "--lora_rank", "0"]) == 2
     assert "--lora_rank must be at least 1, not 0." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("thinking", "bptt"),
+    [({}, 0), ({}, 3), ({"residual": "embedding"}, "exact"), ({"residual_scale": "embedding"}, "exact")],
+    ids=str,
+)
+def test_every_residual_and_depth_that_trains_can_be_planned(tmp_path, family, thinking, bptt):
+    tiny_config(family, thinking=None).save_pretrained(tmp_path)
+    config = config_that_thinks(str(tmp_path), ThinkingConfig(**thinking))
+    small = {"max_prompt_length": 8, "max_completion_length": 8, "lora_rank": 4, "gradient_checkpointing": False}
+    found = plan(config, Shapes(2, 1, bptt=bptt, **small))
+    assert found.loss > plan(config, Shapes(1, 1, bptt=bptt, **small)).loss > 0 and found.rollout > 0
+    assert "embedding_norm" not in config.thinking or config.thinking["embedding_norm"] is None
+
+
+def test_what_cannot_be_planned_is_refused(tmp_path):
+    tiny_config("llama").save_pretrained(tmp_path)
+    config = config_that_thinks(str(tmp_path), ThinkingConfig())
+    with pytest.raises(InputError, match="bptt=sequential cannot be planned"):
+        plan(config, Shapes(bptt="sequential"))
+    with pytest.raises(InputError, match="optim must be one of adamw_torch"):
+        plan(config, Shapes(optim="foo"))

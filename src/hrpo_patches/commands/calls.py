@@ -71,8 +71,8 @@ def _shape_flags(parser: argparse.ArgumentParser) -> list[str]:
     words = {
         "gradient_checkpointing": ("true", ("true", "false"), "compute layers again in the backward"),
         "dtype": ("bfloat16", ("float32", "bfloat16", "float16"), "of the base"),
-        "bptt": ("exact", None, "how many thoughts back the gradient flows"),
-        "optim": ("paged_adamw_8bit", None, "the optimizer"),
+        "bptt": ("exact", None, "how many thoughts back the gradient flows: exact, or a number"),
+        "optim": ("paged_adamw_8bit", None, "the optimizer: adamw_torch, adamw_8bit, sgd and the like"),
         "engine": ("generate", ("generate", "continuous", "vllm"), "of rollouts"),
     }
     for name, (word, choices, text) in words.items():
@@ -151,7 +151,8 @@ def doctor(argv: Written) -> int:
 
         gpu = torch.cuda.is_available()
         return plan(
-            config, Shapes(gradient_checkpointing=gpu, dtype=config.dtype, optim="" if not gpu else Shapes.optim)
+            config,
+            Shapes(gradient_checkpointing=gpu, dtype=config.dtype, optim=Shapes.optim if gpu else "adamw_torch"),
         ).peak
 
     parser = plain_parser("hrpo doctor", "Look whether machine, model, data and engine can think together.")

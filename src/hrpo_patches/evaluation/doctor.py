@@ -332,7 +332,10 @@ class Examination:
         model = causal_lm(self._seen())
         if self.memory is None:
             raise Unseen("it was not planned")
-        need, device = self.memory(model.config), model.device
+        try:
+            need, device = self.memory(model.config), model.device
+        except Exception as error:  # a plan that fails says nothing about the model
+            raise Unseen(f"it could not be planned ({type(error).__name__}: {error})") from None
         if device.type == "cuda":
             have = torch.cuda.get_device_properties(device).total_memory
         else:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,11 +24,15 @@ from transformers import AutoModelForCausalLM, DynamicCache
 
 from hrpo_patches.thinking import adjoint
 from hrpo_patches.thinking.backbone import temporarily
+from hrpo_patches.thinking.replay import distribution_head
 from hrpo_patches.training.scores import forward_scores
+from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
 from hrpo_thinking.parts import parts_of
 
 GIB = 2**30
+# Bytes that an optimizer keeps per trained weight.
+OPTIMIZERS = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
 PRODUCTS = 2  # of the exact gradient: it takes as many as its series needs, one after the other
 
 
@@ -41,9 +46,9 @@ class Shapes:
         max_prompt_length, max_completion_length: tokens.
         lora_rank: of the adapter of all linear layers.
         gradient_checkpointing: whether layers are computed again in the backward.
-        dtype: of the base's weights; with bfloat16, the loss runs under autocast.
+        dtype: of the base's weights; the loss runs under autocast to it.
         bptt: how many thoughts back the gradient flows.
-        optim: its name; AdamW keeps 8 bytes per trained weight, an optimizer of 8 bits keeps 2.
+        optim: one of `OPTIMIZERS`.
         engine: generate, continuous or vllm, which has weights and keys of its own.
     """
 
@@ -122,7 +127,18 @@ def plan(config: Any, shapes: Shapes) -> Plan:
     Args:
         config: of a model that thinks (`models.cost.config_that_thinks`).
         shapes: of the run.
+
+    Raises:
+        InputError: the gradient is "sequential", or the optimizer is unknown.
     """
+    if shapes.bptt == "sequential":
+        raise InputError("bptt=sequential cannot be planned: it holds the graph of each step of decoding; take exact.")
+    if shapes.optim not in OPTIMIZERS:
+        raise InputError(f"optim must be one of {', '.join(OPTIMIZERS)}, not {shapes.optim!r}.")
+    config = deepcopy(config)
+    config.thinking = {"embedding_norm": 1.0} | config.thinking  # which a model without weights cannot measure
+    if config.thinking["embedding_norm"] is None:
+        config.thinking["embedding_norm"] = 1.0
     parts = parts_of(config.thinking["residual"])
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, dtype=shapes.dtype)
@@ -143,7 +159,7 @@ def plan(config: Any, shapes: Shapes) -> Plan:
     if shapes.engine == "vllm":
         engine = weights + rollout
         rollout = 0
-    return Plan(weights, trained, count * (2 if "8bit" in shapes.optim else 8), engine, rollout, loss)
+    return Plan(weights, trained, count * OPTIMIZERS[shapes.optim], engine, rollout, loss)
 
 
 def _rollout(model: Any, shapes: Shapes, living: _Living) -> int:
@@ -180,9 +196,11 @@ def _loss(model: Any, shapes: Shapes, living: _Living) -> int:
     ids = torch.zeros(rows, shapes.max_prompt_length + length, dtype=torch.long)
     states = torch.zeros(rows, length, inner.config.hidden_size, dtype=shapes.dtype)
     thinks = torch.ones(rows, length, dtype=torch.bool)
-    thinking = ThinkingInputs(states, thinks, inner.config.thinking["residual"], Bptt(depth) if depth else None)
+    residual = inner.config.thinking["residual"]
+    rule = Bptt(depth, head=distribution_head(inner, residual, 1.0)) if depth else None
+    thinking = ThinkingInputs(states, thinks, residual, rule)
     with temporarily(adjoint, _number=lambda *_: 1.0):  # norms, of which there are none: take all products
-        with torch.autocast("cpu", torch.bfloat16, enabled=shapes.dtype == torch.bfloat16):
+        with torch.autocast("cpu", shapes.dtype, enabled=shapes.dtype != torch.float32):
             logps, _ = forward_scores(model, inner, ids, torch.ones_like(ids), length, 1.0, thinking_inputs=thinking)
         logps.sum().backward()
     return living.most

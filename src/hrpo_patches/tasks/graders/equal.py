@@ -15,6 +15,8 @@ import sympy
 from math_verify import parse, verify
 
 _LIMIT = 0.6  # seconds
+_DECIMAL = re.compile(r"\d{1,3}(?:,\d{3})+\.\d+|\d*\.\d+")
+_LAST_DIGIT = 1e-14  # of a float, relative
 _INTERRUPTED = ("math_verify", "latex2sympy2_extended", "antlr4", "sympy", "mpmath")  # no one else's callbacks
 logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of limits that are set here
 
@@ -63,7 +65,7 @@ def _ask(gold: str, answer: str) -> bool:
     both = [parse(text, parsing_timeout=None) for text in (gold, answer)]
     if not all(both) or any(_is_cut(parsed) for parsed in both):
         return False
-    exact = [[_exact(part) for part in parsed] for parsed in both]
+    exact = [[_exact(part, text) for part in parsed] for parsed, text in zip(both, (gold, answer), strict=True)]
     if not _is_irrational(exact[0][0]):
         both = exact
     if all(isinstance(parsed[0], sympy.Rational) for parsed in both):
@@ -76,19 +78,28 @@ def _is_cut(parsed: list[Any]) -> bool:
     return any(isinstance(part, str) and part.count("{") != part.count("}") for part in parsed)
 
 
-def _exact(value: Any) -> Any:
-    """A parsed formula whose decimals are fractions, as they are written: math-verify would round them."""
+def _exact(value: Any, text: str) -> Any:
+    """A formula, parsed from a text, whose decimals are fractions as they are written: math-verify would round them.
+
+    Other floats, which math-verify has computed (of e^{0.5}), stay.
+    """
     if not isinstance(value, sympy.Basic | sympy.MatrixBase):
         return value  # the text itself, which math-verify keeps beside what it read
-    value = value.xreplace({one: sympy.Rational(str(one)) for one in value.atoms(sympy.Float)})
+    written = [sympy.Rational(digits.replace(",", "")) for digits in _DECIMAL.findall(text)]
+    fractions = {}
+    for one in value.atoms(sympy.Float):
+        close = [digits for digits in written if abs(abs(one) - digits) <= _LAST_DIGIT * abs(one)]
+        if close:
+            fractions[one] = close[0] * (1 if one >= 0 else -1)
+    value = value.xreplace(fractions)
     return value.doit() if getattr(value, "is_number", False) else value
 
 
 def _is_irrational(value: Any) -> bool:
-    """Whether a formula has a number such as pi or a root, for which decimals are right up to six places."""
+    """Whether a formula has a number such as pi or a root: then decimals anywhere in it are right up to six places."""
     parts = value if isinstance(value, sympy.MatrixBase) else (value,)
-    inner = (one for part in parts for one in sympy.preorder_traversal(part))
-    return any(isinstance(one, sympy.Expr) and one.is_number and not one.is_rational for one in inner)
+    inner = (one for part in parts for one in sympy.preorder_traversal(part) if isinstance(one, sympy.Expr))
+    return any(one.is_number and one.is_finite and not one.is_rational for one in inner)
 
 
 def equal(gold: str, answer: str) -> bool:
