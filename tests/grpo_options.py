@@ -1,9 +1,10 @@
 """Every option of TRL's GRPOConfig: what it does in a run that thinks.
 
-Each option is in exactly one of five tables. A new option of a newer TRL is in none, and
+Each option is in exactly one of six tables. A new option of a newer TRL is in none, and
 `tests/training/test_options.py` then fails with its name.
 """
 
+import math
 import os
 from contextlib import redirect_stdout
 from io import StringIO
@@ -23,6 +24,7 @@ EVAL = {"eval_strategy": "steps", "eval_steps": 1, "per_device_eval_batch_size":
 SAVE = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
 WORKER = {"dataloader_num_workers": 1}
 OFF_POLICY = {"num_iterations": 2, "max_steps": 2, "learning_rate": 0.1}
+VESPO = {"loss_type": "vespo", "num_iterations": 2, "max_steps": 2, "learning_rate": 0.01}
 CUT = {"loss_type": "grpo"} | OFF_POLICY
 ENTROPY = {"use_adaptive_entropy": True, "max_steps": 2}
 PRINT = {"log_completions": True}
@@ -44,8 +46,6 @@ EFFECTS = {
     "num_iterations": (2, TWO),
     "shuffle_dataset": (False, {}),
     "seed": (1, {}),
-    "use_cpu": (False, {}),
-    "full_determinism": (True, {}),
     # the optimizer
     "learning_rate": (1e-2, {}),
     "lr_scheduler_type": ("constant", TWO),
@@ -60,20 +60,12 @@ EFFECTS = {
     "max_grad_norm": (1e-3, {"optim": "sgd", "learning_rate": 1.0}),
     # precision and memory
     "bf16": (True, {}),
-    "torch_compile_backend": ("eager", {}),
-    "gradient_checkpointing": (True, {}),
-    "gradient_checkpointing_kwargs": (REENTRANT, {"gradient_checkpointing": True, "bptt": "0"}),
-    "activation_checkpointing": (True, {"gradient_checkpointing": None}),
-    "activation_checkpointing_kwargs": (REENTRANT, {"gradient_checkpointing": True, "bptt": "0"}),
     "disable_dropout": (True, {"peft": lora(lora_dropout=0.5)}),
     "cast_lm_head_to_fp32": (True, {"dtype": torch.bfloat16}),
-    "pad_to_multiple_of": (64, {}),
     # the log
     "logging_strategy": ("no", {}),
     "logging_steps": (2, TWO),
     "logging_first_step": (True, TWO | {"logging_steps": 2}),
-    "log_level": ("error", {}),
-    "disable_tqdm": (True, {}),
     "report_to": ("tensorboard", {}),
     "include_num_input_tokens_seen": ("all", {}),
     "skip_memory_metrics": (False, {}),
@@ -94,13 +86,6 @@ EFFECTS = {
     "metric_for_best_model": ("reward_std", BEST),
     "greater_is_better": (False, BEST),
     # loading of data
-    "dataloader_drop_last": (True, {}),
-    "dataloader_num_workers": (1, {}),
-    "dataloader_persistent_workers": (True, WORKER),
-    "dataloader_prefetch_factor": (3, WORKER),
-    "dataloader_multiprocessing_context": ("spawn", WORKER),
-    "dataloader_in_order": (False, WORKER),
-    "accelerator_config": ({"even_batches": False}, {}),
     # rollouts
     "max_completion_length": (4, {}),
     "temperature": (0.5, {}),
@@ -109,7 +94,6 @@ EFFECTS = {
     "min_p": (0.5, {}),
     "repetition_penalty": (2.0, {}),
     "generation_kwargs": ({"suppress_tokens": [*range(128)]}, {}),
-    "cache_implementation": ("static", {}),
     "chat_template_kwargs": ({"enable_thinking": False}, {}),
     "use_transformers_continuous_batching": (True, {}),
     # rewards and loss
@@ -121,8 +105,8 @@ EFFECTS = {
     "sapo_temperature_pos": (5.0, {"loss_type": "sapo"} | OFF_POLICY),
     "vespo_k_pos": (1.0, {"loss_type": "vespo"} | OFF_POLICY),
     "vespo_lambda_pos": (1.0, {"loss_type": "vespo"} | OFF_POLICY),
-    "vespo_k_neg": (1.0, {"loss_type": "vespo"} | OFF_POLICY),
-    "vespo_lambda_neg": (1.0, {"loss_type": "vespo"} | OFF_POLICY),
+    "vespo_k_neg": (1.0, VESPO),
+    "vespo_lambda_neg": (1.0, VESPO),
     "importance_sampling_level": ("sequence", OFF_POLICY),
     "reward_weights": ([1.0, 5.0], {}),
     "multi_objective_aggregation": ("normalize_then_sum", {}),
@@ -138,6 +122,26 @@ EFFECTS = {
     "entropy_target": (20.0, ENTROPY),
     "off_policy_mask_threshold": (1e-9, CUT),
     "use_bias_correction_kl": (False, OFF_POLICY),
+}
+
+# Option: as above; what differs is what the loader, the model, the accelerator or a callback holds, not the numbers.
+HELD = {
+    "use_cpu": (False, {}),
+    "full_determinism": (True, {}),
+    "gradient_checkpointing": (True, {}),
+    "gradient_checkpointing_kwargs": (REENTRANT, {"gradient_checkpointing": True, "bptt": "0"}),
+    "activation_checkpointing": (True, {"gradient_checkpointing": None}),
+    "activation_checkpointing_kwargs": (REENTRANT, {"gradient_checkpointing": True, "bptt": "0"}),
+    "torch_compile_backend": ("eager", {}),
+    "log_level": ("error", {}),
+    "disable_tqdm": (True, {}),
+    "dataloader_drop_last": (True, {}),
+    "dataloader_num_workers": (1, {}),
+    "dataloader_persistent_workers": (True, WORKER),
+    "dataloader_prefetch_factor": (3, WORKER),
+    "dataloader_multiprocessing_context": ("spawn", WORKER),
+    "dataloader_in_order": (False, WORKER),
+    "accelerator_config": ({"even_batches": False}, {}),
 }
 
 # Option: a value that is refused in a sentence, the options beside it, and what the sentence says.
@@ -173,17 +177,15 @@ NO_EFFECT = {
     "bf16_full_eval": (True, EVAL, "for evaluation outside of training"),
     "fp16_full_eval": (True, EVAL, "for evaluation outside of training"),
     "log_unique_prompts": (True, PRINT, "for tables of trackers that are services"),
-    "dataloader_pin_memory": (False, {}, "for GPUs"),
+    "pad_to_multiple_of": (64, {}, "padding is masked"),
+    "cache_implementation": ("static", {}, "a static cache has the values of a dynamic one"),
     "remove_unused_columns": (True, {}, "rewards need all columns; our trainer keeps them"),
     "ref_model_mixup_alpha": (0.1, {}, "for sync_ref_model, which is refused"),
     "ref_model_sync_steps": (1, {}, "for sync_ref_model, which is refused"),
     "max_tool_calling_iterations": (1, {}, "for tools, which completions that think do not call"),
     "log_multimodal": (False, PRINT, "for pictures in prompts"),
     "optim_target_modules": (["q_proj"], {}, "for the optimizers of GaLore and APOLLO, packages that are absent"),
-    "tf32": (False, {}, "for GPUs"),
-    "torch_empty_cache_steps": (1, {}, "for GPUs"),
     "average_tokens_across_devices": (False, {}, "one process"),
-    "logging_nan_inf_filter": (False, {}, "the loss is finite"),
     "log_on_each_node": (False, {}, "one machine"),
     "log_level_replica": ("debug", {}, "one process"),
     "save_on_each_node": (True, SAVE, "one machine"),
@@ -197,17 +199,7 @@ NO_EFFECT = {
     "trackio_space_id": ("x", {}, "for trackio"),
     "trackio_bucket_id": ("x", {}, "for trackio"),
     "trackio_static_space_id": ("x", {}, "for trackio"),
-    "hub_token": ("x", {}, "for push_to_hub"),
-    "hub_private_repo": (True, {}, "for push_to_hub"),
-    "hub_model_id": ("x/y", {}, "for push_to_hub"),
-    "hub_strategy": ("end", {}, "for push_to_hub"),
-    "hub_always_push": (True, {}, "for push_to_hub"),
-    "hub_revision": ("x", {}, "for push_to_hub"),
-    "ignore_data_skip": (True, {}, "for a run that resumes"),
-    "restore_callback_states_from_checkpoint": (True, {}, "for a run that resumes"),
-    "liger_kernel_config": ({"rope": False}, {}, "for use_liger_kernel"),
     "resume_from_checkpoint": ("x", {}, "for scripts, which give it to train()"),
-    "fsdp_config": ({"min_num_params": 1}, {}, "for fsdp"),
     "ds3_gather_for_generation": (False, {}, "for ZeRO 3"),
     "vllm_server_base_url": ("http://x", {}, "for vllm_mode='server', which is refused"),
     "vllm_server_host": ("x", {}, "for vllm_mode='server', which is refused"),
@@ -221,18 +213,17 @@ NO_EFFECT = {
     "ddp_timeout": (1, {}, "one process"),
 }
 
-# Option: the file under tests/ that shows what it does.
+LOADING = "commands/test_train.py::test_options_of_loading_and_of_evaluation_reach_the_model_and_the_trainer"
+# Option: the test that shows what it does, or the file of several.
 ELSEWHERE = {
-    "use_liger_kernel": "commands/test_every_flag.py",
-    "fsdp": "gloo_probe.py",
     "deepspeed": "training/test_several.py",
-    "enable_jit_checkpoint": "commands/test_train.py",
-    "model_init_kwargs": "commands/test_train.py",
-    "trust_remote_code": "commands/test_train.py",
+    "model_init_kwargs": LOADING,
+    "trust_remote_code": LOADING,
+    "enable_jit_checkpoint": LOADING,
+    "use_liger_kernel": "commands/test_every_flag.py::test_a_wrong_value_is_a_sentence_that_names_its_flag",
     "transformers_continuous_batching_config": "training/test_rollouts.py",
     "use_vllm": "with_vllm/test_training.py",
-    "vllm_max_model_length": "with_vllm/test_training.py",
-    "vllm_importance_sampling_correction": "with_vllm/test_training.py",
+    "vllm_importance_sampling_correction": "training/test_config.py",
     "vllm_importance_sampling_mode": "with_vllm/test_training.py",
     "vllm_importance_sampling_clip_max": "with_vllm/test_training.py",
     "vllm_importance_sampling_clip_min": "with_vllm/test_training.py",
@@ -241,6 +232,18 @@ ELSEWHERE = {
 
 # Option: why no test shows it.
 UNTRIED = {
+    "ignore_data_skip": "acts in a run that resumes",
+    "restore_callback_states_from_checkpoint": "acts in a run that resumes",
+    "logging_nan_inf_filter": "a run stops at a loss that is not finite",
+    "liger_kernel_config": "for use_liger_kernel",
+    "fsdp": "needs several processes; training/test_several.py shards by torch itself",
+    "fsdp_config": "for fsdp",
+    "dataloader_pin_memory": "needs a GPU",
+    "tf32": "needs a GPU",
+    "torch_empty_cache_steps": "needs a GPU",
+    "vllm_max_model_length": "set in each run of with_vllm/test_training.py",
+    **dict.fromkeys(("hub_token", "hub_private_repo", "hub_model_id"), "for push_to_hub"),
+    **dict.fromkeys(("hub_strategy", "hub_always_push", "hub_revision"), "for push_to_hub"),
     "push_to_hub": "needs a hub",
     "ddp_backend": "several processes have gloo on a CPU, which accelerate chooses",
     "torch_compile": "as torch_compile_backend, with inductor: minutes; tried by hand, the loss differs by 2e-8",
@@ -282,8 +285,21 @@ def half(completions, **_):
 TIMES = ("runtime", "per_second", "step_time", "mem_")  # their values differ from run to run
 
 
+def differs(one, other, tolerance=1e-4):
+    """Whether two things that were seen differ, numbers by more than rounding."""
+    if isinstance(one, float) and isinstance(other, float):
+        return not math.isclose(one, other, rel_tol=tolerance, abs_tol=1e-7)
+    if type(one) is not type(other):
+        return True
+    if isinstance(one, dict):
+        return one.keys() != other.keys() or any(differs(one[key], other[key], tolerance) for key in one)
+    if isinstance(one, list | tuple):
+        return len(one) != len(other) or any(map(differs, one, other))
+    return one != other
+
+
 def run(folder, **options):
-    """What can be seen of a run: its log, weights, files, loader, optimizer and what is printed."""
+    """What is seen of a run (log, weights, files, what is printed), and what its objects hold."""
     folder.mkdir()
     printed = StringIO()
     with patch.dict(os.environ), redirect_stdout(printed):
@@ -291,14 +307,18 @@ def run(folder, **options):
         trainer.train()
     loader = trainer.get_train_dataloader()
     loaded = ("num_workers", "pin_memory", "persistent_workers", "prefetch_factor", "in_order")
-    return {
+    seen = {
         "log": [
             {k: None if any(word in k for word in TIMES) else v for k, v in row.items()}
             for row in trainer.state.log_history
         ],
-        "weights": {name: p.detach().float().sum().item() for name, p in trainer.model.named_parameters()},
+        "weights": {name: p.detach().float().norm().item() for name, p in trainer.model.named_parameters()},
         "files": sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if "tfevents" not in path.name),
         "events": len([*folder.rglob("*tfevents*")]),
+        "table": [line for line in printed.getvalue().splitlines() if line.startswith("│")],
+        "best": (trainer.state.best_metric, trainer.state.best_global_step),
+    }
+    held = {
         "loader": {name: getattr(loader.base_dataloader, name) for name in loaded},
         "drop_last": loader.base_dataloader.batch_sampler.drop_last,
         "context": str(loader.base_dataloader.multiprocessing_context),
@@ -309,9 +329,8 @@ def run(folder, **options):
             if getattr(module, "gradient_checkpointing", False)
         ],
         "callbacks": sorted(type(one).__name__ for one in trainer.callback_handler.callbacks),
-        "table": [line for line in printed.getvalue().splitlines() if line.startswith("│")],
-        "best": (trainer.state.best_metric, trainer.state.best_global_step),
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "compiled": str(trainer.accelerator.state.dynamo_plugin.backend),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "verbosity": transformers.logging.get_verbosity(),
     }
+    return seen, held

@@ -4,14 +4,14 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from grpo_options import EFFECTS, ELSEWHERE, NO_EFFECT, REFUSED, UNTRIED, run, trainer_of
+from grpo_options import EFFECTS, ELSEWHERE, HELD, NO_EFFECT, REFUSED, UNTRIED, differs, run, trainer_of
 from packaging.version import Version
 from trl import GRPOConfig
 from trl import __version__ as trl_version
 
 pytestmark = pytest.mark.skipif(Version(trl_version) < Version("1.16"), reason="the tables are of TRL 1.16")
 TESTS = Path(__file__).parents[1]
-TABLES = (EFFECTS, REFUSED, NO_EFFECT, ELSEWHERE, UNTRIED)
+TABLES = (EFFECTS, HELD, REFUSED, NO_EFFECT, ELSEWHERE, UNTRIED)
 
 
 def test_every_option_is_in_one_table():
@@ -35,19 +35,27 @@ def seen(tmp_path_factory):
 
 
 def test_two_runs_with_the_same_options_are_the_same(seen):
-    assert seen({}) == seen({}, again=True)
+    assert not differs(seen({}), seen({}, again=True))
 
 
 @pytest.mark.parametrize("name", EFFECTS)
 def test_an_option_has_an_effect(seen, name):
     value, others = EFFECTS[name]
-    assert seen(others) != seen(others | {name: value})
+    assert differs(seen(others)[0], seen(others | {name: value})[0])
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_an_option_reaches_what_it_is_for(seen, name):
+    value, others = HELD[name]
+    one, other = seen(others), seen(others | {name: value})
+    assert one[1] != other[1]
 
 
 @pytest.mark.parametrize("name", NO_EFFECT)
 def test_an_option_without_effect_changes_nothing(seen, name):
     value, others, _ = NO_EFFECT[name]
-    assert seen(others) == seen(others | {name: value})
+    one, other = seen(others), seen(others | {name: value})
+    assert not differs(one, other)
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -59,5 +67,7 @@ def test_an_option_is_refused(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ELSEWHERE)
-def test_an_option_is_shown_in_a_file_of_its_own(name):
-    assert name in (TESTS / ELSEWHERE[name]).read_text()
+def test_an_option_is_shown_in_a_test_of_its_own(name):
+    file, _, test = ELSEWHERE[name].partition("::")
+    text = (TESTS / file).read_text()
+    assert name in text and f"def {test}(" in text if test else name in text
