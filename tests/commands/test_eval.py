@@ -193,7 +193,7 @@ def test_a_plain_adapter_of_another_base_model_is_refused_too(
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--task", "gsm9k"], "no task 'gsm9k'; did you mean gsm8k"),
+        (["--task", "gsm9k"], "unknown task 'gsm9k'; did you mean gsm8k"),
         (["--samples", "3"], "are all the same; add --no-greedy"),
         (["--limit", "0"], "--limit must be 1 or more"),
         (["--batch_size", "0"], "--batch_size must be above 0"),
@@ -208,7 +208,7 @@ def test_a_plain_adapter_of_another_base_model_is_refused_too(
         (["--task", "nq", "--corpus", "nowhere"], "the corpus nowhere does not exist"),
         (["--out", "x" * 300], "cannot be written"),
         (["--dataset", "reasoning_gym:chain_summ"], "no generator 'chain_summ'; there are chain_sum"),
-        (["--task", "chain_sum"], "no task 'chain_sum'"),
+        (["--task", "chain_sum"], "unknown task 'chain_sum'"),
         (["--dataset", "reasoning_gym:chain_sum?min_terms=0.5"], "cannot make a problem with these options"),
         (["--dataset", "reasoning_gym:graph_color"], "without a gold answer"),
         (["--out", "no/where.json"], "the folder of no/where.json does not exist"),

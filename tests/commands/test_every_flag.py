@@ -66,7 +66,7 @@ def test_a_message_is_about_the_flag_whose_name_or_value_is_a_word_of_it():
 
 def test_a_mistyped_flag_gets_the_nearest_one(run, capsys):
     assert tried(*run, "lora_rnk", "4")[1] == "error: unknown flag --lora_rnk; did you mean --lora_rank?"
-    with pytest.raises(InputError, match="no flag --modle; did you mean --model"):
+    with pytest.raises(InputError, match="unknown flag --modle; did you mean --model"):
         parse_eval(["--modle", "x"])
     parser = plain_parser("hrpo x", "")
     parser.add_argument("--prompt")

@@ -88,7 +88,7 @@ def test_a_residual_of_ones_own_may_train_the_projection(tmp_path, halved):
 
 
 def test_a_module_that_is_not_there_cannot_be_trained(bare_state):
-    with pytest.raises(InputError, match="no thinking module 'thinking_gate'"):
+    with pytest.raises(InputError, match="unknown thinking module 'thinking_gate'"):
         register(bare_state._replace(name="other"), trains=["thinking_gate"])
     assert "other" not in RESIDUALS
 

@@ -35,8 +35,9 @@ def test_every_diff_says_why_and_until_when_and_holds_only_what_it_needs():
         assert [line.split(":")[0] for line in header] == ["Why", "Drop-when"] + ["Generated"] * generated
         assert all(len(line.split(": ", 1)[1]) > 10 for line in header)
         for hunk in hunks_of(text):
-            for change in hunk.changes:
-                assert change.old and change.new and change.old != change.new, (patch.name, hunk.scope)
+            assert any(change.old != change.new for change in hunk.changes), (patch.name, hunk.scope)
+            for change in hunk.changes:  # of one version's words nothing may change
+                assert change.old and change.new, (patch.name, hunk.scope)
                 assert sum(line in change.new for line in change.old) <= 4, (patch.name, hunk.scope)
 
 

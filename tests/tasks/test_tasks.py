@@ -178,7 +178,7 @@ def test_a_row_that_cannot_be_read_is_one_sentence(name, row, message):
 
 
 def test_an_unknown_task_is_answered_with_the_nearest_names():
-    with pytest.raises(InputError, match="no task 'gsm8'; did you mean gsm8k"):
+    with pytest.raises(InputError, match="unknown task 'gsm8'; did you mean gsm8k"):
         task_named("gsm8")
     with pytest.raises(InputError, match="there are 2wikimultihopqa, arc_challenge"):
         task_named("zzzz")
