@@ -196,3 +196,9 @@ def test_what_least_squares_leave_over_is_logged_once(tmp_path):
 def test_what_cannot_work_is_refused_before_training(options, word, tmp_path):
     with pytest.raises(InputError, match=word):
         trainer_of(tmp_path, **options)
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(HRPOSFTConfig, "n_gpu", property(lambda self: 2))
+    with pytest.raises(InputError, match=r"one process sees 2 GPUs.*accelerate launch"):
+        trainer_of(tmp_path)

@@ -104,6 +104,11 @@ class HRPOSFTTrainer(SavesThoughts):
             processing_class=processing_class,
             **kwargs,
         )
+        if args.n_gpu > 1:
+            raise InputError(
+                f"one process sees {args.n_gpu} GPUs, for which transformers takes nn.DataParallel, and thoughts do not "
+                f"pass through it; start with accelerate launch, or let CUDA_VISIBLE_DEVICES name one GPU."
+            )
         freeze_unused(self.model, args)
         self.curriculum = Curriculum(args, last, self._enter)
         batches = len(self.get_train_dataloader())
