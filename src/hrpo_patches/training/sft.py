@@ -106,8 +106,8 @@ class HRPOSFTTrainer(SavesThoughts):
         )
         if args.n_gpu > 1:
             raise InputError(
-                f"one process sees {args.n_gpu} GPUs, for which transformers takes nn.DataParallel, and thoughts do not "
-                f"pass through it; start with accelerate launch, or let CUDA_VISIBLE_DEVICES name one GPU."
+                f"one process sees {args.n_gpu} GPUs, for which transformers takes nn.DataParallel, which thoughts do "
+                f"not pass; start with accelerate launch, or let CUDA_VISIBLE_DEVICES name one GPU."
             )
         freeze_unused(self.model, args)
         self.curriculum = Curriculum(args, last, self._enter)
