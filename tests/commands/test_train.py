@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import shlex
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -15,6 +16,7 @@ from tiny import byte_tokenizer, tiny_model
 from trl import GRPOConfig
 
 from hrpo_patches.commands import calls
+from hrpo_patches.commands.main import main as cli
 from hrpo_patches.commands.main import train as main
 from hrpo_patches.commands.train import _use_engine as use_engine
 from hrpo_patches.commands.train import make_trainer
@@ -505,3 +507,17 @@ def test_least_squares_start_the_projection_from_what_the_base_writes(base, data
     for more in (["--projection_norm"], ["--projection_layers", "2"]):
         with pytest.raises(InputError, match="projection_start='lstsq'"):
             parse([*flags, "--projection_start", "lstsq", "--output_dir", str(tmp_path / "no"), *more])
+
+
+@pytest.mark.parametrize("residual", ["projection", "none"])
+def test_the_end_of_a_run_names_commands_that_work(tmp_path, capsys, residual):
+    words = run_of_sums(tmp_path, 2, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1)
+    words += ["--max_completion_length", "8", "--residual", residual, "--output_dir", str(tmp_path / "a run")]
+    assert cli(["train", *words]) == 0
+    printed = capsys.readouterr().out
+    commands = [shlex.split(line) for line in printed.partition("next:\n")[2].splitlines()]
+    expected = ["eval", "think", "merge"] if residual == "projection" else ["eval"]
+    assert [words[1] for words in commands] == expected
+    for program, *words in commands:
+        more = ["--max_new_tokens", "8"] if words[0] == "eval" else []
+        assert program == "hrpo" and cli([*words, *more]) == 0, (words, capsys.readouterr().err)

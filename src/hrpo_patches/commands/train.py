@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -53,7 +54,7 @@ from hrpo_patches.training.start import Place, fit_projection
 from hrpo_patches.training.trainer import HRPOTrainer
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
-from hrpo_thinking.parts import parts_of, spelled
+from hrpo_thinking.parts import NONE, parts_of, spelled
 
 FITTED, WRITTEN = 64, 64  # prompts that a projection is fitted on, and tokens of each completion
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -288,3 +289,20 @@ def finish(trainer: Any, record: dict[str, Any], folder: Path, picture: bool) ->
     for text in run.warnings:
         console.print(f"[bold]warning:[/bold] {escape(text)}")
     console.print(f"saved in {folder}; {' and '.join(str(path) for path in written)} in {record['seconds']:.0f} s")
+    print("next:", *next_commands(record["arguments"], folder), sep="\n  ")
+
+
+def next_commands(arguments: dict[str, Any], folder: Path) -> list[str]:
+    """What a person may want to do with what a run has saved: command lines, with its paths."""
+    thinks, full = arguments["residual"] != NONE, not arguments["lora_rank"]
+    evaluation = ["eval", "--model" if full else "--adapter", folder, "--task", arguments["task"]]
+    if arguments["dataset"]:
+        evaluation += ["--dataset", arguments["dataset"]]
+    evaluation += ["--prompt", arguments["prompt"]]
+    evaluation += ["--control", "all"] if thinks else ["--no-thinking"]
+    commands = [[*evaluation, "--out", folder / "eval.json"]]
+    if thinks:
+        commands.append(["think", folder, "--prompt", "What is 3 + 4?"])
+    if thinks and not full:
+        commands.append(["merge", folder, folder.with_name(f"{folder.name}-merged")])
+    return [shlex.join(["hrpo", *map(str, words)]) for words in commands]
