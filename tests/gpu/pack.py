@@ -68,7 +68,16 @@ def pack(out: Path, python: str, limit: int) -> list[Path]:
         needed = sorted(set(packages) - closure(list(THERE), packages))
         exact = [f"{name}=={packages[name]['metadata']['version']}" for name in needed]
         pip("download", "--quiet", "--no-deps", "-d", folder / "wheels", *target, *exact)
-        command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(folder / "wheels"), str(ROOT)]
+        command = [
+            sys.executable,
+            "-m",
+            "build",
+            "--no-isolation",
+            "--wheel",
+            "--outdir",
+            str(folder / "wheels"),
+            str(ROOT),
+        ]
         subprocess.run(command, check=True, capture_output=True)
         pieces: list[tuple[Path, int]] = []
         for wheel in sorted((folder / "wheels").iterdir(), key=lambda one: -one.stat().st_size):
