@@ -8,7 +8,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import tiny_config
 from transformers import LlamaConfig
 
@@ -20,7 +19,7 @@ from hrpo_thinking.errors import InputError
 
 TESTS = Path(__file__).parents[1]
 COMMON = {"gradient_accumulation_steps": 1, "lora_rank": 16, "optim": "adamw_torch"}
-PLAIN, FLOAT32 = {"gradient_checkpointing": False}, {"dtype": torch.float32, "bptt": 0}
+PLAIN, FLOAT32 = {"gradient_checkpointing": False}, {"dtype": "float32", "bptt": 0}
 SHAPES = [
     Shapes(16, max_prompt_length=160, max_completion_length=32, **PLAIN | COMMON),
     Shapes(24, max_prompt_length=240, max_completion_length=32, bptt=1, **COMMON),
@@ -45,8 +44,7 @@ def folder(tmp_path):
 @pytest.mark.parametrize("shapes", SHAPES, ids=["plain", "checkpointing", "float32"])
 def test_the_plan_is_within_fifteen_percent_of_what_a_run_takes(folder, shapes):
     found = plan(config_that_thinks(str(folder), ThinkingConfig()), shapes)
-    given = json.dumps(asdict(shapes) | {"dtype": str(shapes.dtype).removeprefix("torch.")}, default=str)
-    given = json.dumps({name: value for name, value in json.loads(given).items() if name != "engine"})
+    given = json.dumps({name: value for name, value in asdict(shapes).items() if name != "engine"})
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, TESTS / "memory_probe.py", folder, given]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -60,7 +58,7 @@ def test_what_is_held_is_counted_by_a_pencil(tmp_path):
     config.save_pretrained(tmp_path)
     config = config_that_thinks(str(tmp_path), ThinkingConfig())
     small = Shapes(
-        2, 2, max_prompt_length=8, max_completion_length=8, lora_rank=4, dtype=torch.float32, optim="adamw_torch"
+        2, 2, max_prompt_length=8, max_completion_length=8, lora_rank=4, dtype="float32", optim="adamw_torch"
     )
     found = plan(config, small)
     size, vocabulary, keys, inner = 32, config.vocab_size, 16, 64
@@ -85,6 +83,8 @@ def test_the_command_prints_a_plan_and_refuses_its_flags_without_it(tmp_path, ca
     assert "--per_device_train_batch_size is about the memory of training; add --plan." in capsys.readouterr().err
     assert main(["info", str(tmp_path), "--plan", "--lora_rank", "0"]) == 2
     assert "--lora_rank must be at least 1, not 0." in capsys.readouterr().err
+    assert main(["info", str(tmp_path), "--plan", "--gradient_checkpointing", "maybe"]) == 2
+    assert "'maybe' is neither true nor false" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import fields
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -12,11 +13,10 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from hrpo_patches.commands.flags import Written, add_thinking_flags, plain_parser
+from hrpo_patches.commands.flags import Written, add_thinking_flags, plain_parser, switch_of
 from hrpo_patches.extras import require
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.inputs import depth_of
 from hrpo_thinking.parts import RESIDUALS
 
 
@@ -27,6 +27,8 @@ def _console() -> Console:
 def info(argv: Written) -> None:
     """Print what thinking adds to a model, or the memory that training it takes."""
     from hrpo_patches.models.cost import config_that_thinks, costs, table_of
+    from hrpo_patches.training.plan import Shapes, plan
+    from hrpo_patches.training.plan import table_of as plan_table
 
     shaping = [name for name, option in OPTIONS.items() if option.shapes]
     parser = plain_parser("hrpo info", "Show what thinking adds to a model: parameters, and multiply-adds a token.")
@@ -34,50 +36,23 @@ def info(argv: Written) -> None:
     add_thinking_flags(parser, shaping)
     text = "show the memory of a step of hrpo train instead, by the flags below, which are those of hrpo train"
     parser.add_argument("--plan", action="store_true", help=text)
-    shapes = _shape_flags(parser)
+    for one in fields(Shapes):
+        kind = {"type": int} if type(one.default) is int else {"type": switch_of} if one.default is True else {}
+        parser.add_argument(f"--{one.name}", default=one.default, **kind, **one.metadata)
     given = parser.parse_args(argv)
     thinking = ThinkingConfig(**{name: getattr(given, name) for name in shaping})
+    asked = {one.name: getattr(given, one.name) for one in fields(Shapes)}
     if not given.plan:
-        if changed := [name for name in shapes if getattr(given, name) != parser.get_default(name)]:
+        if changed := [name for name, value in asked.items() if value != parser.get_default(name)]:
             raise InputError(f"--{changed[0]} is about the memory of training; add --plan.")
         _console().print(table_of(costs(given.model, thinking), given.model))
         return
-    import torch
-
-    from hrpo_patches.training import plan
-
-    asked = {name: getattr(given, name) for name in shapes}
     if small := [name for name, value in asked.items() if type(value) is int and value < 1]:
         raise InputError(f"--{small[0]} must be at least 1, not {asked[small[0]]}.")
-    asked |= {"dtype": getattr(torch, given.dtype), "bptt": depth_of(given.bptt)}
-    asked["gradient_checkpointing"] = given.gradient_checkpointing == "true"
     config = config_that_thinks(given.model, thinking)
     with _console().status("Planning"):
-        found = plan.plan(config, plan.Shapes(**asked))
-    _console().print(plan.table_of(found, given.model))
-
-
-def _shape_flags(parser: argparse.ArgumentParser) -> list[str]:
-    """Give a parser the flags of `training.plan.Shapes`, with the defaults that `hrpo train` has on a GPU."""
-    numbers = {
-        "per_device_train_batch_size": (8, "completions in one backward"),
-        "gradient_accumulation_steps": (4, "backwards in one step of the optimizer; a rollout is for all of them"),
-        "max_prompt_length": (1024, "tokens"),
-        "max_completion_length": (1024, "tokens"),
-        "lora_rank": (32, "of the adapter"),
-    }
-    for name, (default, text) in numbers.items():
-        parser.add_argument(f"--{name}", type=int, default=default, help=text)
-    words = {
-        "gradient_checkpointing": ("true", ("true", "false"), "compute layers again in the backward"),
-        "dtype": ("bfloat16", ("float32", "bfloat16", "float16"), "of the base"),
-        "bptt": ("exact", None, "how many thoughts back the gradient flows: exact, or a number"),
-        "optim": ("paged_adamw_8bit", None, "the optimizer: adamw_torch, adamw_8bit, sgd and the like"),
-        "engine": ("generate", ("generate", "continuous", "vllm"), "of rollouts"),
-    }
-    for name, (word, choices, text) in words.items():
-        parser.add_argument(f"--{name}", default=word, choices=choices, help=text)
-    return [*numbers, *words]
+        found = plan(config, Shapes(**asked))
+    _console().print(plan_table(found, given.model))
 
 
 def report(argv: Written) -> None:
@@ -149,11 +124,9 @@ def doctor(argv: Written) -> int:
 
         from hrpo_patches.training.plan import Shapes, plan
 
-        gpu = torch.cuda.is_available()
-        return plan(
-            config,
-            Shapes(gradient_checkpointing=gpu, dtype=config.dtype, optim=Shapes.optim if gpu else "adamw_torch"),
-        ).peak
+        dtype, gpu = str(config.dtype).removeprefix("torch."), torch.cuda.is_available()
+        on_cpu: dict[str, Any] = {} if gpu else {"gradient_checkpointing": False, "optim": "adamw_torch"}
+        return plan(config, Shapes(dtype=dtype, **on_cpu)).peak
 
     parser = plain_parser("hrpo doctor", "Look whether machine, model, data and engine can think together.")
     parser.add_argument("model", nargs="?", help="an adapter, a merged model, any base, or smollm2-135m, to be tried")

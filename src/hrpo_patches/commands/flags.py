@@ -47,11 +47,12 @@ def add_thinking_flags(parser: argparse.ArgumentParser, names: Iterable[str], **
         one, default = OPTIONS[name], defaults.get(name, getattr(ThinkingConfig, name))
         flags = [f"--{name}", *([f"--{one.published}"] if one.published else [])]
         switch: dict[str, Any] = {"nargs": "?", "const": True} if one.kind is bool else {}
-        kind = _switch if one.kind is bool else one.kind
+        kind = switch_of if one.kind is bool else one.kind
         group.add_argument(*flags, type=kind, default=default, choices=one.choices, help=one.help, **switch)
 
 
-def _switch(text: str) -> bool:
+def switch_of(text: str) -> bool:
+    """A flag's true or false, for argparse."""
     if text.lower() not in ("true", "false"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
     return text.lower() == "true"

@@ -11,7 +11,7 @@ import warnings
 import weakref
 from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,41 +27,34 @@ from hrpo_patches.thinking.backbone import temporarily
 from hrpo_patches.thinking.replay import distribution_head
 from hrpo_patches.training.scores import forward_scores
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
+from hrpo_thinking.inputs import Bptt, ThinkingInputs, depth_of
 from hrpo_thinking.parts import parts_of
 
 GIB = 2**30
 # Bytes that an optimizer keeps per trained weight.
 OPTIMIZERS = {"adamw_torch": 8, "adamw_torch_fused": 8, "adamw_8bit": 2, "paged_adamw_8bit": 2, "sgd": 0}
+DTYPES, ENGINES = ("float32", "bfloat16", "float16"), ("generate", "continuous", "vllm")
 PRODUCTS = 2  # of the exact gradient: it takes as many as its series needs, one after the other
+
+
+def _flag(default: Any, text: str, choices: tuple[Any, ...] | None = None) -> Any:
+    return field(default=default, metadata={"help": text, "choices": choices})
 
 
 @dataclass(frozen=True)
 class Shapes:
-    """What the memory of a run depends on, beside its model; the names are those of the flags of `hrpo train`.
+    """What the memory of a run depends on, beside its model; the names are those of the flags of `hrpo train`."""
 
-    Attributes:
-        per_device_train_batch_size: completions in one backward.
-        gradient_accumulation_steps: backwards in one optimizer step; a rollout makes the completions of all of them.
-        max_prompt_length, max_completion_length: tokens.
-        lora_rank: of the adapter of all linear layers.
-        gradient_checkpointing: whether layers are computed again in the backward.
-        dtype: of the base's weights; the loss runs under autocast to it.
-        bptt: how many thoughts back the gradient flows.
-        optim: one of `OPTIMIZERS`.
-        engine: generate, continuous or vllm, which has weights and keys of its own.
-    """
-
-    per_device_train_batch_size: int = 8
-    gradient_accumulation_steps: int = 4
-    max_prompt_length: int = 1024
-    max_completion_length: int = 1024
-    lora_rank: int = 32
-    gradient_checkpointing: bool = True
-    dtype: torch.dtype = torch.bfloat16
-    bptt: Depth = "exact"
-    optim: str = "paged_adamw_8bit"
-    engine: str = "generate"
+    per_device_train_batch_size: int = _flag(8, "completions in one backward")
+    gradient_accumulation_steps: int = _flag(4, "backwards in one step of the optimizer; a rollout is for all of them")
+    max_prompt_length: int = _flag(1024, "tokens")
+    max_completion_length: int = _flag(1024, "tokens")
+    lora_rank: int = _flag(32, "of the adapter of all linear layers")
+    gradient_checkpointing: bool = _flag(True, "compute layers again in the backward", (True, False))
+    dtype: str = _flag("bfloat16", "of the base; the loss runs under autocast to it", DTYPES)
+    bptt: int | str = _flag("exact", "how many thoughts back the gradient flows: exact, or a number")
+    optim: str = _flag("paged_adamw_8bit", "the optimizer", tuple(OPTIMIZERS))
+    engine: str = _flag("generate", "of rollouts; vLLM has weights and keys of its own", ENGINES)
 
 
 @dataclass(frozen=True)
@@ -131,17 +124,16 @@ def plan(config: Any, shapes: Shapes) -> Plan:
     Raises:
         InputError: the gradient is "sequential", or the optimizer is unknown.
     """
-    if shapes.bptt == "sequential":
+    if depth_of(shapes.bptt) == "sequential":
         raise InputError("bptt=sequential cannot be planned: it holds the graph of each step of decoding; take exact.")
     if shapes.optim not in OPTIMIZERS:
         raise InputError(f"optim must be one of {', '.join(OPTIMIZERS)}, not {shapes.optim!r}.")
     config = deepcopy(config)
-    config.thinking = {"embedding_norm": 1.0} | config.thinking  # which a model without weights cannot measure
-    if config.thinking["embedding_norm"] is None:
-        config.thinking["embedding_norm"] = 1.0
+    norm = config.thinking.get("embedding_norm") or 1.0  # which a model without weights cannot measure
+    config.thinking = config.thinking | {"embedding_norm": norm}
     parts = parts_of(config.thinking["residual"])
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, dtype=shapes.dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, shapes.dtype))
         lora = LoraConfig(
             r=shapes.lora_rank, target_modules="all-linear", exclude_modules=parts, modules_to_save=parts
         )
@@ -187,20 +179,21 @@ def _loss(model: Any, shapes: Shapes, living: _Living) -> int:
     """The most bytes at once in loss and backward of one batch, whose completions think from end to end."""
     rows, length = shapes.per_device_train_batch_size, shapes.max_completion_length
     inner = model.get_base_model()
-    depth = PRODUCTS if shapes.bptt == "exact" else shapes.bptt
+    depth = depth_of(shapes.bptt)
+    depth = PRODUCTS if depth == "exact" else depth
     if shapes.gradient_checkpointing:
         inner.gradient_checkpointing_enable({"use_reentrant": False})
         inner.enable_input_require_grads()
     model.train()
     living.most = living.now
     ids = torch.zeros(rows, shapes.max_prompt_length + length, dtype=torch.long)
-    states = torch.zeros(rows, length, inner.config.hidden_size, dtype=shapes.dtype)
+    states = torch.zeros(rows, length, inner.config.hidden_size, dtype=inner.dtype)
     thinks = torch.ones(rows, length, dtype=torch.bool)
     residual = inner.config.thinking["residual"]
     rule = Bptt(depth, head=distribution_head(inner, residual, 1.0)) if depth else None
     thinking = ThinkingInputs(states, thinks, residual, rule)
     with temporarily(adjoint, _number=lambda *_: 1.0):  # norms, of which there are none: take all products
-        with torch.autocast("cpu", shapes.dtype, enabled=shapes.dtype != torch.float32):
+        with torch.autocast("cpu", inner.dtype, enabled=inner.dtype != torch.float32):
             logps, _ = forward_scores(model, inner, ids, torch.ones_like(ids), length, 1.0, thinking_inputs=thinking)
         logps.sum().backward()
     return living.most
