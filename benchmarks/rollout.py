@@ -105,9 +105,9 @@ def started(engine, model, tokenizer, longest, count):
     if engine != "vllm":
         yield partial(by_generate if engine == "generate" else by_continuous_batching, model, tokenizer)
         return
-    from hrpo_patches.models.vllm_engine import engine_of
+    from hrpo_patches.engines.vllm import running_engine
 
-    with engine_of(model, tokenizer, longest, count) as running:
+    with running_engine(model, tokenizer, longest, count) as running:
         yield partial(by_vllm, running)
 
 

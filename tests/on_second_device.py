@@ -21,7 +21,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module  # noqa: E402
 from runs import small_trainer  # noqa: E402
 from tiny import byte_tokenizer, tiny_model  # noqa: E402
 
-from hrpo_patches.evaluation.generate import Decoding, complete  # noqa: E402
+from hrpo_patches.engines.batches import Decoding, complete  # noqa: E402
 from hrpo_patches.evaluation.think import think  # noqa: E402
 from hrpo_patches.models.base import open_model  # noqa: E402
 from hrpo_patches.models.merge import merge  # noqa: E402

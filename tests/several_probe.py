@@ -22,10 +22,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 
 from hrpo_patches.commands.main import run as hrpo
+from hrpo_patches.engines.base import Completions
 from hrpo_patches.thinking import sequential
 from hrpo_patches.thinking.shards import plain
 from hrpo_patches.training import ending, scores
-from hrpo_patches.training.rollouts import Made
 from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.modules import ThinkingModule
 
@@ -82,26 +82,26 @@ class Recorded(runs.HRPOTrainer):
 
     record, kept = None, None
 
-    def _made(self, prompt_ids, *args, **kwargs):
+    def _complete(self, prompt_ids, *args, **kwargs):
         step = self.state.global_step
         if self.record is None:
-            made = super()._made(prompt_ids, *args, **kwargs)
-            tokens = pad_sequence([torch.tensor(ids) for ids in made.completions], True, -1)
+            completions = super()._complete(prompt_ids, *args, **kwargs)
+            tokens = pad_sequence([torch.tensor(ids) for ids in completions.tokens], True, -1)
             rollout = {
-                "states": made.thinking.states,
-                "mask": made.thinking.mask,
-                "ratio": made.ratio,
+                "states": completions.thinking.states,
+                "mask": completions.thinking.mask,
+                "ratio": completions.ratio,
                 "tokens": tokens,
             }
             if self.kept is not None:
                 self.kept |= {f"{step}.{name}": value.contiguous() for name, value in rollout.items()}
-            return made
+            return completions
         first = len(prompt_ids) * self.accelerator.process_index
         own = {name: self.record[f"{step}.{name}"][first : first + len(prompt_ids)] for name in _ROLLOUT}
-        completions = [[token for token in row.tolist() if token >= 0] for row in own["tokens"]]
-        width = max(map(len, completions))
+        tokens = [[token for token in row.tolist() if token >= 0] for row in own["tokens"]]
+        width = max(map(len, tokens))
         states, mask, ratio = (own[name][:, :width] for name in ("states", "mask", "ratio"))
-        return Made(ThinkingInputs(states, mask, self.args.residual), ratio, completions)
+        return Completions(tokens, None, ThinkingInputs(states, mask, self.args.residual), ratio)
 
 
 def watch(backbone):

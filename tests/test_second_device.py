@@ -14,6 +14,7 @@ PROGRAM = Path(__file__).with_name("on_second_device.py")
 # Where a run of ours copies to or from the device, or waits for it: the ends of a rollout, the adjoint's norms of
 # terms, numbers for the log, the reference's file, the monitor, and continuous batching's two lists of rows.
 NAMED = {
+    "hrpo_patches/engines/generate.py:complete",
     "hrpo_patches/thinking/adjoint.py:_number",
     "hrpo_patches/thinking/backbone.py:ratio_of",
     "hrpo_patches/thinking/continuous.py:_after",
@@ -22,7 +23,6 @@ NAMED = {
     "hrpo_patches/thinking/decoding.py:__init__",
     "hrpo_patches/thinking/decoding.py:start_thinking",
     "hrpo_patches/training/reference.py:on_train_begin",
-    "hrpo_patches/training/rollouts.py:by_generate",
     "hrpo_patches/training/trainer.py:_generate_single_turn",
     "hrpo_patches/training/trainer.py:_record",
     "hrpo_patches/training/trainer.py:_record_length",

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from hrpo_patches.commands import eval as evaluation
 from hrpo_patches.commands.eval import main
 from hrpo_patches.commands.main import main as cli
+from hrpo_patches.engines import batches
 from hrpo_patches.evaluation import answers
-from hrpo_patches.evaluation import generate as evaluate
 from hrpo_patches.evaluation.answers import marker_position
 from hrpo_patches.tasks.problems import find_task, load_problems
 from hrpo_patches.thinking.controls import CONTROLS
@@ -106,7 +106,6 @@ KILLED = """
 import os, signal, sys
 import hrpo_patches
 from hrpo_patches.commands import eval as evaluation
-from hrpo_patches.evaluation import generate as evaluate
 add, seen = evaluation.Progressed.add, []
 
 def then_die(self, samples):
@@ -369,13 +368,13 @@ def test_every_control_can_be_asked_for_and_off_is_no_thinking(command, thoughtf
 
 def test_each_batch_is_controlled_by_its_own_gold_answers(command, thoughtful, monkeypatch):
     seen = []
-    controlled = evaluate.controlled
+    controlled = batches.controlled
 
     def spy(model, name, golds):
         seen.append(golds)
         return controlled(model, name, golds)
 
-    monkeypatch.setattr(evaluate, "controlled", spy)
+    monkeypatch.setattr(batches, "controlled", spy)
     results = main([*command("--control", "swapped"), "--adapter", str(thoughtful), "--batch_size", "4"])
     golds = [str(problem["gold"]) for problem in results["problems"]]
     lengths = [len(problem["prompt"]) for problem in results["problems"]]

@@ -140,15 +140,12 @@ def of_a_gradient_that_is_cut(folder, monkeypatch):
 
 
 def of_an_engine_that_says_something_else(folder, monkeypatch):
-    from hrpo_patches.evaluation import generate
+    from hrpo_patches.engines.continuous import Completions, ContinuousEngine
 
-    answered = generate._answered
-
-    def wrong(model, tokenizer, ids, decoding, vllm):
-        rows = answered(model, tokenizer, ids, decoding, vllm)
-        return [row[1:] for row in rows] if decoding.engine == "continuous" else rows
-
-    monkeypatch.setattr(generate, "_answered", wrong)
+    complete = ContinuousEngine.complete
+    monkeypatch.setattr(
+        ContinuousEngine, "complete", lambda *args: Completions([row[1:] for row in complete(*args).tokens])
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches.device import run_device
-from hrpo_patches.evaluation.generate import Decoding, complete
+from hrpo_patches.engines.batches import Decoding, complete
 from hrpo_patches.models.base import open_model
 
 FELT = {"r_min": 0.5, "r_max": 0.9}

@@ -7,8 +7,8 @@ from runs import config, lora
 from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches import HRPOTrainer
-from hrpo_patches.evaluation import generate
-from hrpo_patches.evaluation.generate import Decoding, completions
+from hrpo_patches.engines import batches
+from hrpo_patches.engines.batches import Decoding, completions
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.rewards import answer_of, answer_reward
 from hrpo_thinking.errors import InputError
@@ -99,14 +99,14 @@ def test_a_run_rewards_the_answer_after_the_models_own_marker(model, chat, tmp_p
 
 
 def test_the_answer_is_read_after_the_models_own_marker(model, chat, monkeypatch):
-    stock = generate._config
+    stock = batches.sampling_of
 
     def speaking(*given):
         config = stock(*given)
         config.sequence_bias = spoken(chat)
         return config
 
-    monkeypatch.setattr(generate, "_config", speaking)
+    monkeypatch.setattr(batches, "sampling_of", speaking)
     prompts = [[{"role": "user", "content": text}] for text in ("3 + 4?", "2 + 5?", "1 + 6?", "0 + 7?")]
     texts = completions(model, chat, prompts, Decoding(12, True))
     assert any(MARKER in text for text in texts)

@@ -256,15 +256,15 @@ def test_a_model_thinks_up_to_the_marker_whatever_its_tokenizer(kind, tied, tmp_
     likely = [token for text, token in vocabulary.items() if "#" in text] + ends
     model.lm_head.register_forward_hook(lambda module, args, logits: logits.index_add(-1, *biased(likely, logits)))
     made = []
-    stock = HRPOTrainer._made
-    monkeypatch.setattr(HRPOTrainer, "_made", lambda *args, **more: made.append(stock(*args, **more)) or made[-1])
+    stock = HRPOTrainer._complete
+    monkeypatch.setattr(HRPOTrainer, "_complete", lambda *args, **more: made.append(stock(*args, **more)) or made[-1])
     trainer = small_trainer(
         tmp_path, model=model, tokenizer=tokenizer, max_completion_length=12, max_steps=4, temperature=1.0
     )
     trainer.train()
     answered = ended = 0
     for one in made:
-        for tokens, mask in zip(one.completions, one.thinking.mask.tolist(), strict=True):
+        for tokens, mask in zip(one.tokens, one.thinking.mask.tolist(), strict=True):
             said = ["####" in tokenizer.decode(tokens[: n + 1], skip_special_tokens=False) for n in range(len(tokens))]
             alive = len(tokens) - (tokens[-1] in ends)
             assert mask[:alive] == [not seen for seen in said[:alive]]

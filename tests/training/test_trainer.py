@@ -12,7 +12,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from trl import GRPOConfig
 
 from hrpo_patches import HRPOTrainer
-from hrpo_patches.training.rollouts import Made
+from hrpo_patches.engines.base import Completions
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.parts import is_thinking_parameter, parts_of
@@ -186,7 +186,8 @@ def test_the_ratios_are_means_over_thinking_positions(tmp_path):
     trainer = small_trainer(tmp_path)
     ratio = torch.tensor([[0.6, 0.8, 1.0], [0.8, 1.0, 1.0]])
     mask = torch.tensor([[True, True, False], [True, False, False]])
-    trainer._record_ratios(Made(ThinkingInputs(torch.zeros(2, 3, 1), mask, "projection"), ratio, []).shares())
+    thinking = ThinkingInputs(torch.zeros(2, 3, 1), mask, "projection")
+    trainer._record_ratios(Completions([], None, thinking, ratio).shares())
     metrics = trainer._metrics["train"]
     assert metrics["embeds_ratio"] == [pytest.approx(2.2 / 3)]
     assert metrics["hidden_ratio"] == [pytest.approx((0.8 + 0.6 + 0.6) / 3)]

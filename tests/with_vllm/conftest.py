@@ -19,13 +19,13 @@ import pytest
 from shared_fixtures import family, shared_data, smollm2, tokenizer  # noqa: F401 - fixtures
 from vllm import LLM
 
-from hrpo_patches.models import vllm_engine
+from hrpo_patches.engines import vllm
 
 
 @pytest.fixture(autouse=True, scope="session")
 def small_caches():
     """Engines of training take little memory."""
-    vllm_engine.CACHE = 64 << 20
+    vllm.CACHE = 64 << 20
 
 
 @pytest.fixture

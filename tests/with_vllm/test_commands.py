@@ -10,7 +10,8 @@ from rollouts import assert_same_distribution
 from runs import assert_smollm2_learns_gsm8k
 
 from hrpo_patches.commands.eval import main as evaluate
-from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete
+from hrpo_patches.engines.batches import Decoding, complete
+from hrpo_patches.engines.choice import Needs, choose_engine
 from hrpo_patches.models.base import open_model
 from hrpo_thinking.errors import InputError
 
@@ -66,22 +67,22 @@ def test_what_vllm_cannot_do_in_an_evaluation_is_said_and_auto_takes_another(fol
         (("projection", 0, "swapped"), "needs the rows"),
     ):
         with pytest.raises(InputError, match=f"--engine vllm cannot be used: .*{why}"):
-            choose_engine("vllm", model, *options)
-        chosen, reason = choose_engine("auto", model, *options)
+            choose_engine("vllm", model, Needs(*options))
+        chosen, reason = choose_engine("auto", model, Needs(*options))
         assert chosen == ("continuous" if "zeroed" in options else "generate") and why in reason
 
 
 def test_a_sequence_that_vllm_has_no_room_for_and_several_processes_are_known_before_it_starts(folder, monkeypatch):
     model, _ = open_model(str(folder / "adapter"))
     room = model.config.max_position_embeddings
-    assert choose_engine("auto", model, "projection", longest=room)[0] == "vllm"
-    chosen, reason = choose_engine("auto", model, "projection", longest=room + 1)
+    assert choose_engine("auto", model, Needs("projection", longest=room))[0] == "vllm"
+    chosen, reason = choose_engine("auto", model, Needs("projection", longest=room + 1))
     assert chosen == "continuous" and f"vLLM holds on to the model's {room} positions" in reason
     with pytest.raises(InputError, match=f"take {room + 1} tokens"):
-        choose_engine("vllm", model, "projection", longest=room + 1)
+        choose_engine("vllm", model, Needs("projection", longest=room + 1))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="several processes"):
-        choose_engine("vllm", model, "projection")
+        choose_engine("vllm", model, Needs("projection"))
 
 
 def test_an_evaluation_that_is_too_long_for_vllm_is_refused_in_a_sentence(folder, tmp_path):

@@ -13,7 +13,7 @@ from tiny import byte_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hrpo_patches import HRPOConfig, HRPOTrainer
-from hrpo_patches.models.vllm_engine import ThinkingVLLM
+from hrpo_patches.engines.vllm import ThinkingVLLM
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import MODULES

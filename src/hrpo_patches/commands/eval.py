@@ -14,8 +14,9 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from hrpo_patches.commands.flags import Written, add_first_flags, option, parser_of, read, with_config
+from hrpo_patches.engines.batches import Decoding, batches_of
+from hrpo_patches.engines.choice import CHOICES, ENGINE_HELP, Needs, choose_engine
 from hrpo_patches.evaluation.answers import Questions, answer_all
-from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP, Decoding, batches_of, choose_engine
 from hrpo_patches.evaluation.progress import Progressed
 from hrpo_patches.evaluation.scores import paired, summarise
 from hrpo_patches.files import create, listed
@@ -176,8 +177,8 @@ def use_engine(arguments: EvalArguments, model: Any, longest: int) -> None:
         InputError: as `choose_engine`.
     """
     residual = ThinkingConfig.from_dict(causal_lm(model).config.thinking).residual if arguments.thinking else None
-    asked, forced = arguments.engine, arguments.forced
-    arguments.engine, why = choose_engine(asked, model, residual, forced, arguments.control, longest)
+    asked, needs = arguments.engine, Needs(residual, arguments.forced, arguments.control, longest)
+    arguments.engine, why = choose_engine(asked, model, needs)
     if asked == "auto":
         print(f"engine: {arguments.engine} ({why})")
 

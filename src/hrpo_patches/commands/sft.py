@@ -31,7 +31,7 @@ from hrpo_patches.commands.resume import check_output, write_record
 from hrpo_patches.commands.train import LORA_TARGETS, asker, finish, train_and_save
 from hrpo_patches.commands.train_flags import REST, ProblemArguments, own_names
 from hrpo_patches.device import has_bf16
-from hrpo_patches.evaluation.generate import Decoding, completions
+from hrpo_patches.engines.batches import Decoding, completions
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.extras import require
 from hrpo_patches.files import alone

@@ -24,7 +24,8 @@ from hrpo_patches.commands.flags import Written
 from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import state_of, write_record
 from hrpo_patches.commands.train_flags import Run, own_names, parse
-from hrpo_patches.evaluation.generate import Decoding, choose_engine, complete, completions
+from hrpo_patches.engines.batches import Decoding, complete, completions
+from hrpo_patches.engines.choice import Needs, choose_engine
 from hrpo_patches.evaluation.scores import standard_error
 from hrpo_patches.files import alone
 from hrpo_patches.models.adapter import load_adapter
@@ -140,7 +141,8 @@ def engine_of(run: Run, model: Any, longest: int) -> str:
     forced = thinking.thoughts if thinking is not None else run.config.thoughts or 0
     asked = run.about.engine if run.config.engine == "generate" else run.config.engine
     longest = run.config.vllm_max_model_length or longest
-    engine, why = choose_engine(asked, model, run.config.residual, forced, longest=longest, device=run.config.device)
+    needs = Needs(run.config.residual, forced, longest=longest, device=run.config.device)
+    engine, why = choose_engine(asked, model, needs)
     if run.about.engine == "auto":
         print(f"engine: {engine} ({why})")
     return engine
@@ -184,9 +186,9 @@ def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: 
     thinking = args.residual is not None
     decoding = Decoding(args.max_completion_length, thinking, batch_size=batch_size, thoughts=args.thoughts)
     decoding.engine = args.engine if thinking or args.use_vllm else "generate"
-    vllm = trainer.vllm_generation if decoding.engine == "vllm" else None
-    if vllm is not None:
-        vllm.sync_weights()
+    engine = trainer.vllm_generation if decoding.engine == "vllm" else None
+    if engine is not None:
+        engine.refresh_weights()
     accelerator = trainer.accelerator
     model, shown = accelerator.unwrap_model(trainer.model), accelerator.is_main_process
     alike = partitioned(model)  # ZeRO-3's processes must generate in step, so each answers all
@@ -194,7 +196,7 @@ def evaluate(trainer: HRPOTrainer, task: Task, held_out: list[Any], batch_size: 
     gathered = unwrap_model_for_generation(trainer.model_wrapped, accelerator) if alike else nullcontext(model)
     with gathered as model, whole(model):
         prompts = [row["prompt"] for row in own]
-        texts = completions(model, trainer._tokenizer, prompts, decoding, title if shown else None, vllm)
+        texts = completions(model, trainer._tokenizer, prompts, decoding, title if shown else None, engine)
     graded = [grade(task, row, text, args.answer_start) for row, text in zip(own, texts, strict=True)]
     verdicts = graded if alike else gather_object(graded)
     counts = {"right": int(sum(verdicts)), "total": len(verdicts)}

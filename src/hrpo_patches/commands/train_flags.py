@@ -24,7 +24,7 @@ from hrpo_patches.commands.flags import (
 from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import check_output
 from hrpo_patches.device import has_bf16
-from hrpo_patches.evaluation.generate import CHOICES, ENGINE_HELP
+from hrpo_patches.engines.choice import CHOICES, ENGINE_HELP
 from hrpo_patches.extras import require
 from hrpo_patches.models.adapter import config_of
 from hrpo_patches.models.backends import BACKENDS

@@ -9,7 +9,7 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers import PreTrainedTokenizerBase
 
-from hrpo_patches.evaluation.generate import Decoding, complete
+from hrpo_patches.engines.batches import Decoding, complete
 from hrpo_patches.evaluation.progress import Progressed
 from hrpo_patches.tasks.base import Problem, Task
 from hrpo_patches.tasks.rewards import answer_of, grade

@@ -53,7 +53,7 @@ class Examination:
     Args:
         name, base: of the model, as for `open_model`; without a name, the machine alone is looked at.
         task, dataset: of the data, as for `find_task`; without a task, a made-up question stands for it.
-        engine: one of `CHOICES`.
+        engine: one of `engines.choice.CHOICES`.
         memory: the bytes that a step of training takes, by the config of a model that thinks.
     """
 
@@ -308,13 +308,12 @@ class Examination:
 
     def chooses(self) -> str:
         """Which engine is taken and why, and whether it says what generate says."""
-        from hrpo_patches.evaluation.generate import CHOICES, Decoding, choose_engine, complete
+        from hrpo_patches.engines.batches import Decoding, complete
+        from hrpo_patches.engines.choice import Needs, choose_engine
         from hrpo_patches.thinking.backbone import causal_lm
 
-        if self.asked not in CHOICES:
-            raise InputError(f"--engine must be one of {', '.join(CHOICES)}, not {self.asked!r}.")
         model, ids = self._seen(), [self._asked()]
-        engine, why = choose_engine(self.asked, model, self.residual)
+        engine, why = choose_engine(self.asked, model, Needs(self.residual))
         if engine == "generate":
             return f"{engine} ({why})"
         ways = [Decoding(NEW, thinking=True, engine=one) for one in ("generate", engine)]

@@ -22,6 +22,9 @@ from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import pad
 
+from hrpo_patches.engines.base import NOT_FINITE, Completions, Engine
+from hrpo_patches.engines.continuous import ContinuousEngine
+from hrpo_patches.engines.generate import GenerateEngine
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.monitor.nonfinite import keep
@@ -46,7 +49,6 @@ from hrpo_patches.training.prepare import (
 )
 from hrpo_patches.training.reference import StartReference, without_reference
 from hrpo_patches.training.released import released
-from hrpo_patches.training.rollouts import Made, by_batches, by_generate, by_vllm, engines_that_think
 from hrpo_patches.training.saving import SavesThoughts
 from hrpo_patches.training.scores import forward_scores
 from hrpo_patches.training.several import as_long_as_any
@@ -103,6 +105,8 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
             if named and not isinstance(model, str):
                 stack.enter_context(unsaid(ALREADY))
             if args.use_vllm and args.vllm_mode == "colocate":
+                from hrpo_patches.engines.vllm import engines_that_think  # imports vLLM
+
                 stack.enter_context(engines_that_think(sys.modules[GRPOTrainer.__module__]))
             super().__init__(model, judged(reward_funcs), args, **kwargs)
         self.add_callback(self._epoch_order)
@@ -171,27 +175,34 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
 
     def _think(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple[list, list | None]:
         """Sample a thinking completion for each prompt; returns token ids and log-probabilities."""
-        made = self._made(prompt_ids, *args, **kwargs)
-        if made.thinking.residual != self.args.residual:
+        completions = self._complete(prompt_ids, *args, **kwargs)
+        thinking = completions.thinking
+        assert thinking is not None
+        if thinking.residual != self.args.residual:
             raise InputError(
-                f"the rollout used the {made.thinking.residual} residual instead of {self.args.residual}: the model's "
+                f"the rollout used the {thinking.residual} residual instead of {self.args.residual}: the model's "
                 f"forward returns no last_hidden_state."
             )
-        self._thinking = made.thinking
+        self._thinking = thinking
         if self.model.training:  # an evaluation may stand between a generation and its use
             self._rolled_out = self.state.global_step
-        self._record_ratios(made.shares())
-        self._record_length(made)
-        return made.completions, made.logprobs
+        self._record_ratios(completions.shares())
+        self._record_length(thinking, completions.tokens)
+        return completions.tokens, completions.logprobs
 
-    def _made(self, prompt_ids: list, *args: Any, **kwargs: Any) -> Made:
-        forced = len(self._fillers)
+    def engine(self, model: Any) -> Engine:
+        """What makes this run's rollouts with `model`, beside vLLM, which TRL starts (`vllm_generation`)."""
+        if self.args.use_transformers_continuous_batching:
+            return ContinuousEngine(model, self._tokenizer, self.continuous_batching_config)
+        return GenerateEngine(model, self._tokenizer)
+
+    def _complete(self, prompt_ids: list, *args: Any, **kwargs: Any) -> Completions:
         try:
             if self.args.use_vllm:
-                # Which sends the engine the weights first.
+                # TRL's own method sends the weights to the engine first.
                 tokens, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-                backbone, states = thinking_backbone(self._base_model()), self.vllm_generation.states
-                return by_vllm(backbone, self._tokenizer, tokens, logprobs, states, forced)
+                completions: Completions = self.vllm_generation.completions(tokens, logprobs)
+                return completions
             with (
                 unwrap_model_for_generation(
                     self.model_wrapped, self.accelerator, gather_deepspeed3_params=self.args.ds3_gather_for_generation
@@ -199,12 +210,9 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
                 torch.no_grad(),
                 whole(self.model),
             ):
-                given = (model, self._tokenizer, prompt_ids, self.generation_config)
-                if self.args.use_transformers_continuous_batching:
-                    return by_batches(*given, self.continuous_batching_config, forced)
-                return by_generate(*given, forced)
+                return self.engine(model).complete(prompt_ids, self.generation_config)
         except RuntimeError as error:
-            if "probability tensor" not in str(error):  # torch's words for logits that are not finite
+            if NOT_FINITE not in str(error):
                 raise
         folder, step = Path(self.args.output_dir), self.state.global_step + 1
         prompts = {"input_ids": pad([torch.tensor(ids) for ids in prompt_ids], self._tokenizer.pad_token_id, "left")}
@@ -360,10 +368,10 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         self._record("embeds_ratio", totals[0] / totals[2].clamp(min=1))
         self._record("hidden_ratio", totals[1] / totals[2].clamp(min=1))
 
-    def _record_length(self, made: Made) -> None:
+    def _record_length(self, thinking: ThinkingInputs, tokens: list[list[int]]) -> None:
         """thinking/length: mean tokens that think, without forced ones; thinking/share: theirs of all tokens."""
-        thinking, tokens = made.thinking.mask[:, len(self._fillers) :].sum(), sum(map(len, made.completions))
-        counts = torch.tensor([float(thinking), tokens, len(made.completions)], device=self.accelerator.device)
+        counted = (float(thinking.mask[:, len(self._fillers) :].sum()), sum(map(len, tokens)), len(tokens))
+        counts = torch.tensor(counted, device=self.accelerator.device)
         thought, written, rows = self.accelerator.reduce(counts, reduction="sum")
         self._record("thinking/length", thought / rows)
         self._record("thinking/share", thought / written.clamp(min=1))

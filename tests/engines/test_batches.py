@@ -4,9 +4,11 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
-from hrpo_patches.evaluation.generate import ENGINES, Decoding, batches_of, choose_engine, complete, completions
+from hrpo_patches.engines.batches import Decoding, batches_of, complete, completions
 from hrpo_patches.tasks.prompts import uses_chat
 from hrpo_thinking.errors import InputError
+
+ENGINES = ("generate", "continuous")
 
 
 def test_batches_sorted_by_length_change_no_answer():
@@ -50,11 +52,11 @@ def test_continuous_batching_gives_generates_greedy_completions(tokenizer):
     model = tiny_model("llama", thinking={"r_min": 0.3, "r_max": 0.6})
     prompts = ["Hi", "What is 3 + 4?", "abc"]
     for thinking, thoughts in ((True, 0), (True, 2), (False, 0)):
-        ways = [Decoding(12, thinking, batch_size=2, thoughts=thoughts, engine=engine) for engine in ENGINES[:2]]
+        ways = [Decoding(12, thinking, batch_size=2, thoughts=thoughts, engine=engine) for engine in ENGINES]
         one, other = (completions(model, tokenizer, prompts, way) for way in ways)
         assert one == other
     for control in ("zeroed", "off", "token"):
-        ways = [Decoding(12, True, control=control, engine=engine) for engine in ENGINES[:2]]
+        ways = [Decoding(12, True, control=control, engine=engine) for engine in ENGINES]
         one, other = (completions(model, tokenizer, prompts, way) for way in ways)
         assert one == other
 
@@ -69,7 +71,7 @@ def test_continuous_batching_gives_generates_greedy_completions(tokenizer):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("engine", ENGINES[:2])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_a_models_own_wishes_for_decoding_change_no_answer_but_its_ends_do(tokenizer, engine, said):
     model, way = tiny_model("llama", thinking={"r_min": 0.3, "r_max": 0.6}), Decoding(12, True, engine=engine)
     prompts = ["Hi", "What is 3 + 4?", "abc"]
@@ -85,7 +87,7 @@ def test_a_models_own_wishes_for_decoding_change_no_answer_but_its_ends_do(token
         assert completions(model, tokenizer, prompts, way) != expected
 
 
-@pytest.mark.parametrize("engine", ENGINES[:2])
+@pytest.mark.parametrize("engine", ENGINES)
 def test_the_tokenizers_end_token_ends_a_completion_as_in_training(tokenizer, engine):
     model, way = tiny_model("llama", thinking={"r_min": 0.3, "r_max": 0.6}), Decoding(12, True, engine=engine)
     model.generation_config.eos_token_id = None
@@ -94,21 +96,3 @@ def test_the_tokenizers_end_token_ends_a_completion_as_in_training(tokenizer, en
     other.eos_token = other.convert_ids_to_tokens(whole[4])
     ((_, (cut,)),) = complete(model, other, [prompt], way)
     assert cut == whole[: whole.index(whole[4]) + 1] and len(whole) == 12
-
-
-def test_auto_says_which_engine_it_takes_and_why():
-    model = tiny_model("llama")
-    engine, reason = choose_engine("auto", model, "projection")
-    assert engine == "continuous" and reason.startswith("not vllm: vLLM is not installed")
-    for options, why in (
-        (("embedding",), "no distribution, which the embedding residual is made from"),
-        ((None, 3), "forced thoughts without thinking"),
-        (("projection", 0, "swapped"), "the control 'swapped' needs the rows"),
-    ):
-        engine, reason = choose_engine("auto", model, *options)
-        assert engine == "generate" and why in reason
-        with pytest.raises(InputError, match="--engine continuous cannot be used"):
-            choose_engine("continuous", model, *options)
-    with pytest.raises(InputError, match="--engine vllm cannot be used: vLLM is not installed"):
-        choose_engine("vllm", model, "projection")
-    assert choose_engine("generate", model, "projection")[0] == "generate"

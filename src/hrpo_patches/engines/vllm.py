@@ -1,6 +1,6 @@
-"""A vLLM engine beside a model in its process: TRL's, with the model's weights, which also thinks and runs on a CPU.
+"""vLLM in the process of a model: TRL's engine with the model's weights, which also thinks, and runs on a CPU.
 
-Knows how such an engine is made, fed and asked; how it thinks is hrpo_vllm's, what becomes of it is the caller's.
+How vLLM's own model thinks is `hrpo_vllm`'s part.
 """
 
 from __future__ import annotations
@@ -9,21 +9,27 @@ import math
 import os
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from trl.generation import vllm_generation
 from trl.generation.vllm_generation import VLLMGeneration
 
-from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
+from hrpo_patches.engines.base import NOT_FINITE, Completions, Sampling
+from hrpo_patches.thinking.backbone import causal_lm, ratio_of, temporarily, thinking_backbone
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.inputs import ThinkingInputs
+from hrpo_thinking.marker import thinking_table
+from hrpo_thinking.request import ThinkingRequest
 from hrpo_vllm import KEY, THINKING, THOUGHTS, check_version, engine_options, take_thoughts, weights_arrived
 
 CACHE = 4 << 30  # bytes of keys and values on a CPU; vLLM's own wish is a share of all memory
@@ -57,7 +63,7 @@ def _refuse_untied(model: Any) -> None:
 
 
 class ThinkingVLLM(VLLMGeneration):
-    """TRL's `VLLMGeneration` in colocate mode, whose completions think where the model can.
+    """`Engine` by TRL's `VLLMGeneration` in colocate mode, whose completions think where the model can.
 
     Its tokenizer is the trainer's, which may spell what the one in the model's folder cannot.
 
@@ -182,24 +188,54 @@ class ThinkingVLLM(VLLMGeneration):
             self.states = [kept[key][: len(tokens)] for key, tokens in zip(keys, out[1], strict=True)]
         return out
 
-    def answers(
-        self, prompts: list[list[int]], new: int, temperature: float, thinking: bool, forced: int, seeds: list[int]
-    ) -> list[list[int]]:
-        """The completions of prompts, both as token ids, by the model alone, whatever training asks the engine for.
+    def refresh_weights(self) -> None:
+        """Send the model's weights to vLLM."""
+        self.sync_weights()
+
+    def complete(self, prompts: list[list[int]], sampling: Sampling) -> Completions:
+        """As `Engine.complete`, by the sampling alone, whatever training asks this engine for.
+
+        Each completion has a seed of its own, drawn from torch's generator.
+        """
+        forced = sampling.thoughts or 0
+        seeds = torch.randint(2**31, (len(prompts),)).tolist()
+        own = {"thinking": bool(sampling.thinking), "forced": forced, "seeds": seeds, "generation_kwargs": {}}
+        own |= {"max_completion_length": sampling.max_new_tokens}
+        own |= {"temperature": sampling.temperature if sampling.do_sample else 0.0}
+        with temporarily(self, **own, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0):
+            _, tokens, logprobs, _ = self.generate(prompts, None, 1)
+            if sampling.thinking and sampling.return_dict_in_generate:
+                return self.completions(tokens, [[one[0] for one in row] for row in logprobs])
+        return Completions([row[forced:] for row in tokens])
+
+    def completions(self, tokens: list[list[int]], logprobs: Any) -> Completions:
+        """What the last `generate` returned, with the thoughts of its completions.
 
         Args:
-            prompts: token ids.
-            new: where a completion is cut.
-            temperature: of the sampling, over the whole vocabulary; 0 is greedy.
-            thinking: whether they think.
-            forced: how many forced thoughts each begins with; they are of the completion.
-            seeds: of each completion's sampling.
+            tokens: of each completion, forced thoughts included.
+            logprobs: of these tokens.
+
+        Raises:
+            RuntimeError: a log-probability is not a number.
         """
-        own = {"thinking": thinking, "forced": forced, "seeds": seeds}
-        own |= {"max_completion_length": new, "temperature": temperature, "generation_kwargs": {}}
-        with temporarily(self, **own, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0):
-            completions: list[list[int]] = self.generate(prompts, None, 1)[1]
-        return completions
+        if any(one is None or math.isnan(one) for row in logprobs for one in row):
+            raise RuntimeError(f"vLLM returned a {NOT_FINITE} that holds no numbers")
+        backbone = thinking_backbone(self.model)
+        thinking = ThinkingConfig.from_dict(backbone.config.thinking)
+        table = thinking_table(self.processing_class, thinking, backbone.config.vocab_size).numpy()  # type: ignore[arg-type]
+        masks, ratios = [], []
+        for row in tokens:
+            record = ThinkingRequest(table, self.forced)
+            masks.append(torch.tensor([record.read(i, token) for i, token in enumerate(row)]))
+            ratios.append(ratio_of(backbone, row, masks[-1]))
+        device = ratios[0].device
+        states, mask = pad_sequence(self.states, batch_first=True), pad_sequence(masks, batch_first=True)
+        return Completions(
+            [row[self.forced :] for row in tokens],
+            [row[self.forced :] for row in logprobs],
+            ThinkingInputs(states.to(device), mask.to(device), thinking.residual),
+            pad_sequence(ratios, batch_first=True, padding_value=1.0),
+        )
 
     def weights(self) -> Any:
         """vLLM's own model."""
@@ -207,7 +243,7 @@ class ThinkingVLLM(VLLMGeneration):
 
 
 @contextmanager
-def engine_of(model: Any, tokenizer: Any, longest: int, rows: int) -> Iterator[ThinkingVLLM]:
+def running_engine(model: Any, tokenizer: Any, longest: int, rows: int) -> Iterator[ThinkingVLLM]:
     """Within, an engine with the weights of a model that no trainer has.
 
     Args:
@@ -223,3 +259,8 @@ def engine_of(model: Any, tokenizer: Any, longest: int, rows: int) -> Iterator[T
         yield engine
     finally:
         engine.llm.llm_engine.engine_core.shutdown()
+
+
+def engines_that_think(module: Any) -> AbstractContextManager[None]:
+    """Within, a trainer of TRL's `module` makes the vLLM engine that thinks, and that runs on a CPU, too."""
+    return temporarily(module, VLLMGeneration=ThinkingVLLM)
