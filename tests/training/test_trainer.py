@@ -90,8 +90,9 @@ def test_the_loss_replays_the_log_probabilities_of_the_rollout(family, residual,
     seen, steps = {}, []
     generate, score = trainer.model.base_model.model.generate, trainer._get_per_token_logps_and_entropies
 
+    trainer.generation_config.output_scores = True
+
     def generating(*args, **kwargs):
-        kwargs["generation_config"].output_scores = True
         out = generate(*args, **kwargs)
         tokens = out.sequences[:, -len(out.scores) :]
         logps = torch.stack(out.scores, 1).log_softmax(-1).gather(-1, tokens[..., None])[..., 0]
