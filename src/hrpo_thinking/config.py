@@ -7,7 +7,7 @@ values and their ranges, nothing of tensors.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from difflib import get_close_matches
 from typing import Any, NamedTuple
@@ -228,9 +228,29 @@ def check_r_range(r_min: float, r_max: float) -> None:
         raise InputError(f"the decay range needs 0 < r_min < r_max < 1, not r_min={r_min} and r_max={r_max}.")
 
 
+# What thinking weights depend on: trained with one value, they cannot be used with another.
+KIND = ("residual", "answer_start", "span", *about_parts())
+
+
+def mismatch(
+    saved: dict[str, Any], wanted: dict[str, Any], names: Iterable[str] = KIND
+) -> tuple[str, Any, Any] | None:
+    """The first option whose value in a record is not the one that is wanted: (name, saved value, wanted value).
+
+    Args:
+        saved: a record; an option that it lacks has its default.
+        wanted: options; one that it lacks is not compared.
+        names: the options to compare.
+    """
+    for name in names:
+        was = saved.get(name, getattr(ThinkingConfig, name))
+        if name in wanted and was != wanted[name]:
+            return name, was, wanted[name]
+    return None
+
+
 def check_same_kind(saved: dict[str, Any], wanted: dict[str, Any], what: str) -> None:
-    """Raise `InputError` if thinking weights that were `saved` with one residual or marker are wanted with another."""
-    for key in ("residual", "answer_start", "span", *about_parts()):
-        was = saved.get(key, getattr(ThinkingConfig, key))
-        if saved.get("in_checkpoint") and key in wanted and was != wanted[key]:
-            raise InputError(f"the thinking weights of {what} were trained with {key}={was!r}, not {wanted[key]!r}.")
+    """Raise `InputError` if the thinking weights of a checkpoint are of another kind than is wanted."""
+    if saved.get("in_checkpoint") and (found := mismatch(saved, wanted)) is not None:
+        name, was, new = found
+        raise InputError(f"the thinking weights of {what} were trained with {name}={was!r}, not {new!r}.")

@@ -76,6 +76,15 @@ class ThinkingRequest:
         return other
 
 
+def check_room(forced: int, room: int, thoughts: str = "thoughts", tokens: str = "max_new_tokens") -> None:
+    """Raise `InputError` unless forced thoughts leave a token of a completion of `room` tokens.
+
+    `thoughts` and `tokens` are what the caller's user calls the two numbers.
+    """
+    if forced and forced >= room:
+        raise InputError(f"{thoughts}={forced} must be smaller than {tokens}={room}.")
+
+
 def check_residual(residual: str, engine: str) -> None:
     """Raise `InputError` for a residual that an engine, which hands over states alone, cannot make."""
     if not RESIDUALS[residual].needs_state:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
 
 from hrpo_thinking.config import NEEDS_US, ThinkingConfig, record_of, scaled_to_embeddings
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.request import FORCED_ALONE, check_residual
+from hrpo_thinking.request import FORCED_ALONE, check_residual, check_room
 from hrpo_vllm import CANNOT, KEY, NO_FILLER, THINKING, THOUGHTS, architecture, cannot, check_version, is_thinking
 
 CPU_WORKER, GPU_WORKER = "hrpo_vllm.cpu_workers.ThinkingCPUWorker", "hrpo_vllm.workers.ThinkingGPUWorker"
@@ -140,11 +140,7 @@ def check_request(params: Any, room: int, record: dict[str, Any], filler: Callab
 
 
 def _check_forced(params: Any, forced: int, room: int, filler: int | None) -> None:
-    if forced >= room:
-        raise InputError(
-            f"{THOUGHTS}={forced} leave no room for an answer in {room} tokens; they must be below max_tokens, and "
-            f"below what the prompt leaves of the context."
-        )
+    check_room(forced, room, THOUGHTS, "the smaller of max_tokens and what the prompt leaves of the context")
     if filler is None:
         raise InputError(NO_FILLER)
     if filler in params.all_stop_token_ids:

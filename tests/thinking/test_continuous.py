@@ -307,8 +307,8 @@ def test_sequences_of_a_plain_request_do_not_think_and_those_that_end_at_once_ar
         ({"thinking": "maybe"}, "must be True or False, not 'maybe'"),
         ({"thoughts": True}, "must be a whole number from 0, not True"),
         ({"thinking": False, "thoughts": 3}, "forced thoughts without thinking need generate"),
-        ({"thoughts": NEW}, "thoughts=20 leave no room"),
-        ({"thoughts": 4, "max_new_tokens": 4}, "thoughts=4 leave no room"),
+        ({"thoughts": NEW}, "thoughts=20 must be smaller than"),
+        ({"thoughts": 4, "max_new_tokens": 4}, "thoughts=4 must be smaller than"),
     ],
     ids=str,
 )
@@ -339,7 +339,7 @@ def test_sampling_that_says_nothing_passes_and_a_request_needs_room_for_its_own_
     expected = generated(model, tokenizer, prompt, new=4, thoughts=3)[0]
     nothing = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_new_tokens": 0, "guidance_scale": 1.0}
     with managed(model, tokenizer, thoughts=3, **nothing) as manager:
-        with pytest.raises(InputError, match="thoughts=3 leave no room"):
+        with pytest.raises(InputError, match="thoughts=3 must be smaller than"):
             manager.add_request(prompt, "a", max_new_tokens=3)
         manager.add_request(prompt, "a", max_new_tokens=4)
         assert finished(manager, "a").generated_tokens == expected

@@ -248,7 +248,7 @@ def test_forced_thoughts_think_and_are_no_text_of_the_marker(family, tokenizer):
     [
         ({"thoughts": -1}, "whole number from 0, not -1"),
         ({"thoughts": 1.5}, "whole number from 0"),
-        ({"thoughts": 4}, "thoughts=4 leave no room for an answer in a completion of 4 tokens"),
+        ({"thoughts": 4}, "thoughts=4 must be smaller than max_new_tokens=4"),
         ({"thoughts": 2, "num_beams": 2}, "num_beams"),
         ({"thoughts": 2, "tokenizer": None}, "which token is the filler"),
     ],

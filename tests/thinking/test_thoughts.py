@@ -189,7 +189,7 @@ def test_a_plain_adapter_remembers_its_pauses(tmp_path, tokenizer):
 
 REFUSED = [
     ({"thoughts": -1}, "thoughts must be 0 or more, not -1"),
-    ({"thoughts": LENGTH}, f"thoughts={LENGTH} leave no room"),
+    ({"thoughts": LENGTH}, f"thoughts={LENGTH} must be smaller than"),
     ({"thoughts": 2, "filler": "<nosuch>"}, "the tokenizer has no token '<nosuch>'"),
     ({"thoughts": 2, "filler": "<end>"}, "end or padding token"),
     ({"thoughts": 2, "filler": ""}, "filler must be a non-empty text"),

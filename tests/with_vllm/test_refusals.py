@@ -61,7 +61,7 @@ def test_requests_that_cannot_be_thought_are_refused_and_the_next_is_right(token
     with engine(model, tokenizer, tmp_path) as llm:
         for extra, says in (
             ({"thinking": "maybe"}, "thinking must be true or false"),
-            ({"thoughts": 8}, "thoughts=8 leave no room for an answer in 8 tokens.*below max_tokens"),
+            ({"thoughts": 8}, "thoughts=8 must be smaller than the smaller of max_tokens .* context=8"),
             ({"thoughts": "two"}, "thoughts must be a whole number"),
             ({"thoughts": True}, "thoughts must be a whole number"),
             ({"thinking": False, "thoughts": 3}, "without thinking need generate"),
@@ -98,7 +98,7 @@ def test_the_models_own_forced_thoughts_need_room_too_and_a_plain_request_has_no
     prompt = tokenizer("Hi")["input_ids"]
     with engine(model, tokenizer, tmp_path) as llm:
         for ids, new, room in ((prompt, 3, 3), (prompt * 127, None, 256 - 127 * len(prompt))):
-            with pytest.raises(ValueError, match=f"thoughts=3 leave no room for an answer in {room} tokens"):
+            with pytest.raises(ValueError, match=f"thoughts=3 must be smaller than .*={room}"):
                 llm.generate([{"prompt_token_ids": ids}], SamplingParams(max_tokens=new))
         assert plain(llm, [prompt], new=3) == [generated(model, tokenizer, prompt, new=3, thinking=False)[0]]
 

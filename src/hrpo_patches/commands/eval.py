@@ -30,6 +30,7 @@ from hrpo_patches.thinking.controls import CONTROLS, check_control
 from hrpo_patches.thinking.decoding import check_filler, filler_id
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.request import check_room
 
 # Added to the seed of a generator, whose i-th problem comes of seed + i, so that no draw of a training is drawn again.
 UNSEEN = 10**8
@@ -88,10 +89,9 @@ class EvalArguments:
             if not getattr(self, name) > 0:
                 raise InputError(f"--{name} must be above 0, not {getattr(self, name)}.")
         for count in self.thoughts:
-            if not 0 <= count < self.max_new_tokens:
-                raise InputError(
-                    f"--thoughts must be from 0 to below --max_new_tokens {self.max_new_tokens}, not {count}."
-                )
+            if count < 0:
+                raise InputError(f"--thoughts must be 0 or more, not {count}.")
+            check_room(count, self.max_new_tokens, "--thoughts", "--max_new_tokens")
         if len(set(self.thoughts)) < len(self.thoughts):
             raise InputError(f"--thoughts {' '.join(map(str, self.thoughts))}: expected different numbers.")
         if self.control != "live" and not self.thinking:
@@ -156,11 +156,7 @@ def opened(arguments: EvalArguments) -> tuple[Any, PreTrainedTokenizerBase, str]
     if arguments.forced and (arguments.filler or generation.filler_token_id is None):
         named = replace(thinking, filler=arguments.filler or thinking.filler)
         generation.filler_token_id = filler_id(tokenizer, named)
-    if not arguments.forced < arguments.max_new_tokens:
-        raise InputError(
-            f"the model's {arguments.forced} forced thoughts leave no room in --max_new_tokens "
-            f"{arguments.max_new_tokens}."
-        )
+    check_room(arguments.forced, arguments.max_new_tokens, "the model's forced thoughts", "--max_new_tokens")
     if arguments.thinking and is_untrained(model):
         raise InputError("this model was never trained to think, so it would think at random; add --no-thinking.")
     if arguments.thinking and marker != thinking.answer_start:

@@ -38,6 +38,7 @@ from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
 from hrpo_thinking.parts import spelled
+from hrpo_thinking.request import check_room
 
 OF_TRL = set(GRPOConfig.__dataclass_fields__) - {"resume_from_checkpoint", "report_to"}  # which are said otherwise
 REST = [name for name in OPTIONS if name not in SHARED]  # options of thinking that HRPOConfig has no field for
@@ -176,10 +177,7 @@ class Run:
         about, config = self.about, self.config
         thinking = self.thinking()
         forced = thinking.thoughts if thinking is not None else config.thoughts or 0
-        if forced and forced >= (config.max_completion_length or 0):
-            raise InputError(
-                f"--thoughts {forced} leave no room in --max_completion_length {config.max_completion_length}."
-            )
+        check_room(forced, config.max_completion_length or 0, "--thoughts", "--max_completion_length")
         if config.engine != "generate" and about.engine not in ("generate", "auto", config.engine):
             raise InputError(f"--engine {about.engine} and TRL's own flags ask for two engines; remove one of them.")
         examples_of(find_task(about.task, about.dataset, size=1), config.answer_start, about.shots, about.examples)

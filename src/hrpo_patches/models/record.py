@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from hrpo_patches.models.hub import find_file
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_patches.thinking.mixin import ThinkingMixin
-from hrpo_thinking.config import OPTIONS, ThinkingConfig, about_parts, record_of
+from hrpo_thinking.config import OPTIONS, ThinkingConfig, about_parts, mismatch, record_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import parts_of, spelled
 
@@ -88,14 +89,12 @@ def check_thinking_adapter(model: Any, source: Any, hub: dict[str, Any] | None =
     thinking = ThinkingConfig.of(base.config) if isinstance(base, ThinkingMixin) else None
     if thinking is None or (saved := _record_at(source, **hub or {})) is None:
         return  # a plain model has been refused by `check_modules_to_save`
-    for name in ("residual", "answer_start", "span", *about_parts()):
-        was = saved.get(name, getattr(ThinkingConfig, name))
-        if was != getattr(thinking, name):
-            raise InputError(
-                f"{source} was trained with {name}={was!r}, and this model was built with "
-                f"{getattr(thinking, name)!r}; load it with hrpo_patches.load_adapter(model, folder), which builds "
-                f"the model as the adapter needs it."
-            )
+    if (found := mismatch(saved, asdict(thinking))) is not None:
+        name, was, built = found
+        raise InputError(
+            f"{source} was trained with {name}={was!r}, and this model was built with {built!r}; load it with "
+            f"hrpo_patches.load_adapter(model, folder), which builds the model as the adapter needs it."
+        )
 
 
 def refuse_thinking_adapter(source: Any) -> None:
@@ -124,7 +123,6 @@ def check_same_thinking(
     # An adapter may be trained further with other forced thoughts.
     forced = () if residual is None else ("thoughts", "filler") if same_thoughts else ("filler",)
     variant = [name for name in about_parts() if was == wanted.residual and OPTIONS[name].part in parts_of(was)]
-    for name in ("answer_start", "span", *forced, *variant):
-        value = saved.get(name, getattr(ThinkingConfig, name))
-        if value != getattr(wanted, name):
-            raise InputError(f"{folder} was trained with --{name} {value!r}, not {getattr(wanted, name)!r}.")
+    if (found := mismatch(saved, asdict(wanted), ("answer_start", "span", *forced, *variant))) is not None:
+        name, value, other = found
+        raise InputError(f"{folder} was trained with --{name} {value!r}, not {other!r}.")

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from hrpo_patches.thinking.backbone import thinking_backbone
-from hrpo_patches.thinking.decoding import NEUTRAL, check_request, check_room
+from hrpo_patches.thinking.decoding import NEUTRAL, check_request
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.request import check_residual
+from hrpo_thinking.request import check_residual, check_room
 
 if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig

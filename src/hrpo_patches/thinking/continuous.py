@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from hrpo_patches.thinking.backbone import ratio_of, thinking_backbone
-from hrpo_patches.thinking.decoding import check_room
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import thinking_table
-from hrpo_thinking.request import ThinkingRequest
+from hrpo_thinking.request import ThinkingRequest, check_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,6 +22,7 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import marker_table, thinking_table
 from hrpo_thinking.parts import FALLBACK, RESIDUALS, parts_of
+from hrpo_thinking.request import check_room
 
 if TYPE_CHECKING:  # transformers is importing this module
     from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
@@ -133,12 +134,6 @@ def check_request(
         check_filler(model, generation_config)
     if backbone is not None:
         check_thinking(backbone, tokenizer)
-
-
-def check_room(forced: int, room: int) -> None:
-    """Raise `InputError` if forced thoughts leave nothing of a completion of `room` tokens."""
-    if forced and forced >= room:
-        raise InputError(f"thoughts={forced} leave no room for an answer in a completion of {room} tokens.")
 
 
 def check_filler(model: Any, generation_config: Any) -> None:

@@ -55,6 +55,7 @@ from hrpo_patches.training.several import as_long_as_any
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
+from hrpo_thinking.request import check_room
 
 GRPOTrainer: Any = released("trl.trainer.grpo_trainer", "GRPOTrainer")
 POSITIONAL = [*signature(GRPOTrainer.__init__).parameters][4:]  # after self, model, reward_funcs and args
@@ -146,11 +147,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         self.generation_config.thoughts = thinking.thoughts
         if several_turns:
             raise InputError("forced thoughts begin a completion of one turn; leave tools out, or set thoughts=0.")
-        if thinking.thoughts >= self.args.max_completion_length:
-            raise InputError(
-                f"thoughts={thinking.thoughts} leave no room for an answer in completions of max_completion_length="
-                f"{self.args.max_completion_length} tokens."
-            )
+        check_room(thinking.thoughts, self.args.max_completion_length, tokens="max_completion_length")
         known = known if known is not None else filler_id(self._tokenizer, thinking)
         self._fillers = [known] * thinking.thoughts
         self.generation_config.filler_token_id = own.filler_token_id = known
