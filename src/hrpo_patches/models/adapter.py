@@ -128,59 +128,87 @@ def load_adapter(
     if isinstance(model, PeftModel):
         raise InputError("load_adapter takes a base model, and this one already has an adapter; load the base again.")
     folder = adapter_folder(folder)
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(f"{folder} holds no adapter: adapter_model.safetensors is missing.")
-    weights = weights_of(folder)
-    # LoRA's bias="all" writes the biases of modules_to_save twice more, under PEFT's inner names.
-    weights = {
-        key: value
-        for key, value in weights.items()
-        if not {"modules_to_save", "original_module"} & set(key.split("."))
-    }
-    held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
-    if not held:
-        raise InputError(f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter.")
+    weights, held = _read_weights(folder)
     published = {"residual": next((name for name in RESIDUALS if set(parts_of(name)) <= held), FALLBACK)}
-    record = read_thinking(folder) or published  # of which the weights alone say how they think
+    record = read_thinking(folder) or published  # a published adapter's weights alone say how it thinks
     residual = residual or record["residual"]
     if PROJECTION in set(parts_of(residual)) - held and not init_projection:
         raise InputError(
             f"{folder} has no thinking_projection (it was trained with the embedding residual); load it with "
             f"residual='embedding', or start a new projection with init_projection=True (--init_projection)."
         )
-    refuse_stranger(model)
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model)
-    check_same_base(folder, model)
-    backbone = patched_backbone(model)
-    size = record.get("hidden_size", model.config.hidden_size)
-    if size != model.config.hidden_size:
-        raise InputError(
-            f"{folder} was trained on a base model of hidden size {size}, not {model.config.hidden_size}: it belongs "
-            f"to another base model."
-        )
+    base = _base_model(model, folder, record)
     options = {key: record[key] for key in OPTIONS if key in record}
     if PROJECTION not in parts_of(residual) and _drop_variant(options):
         held.discard(PROJECTION)  # a projection of another kind, which this residual has no use for
         weights = {key: value for key, value in weights.items() if f".{PROJECTION}." not in key}
     thinking = ThinkingConfig.from_dict(options | {"residual": residual})
+    backbone = patched_backbone(base)
     backbone.begin_thinking(thinking, record)
-
-    prefix = f"base_model.model.{model.base_model_prefix}."
     modules = sorted(held | set(parts_of(residual)))
     expected = {
-        f"{prefix}{module}.{name}": parameter
+        f"base_model.model.{base.base_model_prefix}.{module}.{name}": parameter
         for module in modules
         for name, parameter in getattr(backbone, module).named_parameters()
     }
     if init_projection and PROJECTION not in held:
         weights |= {key: value.detach().clone() for key, value in expected.items() if f".{PROJECTION}." in key}
     _check_complete(folder, weights, expected)
+    peft_model = _attach(base, folder, modules, weights, is_trainable)
+    peft_model.generation_config.thinking = True
+    peft_model.generation_config.thoughts = thinking.thoughts or None
+    peft_model.generation_config.filler_token_id = None  # the adapter's is known by name
+    _take_ends(peft_model, folder)
+    return backend_of(base).finish_adapter(peft_model, is_trainable)
 
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], set[str]]:
+    """The adapter's weights by name, and the thinking modules that it holds.
+
+    Raises:
+        InputError: it is no adapter, or holds no thinking weights.
+    """
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise InputError(f"{folder} holds no adapter: adapter_model.safetensors is missing.")
+    # LoRA's bias="all" writes the biases of modules_to_save twice more, under PEFT's inner names.
+    inner = {"modules_to_save", "original_module"}
+    weights = {key: value for key, value in weights_of(folder).items() if not inner & set(key.split("."))}
+    held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
+    if not held:
+        raise InputError(f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter.")
+    return weights, held
+
+
+def _base_model(model: str | PreTrainedModel, folder: Path, record: dict[str, Any]) -> PreTrainedModel:
+    """The base model, loaded if `model` is a name.
+
+    Raises:
+        InputError: its family cannot think, or the adapter belongs to another base model.
+    """
+    refuse_stranger(model)
+    base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
+    check_same_base(folder, base)
+    size = record.get("hidden_size", base.config.hidden_size)
+    if size != base.config.hidden_size:
+        raise InputError(
+            f"{folder} was trained on a base model of hidden size {size}, not {base.config.hidden_size}: it belongs "
+            f"to another base model."
+        )
+    return base
+
+
+def _attach(
+    base: PreTrainedModel, folder: Path, modules: list[str], weights: dict[str, Tensor], is_trainable: bool
+) -> PeftModel:
+    """The PEFT model of an adapter with these thinking modules and weights.
+
+    Raises:
+        InputError: weights are missing, or the base model has no place for them.
+    """
     config = config_of(folder)
     config.modules_to_save = sorted((set(config.modules_to_save or []) - {PROJECTION}) | set(modules))
     config.inference_mode = not is_trainable
-    peft_model = get_peft_model(model, config)
+    peft_model = get_peft_model(base, config)
     try:
         result: Any = set_peft_model_state_dict(peft_model, weights)
     except RuntimeError as error:
@@ -189,11 +217,7 @@ def load_adapter(
         raise InputError(f"{folder} holds {result.unexpected_keys[0]}, which this base model has no place for.")
     if lost := [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]:
         raise InputError(f"{folder} lacks {lost[0]}: it is damaged, or belongs to another base model.")
-    peft_model.generation_config.thinking = True
-    peft_model.generation_config.thoughts = thinking.thoughts or None
-    peft_model.generation_config.filler_token_id = None  # the adapter's is known by name
-    _take_ends(peft_model, folder)
-    return backend_of(model).finish_adapter(peft_model, is_trainable)
+    return peft_model
 
 
 def _drop_variant(options: dict[str, Any]) -> bool:
