@@ -9,6 +9,8 @@ from rollouts import bias, ragged, sample, worst
 from runs import parse
 from tiny import tiny_model
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 from hrpo_patches import load_adapter
 from hrpo_patches.models.record import check_same_thinking, save_thinking
@@ -192,3 +194,16 @@ def test_weights_are_fresh_until_they_are_trained_or_loaded(tmp_path, family):
     drawn.save_pretrained(tmp_path / "trained")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "trained")
     assert not any(part.is_fresh() for part in loaded.modules() if isinstance(part, ThinkingModule))
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"projection_layers": 2, "projection_norm": True}], ids=["plain", "two layers"]
+)
+def test_quantizers_leave_every_thinking_weight_alone(options):
+    model = tiny_model("llama", thinking=options)
+    left_alone = HfQuantizer.get_modules_to_not_convert(model, None, model._keep_in_fp32_modules)
+    assert should_convert_module("model.layers.0.self_attn.q_proj.weight", left_alone)
+    names = [name for name, _ in model.named_parameters() if is_thinking_parameter(name)]
+    for name in names:  # some quantizers ask by the parameter's name, some by its module's
+        assert not should_convert_module(name, left_alone), name
+        assert not should_convert_module(name.rpartition(".")[0], left_alone), name

@@ -57,10 +57,13 @@ class ThinkingMixin(Blend, _Base):
                 vars(config).pop("thinking", None)
             return
         config.thinking = record_of(thinking, config.thinking)
+        inner = set()
         for name, module in thinking_modules(config, thinking).items():
             self.add_module(name, module)
-        # The first also keeps quantizers away, the second holds under bf16 as well as fp16.
-        self._keep_in_fp32_modules = set(MODULES)
+            inner |= {full for full, _ in (*module.named_modules(prefix=name), *module.named_parameters(prefix=name))}
+        # The first also keeps quantizers away, which compare the end of a module's name (bitsandbytes, quanto) or of a
+        # parameter's (torchao); the second holds under bf16 as well as fp16.
+        self._keep_in_fp32_modules = inner
         self._keep_in_fp32_modules_strict = set(MODULES)
         if not config.thinking["in_checkpoint"]:
             self._keys_to_ignore_on_load_missing = {MODULE_PATTERN.pattern}
