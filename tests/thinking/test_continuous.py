@@ -16,6 +16,7 @@ from tiny import tiny_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
 from hrpo_patches import replay_forward
+from hrpo_patches.engines.batches import Decoding, completions
 from hrpo_patches.thinking import continuous
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import ThinkingRequest
@@ -421,3 +422,13 @@ def test_a_real_model_thinks_as_in_generate(smollm2):
     for output, prompt in zip(batched(real, words, prompts, pages(32, num_blocks=64)), prompts, strict=True):
         assert_same(output, generated(real, words, prompt))
     assert real.config._attn_implementation == "sdpa"
+
+
+def test_a_float32_model_is_not_switched_to_flash_attention(tokenizer, monkeypatch):
+    # As where flash-attn is installed; this transformers then switches the model, whatever its dtype.
+    api = pytest.importorskip("transformers.generation.continuous_batching.continuous_api")
+    for name, available in (("is_flash_attn_2_available", True), ("is_flash_attn_3_available", False)):
+        monkeypatch.setattr(api, name, lambda available=available, **_: available, raising=False)
+    model = tiny_model("llama", thinking={"r_min": 0.3, "r_max": 0.6})
+    texts = completions(model, tokenizer, ["Hi", "abc"], Decoding(6, True, engine="continuous"))
+    assert texts == completions(model, tokenizer, ["Hi", "abc"], Decoding(6, True))

@@ -9,7 +9,7 @@ from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
 
 from hrpo_patches.engines.base import Completions, Sampling
 from hrpo_patches.thinking.backbone import causal_lm, temporarily
-from hrpo_patches.thinking.batching import cache_size
+from hrpo_patches.thinking.batching import cache_size, keep_attention
 from hrpo_thinking.inputs import ThinkingInputs
 
 
@@ -36,6 +36,7 @@ class ContinuousEngine:
         if config is None:
             longest = max(map(len, prompts)) + (sampling.max_new_tokens or 0)
             config = ContinuousBatchingConfig(**cache_size(self.model, longest, len(prompts)))
+            keep_attention(config, self.model)
         with temporarily(causal_lm(self.model), generation_config=sampling):
             outputs = self.model.generate_batch(prompts, sampling, config, tokenizer=self.tokenizer)
         ready = list(outputs.values())

@@ -44,11 +44,18 @@ def batching_config(given: ContinuousBatchingConfig | None, model: Any, hints: A
     for name in ("varlen_compile_config", "decode_compile_config"):
         if getattr(config, name, None) is not None:
             raise InputError(f"continuous batching that is compiled ({name}) cannot think; remove it.")
+    keep_attention(config, model)
     if hints is not None and config.num_blocks is None:
         longest = hints.max_prompt_length + (hints.max_generated_length or 0)
         for name, value in cache_size(model, longest, hints.num_requests).items():
             setattr(config, name, value)
     return config
+
+
+def keep_attention(config: ContinuousBatchingConfig, model: Any) -> None:
+    """Keep the engine from switching a float32 model to flash attention, which has no float32 kernels."""
+    if model.dtype.itemsize > 2 and hasattr(config, "auto_switch_to_flash"):
+        config.auto_switch_to_flash = False
 
 
 def cache_size(model: Any, longest: int, requests: int, device: torch.device | None = None) -> dict[str, Any]:
