@@ -136,7 +136,7 @@ $(VLLM_VENV)/.installed: pyproject.toml tests/with_vllm/requirements.txt
 	$(VLLM_VENV)/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-# Fetches the last wheels of four packages (600 MB) and rewrites docs/compatibility.md.
+# Fetches the last wheels of six packages (some 3 GB, most of it vLLM's), one after the other, and rewrites docs/compatibility.md.
 patch-matrix: install
 	$(BIN)/python scripts/patch_matrix.py
 

