@@ -87,7 +87,7 @@ def gone(rows: Iterable[Row], read: Callable[[str], str | None] = installed) -> 
 
 
 def found_as(wanted: str, scope: str, there: dict[str, list[str] | None]) -> str | None:
-    """`wanted` ("name" or "function(parameter, ...)") if it is declared so, else as it is declared; None if missing."""
+    """`wanted` ("name" or "function(parameter, ...)") if declared so, else as it is declared; None if missing."""
     name, _, given = wanted.removesuffix(")").partition("(")
     qualified = f"{scope}.{name}".removeprefix(".")
     if qualified not in there:
