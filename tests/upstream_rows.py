@@ -26,6 +26,6 @@ def complaints(package, version):
     """What the installed version lacks: the row, why we need it, and the files of ours that lean on it."""
     return [
         f"{package} {version}: {row.where} has {has or 'no such name'}, expected {name}. We {row.use} it because "
-        f"{row.why} (not when {row.drop_when}); see {', '.join(users(chain(*plain_names(row))))}."
+        f"{row.why}, in {', '.join(users([*chain(*plain_names(row))]))}; drop the row when: {row.drop_when}."
         for row, name, has in gone(rows_of(package, version))
     ]
