@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
 
+from safetensors import SafetensorError
 from tqdm import tqdm
 
 from hrpo_patches import __version__
@@ -116,7 +117,7 @@ def no_room(error: Exception) -> str | None:
     """What the system says of a disk that is full, if that is what this error is about, safetensors' own too."""
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return error.strerror
-    said = type(error).__name__ == "SafetensorError" and re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error))
+    said = isinstance(error, SafetensorError) and re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error))
     return said[1] if said and int(said[2]) in NO_ROOM else None
 
 
