@@ -210,7 +210,9 @@ def decoder_only_output(thinking: dict[str, Any], **fields: Any) -> Any:
 
 def _over_text(criterion: Any, start: int, forced: int) -> Any:
     """A stopping criterion that sees the prompt, up to `start`, and what follows the forced thoughts."""
-    if type(criterion).__name__ in ("MaxLengthCriteria", "MaxTimeCriteria", "EosTokenCriteria"):
+    from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria
+
+    if isinstance(criterion, (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)):
         return criterion  # they look at the length, the clock, and the last token
 
     def without_fillers(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
