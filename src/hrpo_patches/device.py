@@ -20,7 +20,7 @@ def has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def placed(model: Any) -> Any:
-    """A model on this process's device; one that is quantized, or that was spread over devices, stays where it is."""
+def placed(model: Any, device: torch.device | None = None) -> Any:
+    """A model on a device, by default this process's; one that is quantized, or spread over devices, stays there."""
     spread = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
-    return model if spread else model.to(run_device())
+    return model if spread else model.to(device or run_device())

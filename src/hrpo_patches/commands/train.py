@@ -24,6 +24,7 @@ from hrpo_patches.commands.flags import Written
 from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import state_of, write_record
 from hrpo_patches.commands.train_flags import Run, own_names, parse
+from hrpo_patches.device import placed
 from hrpo_patches.engines.batches import Decoding, complete, completions
 from hrpo_patches.engines.choice import Needs, choose_engine
 from hrpo_patches.evaluation.scores import standard_error
@@ -109,8 +110,7 @@ def start_projection(model: Any, tokenizer: Any, prompts: list[Any], run: Run) -
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     length = min(WRITTEN, run.config.max_completion_length or WRITTEN)
     decoding = Decoding(length, thinking=False, batch_size=run.about.eval_batch_size)
-    if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
-        model.to(run.config.device)
+    model = placed(model, run.config.device)
     texts, total = [], -(-len(ids) // decoding.batch_size)
     for batch, rows in track(complete(model, tokenizer, ids, decoding), "Fitting the projection", total):
         for i, row in zip(batch, rows, strict=True):

@@ -16,6 +16,7 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn, optim
 from transformers import default_data_collator
 
+from hrpo_patches.device import placed
 from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
@@ -87,9 +88,7 @@ class HRPOSFTTrainer(SavesThoughts):
         self.lessons = {"train": list(train_dataset), "eval": list(eval_dataset or ())}
         self.tokenizer, self._accuracies = processing_class, accuracies
         peft_config = with_thinking_modules(model, peft_config, args) if args.residual is not None else peft_config
-        model = thinking_policy(model, args)
-        if getattr(model, "hf_device_map", None) is None and not getattr(model, "is_quantized", False):
-            model.to(args.device)
+        model = placed(thinking_policy(model, args), args.device)
         self._classroom = self._classroom_of(model, args)
         last = self._last_stage(args)
         self.left_over = self._start(model, args)
