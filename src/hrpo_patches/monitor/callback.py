@@ -77,7 +77,7 @@ class ThinkingMonitor(TrainerCallback):
     def __init__(self, model: nn.Module, args: TrainingArguments, estimate_marker: bool = True) -> None:
         base = causal_lm(model)
         self.model = model
-        self.backbone: Any = getattr(base, getattr(base, "base_model_prefix", ""), base)
+        self.backbone: Any = getattr(base, "base_model", base)
         self.base = base
         self.thinks = any(is_thinking_parameter(n) and p.requires_grad for n, p in model.named_parameters())
         self.start = {n: p.clone() for n, p in projection_weights(self.backbone).items()} if self.thinks else {}

@@ -48,7 +48,7 @@ def patched_backbone(model: Any) -> ThinkingMixin:
         InputError: its family has no patches.
     """
     base = causal_lm(model)
-    backbone = getattr(base, getattr(base, "base_model_prefix", ""), base)
+    backbone = getattr(base, "base_model", base)
     if not hasattr(backbone, "blend_thinking"):
         raise InputError(f"{type(base).__name__} cannot think: hrpo_patches has patches for {NAMES} only.")
     return backbone

@@ -35,7 +35,7 @@ class ThinkingGenerationMixin(_Base):
         """Called by `from_pretrained`: a model that declined to think leaves its file's wish to think, too."""
         parent: Any = super()
         parent.adjust_generation_fn(*args, **kwargs)
-        if getattr(getattr(self, self.base_model_prefix, self), "declines_thinking", False):
+        if getattr(self.base_model, "declines_thinking", False):
             for name in ("thinking", "thoughts", "filler_token_id"):
                 self.generation_config.__dict__.pop(name, None)
 

@@ -99,7 +99,7 @@ class ThinkingMixin(Blend, _Base):
         thinking = ThinkingConfig.of(self.config)
         claimed = thinking is not None and record_of(thinking, self.config.thinking)["in_checkpoint"]
         stray = sorted(key for key in loading_info.unexpected_keys if is_thinking_parameter(key))
-        declined = getattr(getattr(self, self.base_model_prefix, self), "declines_thinking", False)
+        declined = getattr(self.base_model, "declines_thinking", False)
         if stray and thinking is None and not declined:
             raise InputError(
                 f"this checkpoint holds thinking weights ({stray[0]}), and its config does not say that it thinks; "
