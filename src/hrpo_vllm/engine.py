@@ -170,7 +170,7 @@ def guard_requests() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     process: Any = InputProcessor.process_inputs
-    if hasattr(process, "__wrapped__") and process.__module__ == __name__:
+    if process.__module__ == __name__:  # ours, which keeps its module below
         return
 
     @wraps(process, assigned=("__name__", "__qualname__", "__doc__"))
