@@ -15,6 +15,7 @@ import torch
 from accelerate.utils import is_peft_model
 from packaging.version import Version
 from peft import PeftConfig
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import set_seed
 from trl.trainer.utils import create_model_from_path
@@ -167,8 +168,8 @@ def check_model(model: Any, base: Any, tokenizer: Any, args: ThinkingArguments, 
     _check_visible(tokenizer, args.answer_start)
     for name in parts_of(args.residual):
         module = getattr(backbone, name)
-        saved = not is_peft_model(model) or hasattr(module, "modules_to_save")
-        trained = getattr(module, "modules_to_save", module)
+        copied = isinstance(module, ModulesToSaveWrapper)
+        saved, trained = copied or not is_peft_model(model), module.modules_to_save if copied else module
         if not (saved and all(parameter.requires_grad for parameter in trained.parameters())):
             raise InputError(
                 f"{name} is frozen, or would not be saved; pass peft_config to HRPOTrainer instead of a wrapped "

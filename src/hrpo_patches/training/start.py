@@ -10,6 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hrpo_patches.models.backends import backend_of
@@ -76,7 +77,7 @@ def fit_projection(model: Any, texts: Sequence[tuple[list[int], Sequence[Place]]
         InputError: the projection is not a single linear layer, or there are no places.
     """
     module: Any = thinking_backbone(model).thinking_projection
-    active = module.modules_to_save[module.active_adapters[0]] if hasattr(module, "modules_to_save") else module
+    active = module.modules_to_save[module.active_adapters[0]] if isinstance(module, ModulesToSaveWrapper) else module
     if not isinstance(active, nn.Linear):
         raise InputError("projection_start='lstsq' requires projection_layers=1 without projection_norm.")
     if not any(places for _, places in texts):
