@@ -170,7 +170,7 @@ def guard_requests() -> None:
     from vllm.v1.engine.input_processor import InputProcessor
 
     process: Any = InputProcessor.process_inputs
-    if process.__module__ == __name__:  # ours, which keeps its module below
+    if process.__module__ == __name__:  # ours: `wraps` leaves the module alone
         return
 
     @wraps(process, assigned=("__name__", "__qualname__", "__doc__"))
