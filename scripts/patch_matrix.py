@@ -42,7 +42,7 @@ RUN = """
 | vLLM | 0.31.0 (for CPUs) | CI |
 | vLLM | 0.32.0 (for CPUs) | `make test-vllm VLLM=0.32.0` |
 | vLLM | 0.24 to 0.30 | not run; the names are there, as above |
-| vLLM | 0.33 | not run; read: the seams are there, and it has no build for CPUs |
+| vLLM | 0.33 | not run: it has no build for CPUs; the names are in its wheel |
 | unsloth | 2026.10.9 | CI |
 | unsloth | 2026.10.7 | `make test-unsloth UNSLOTH=2026.10.7` |
 """
