@@ -75,7 +75,7 @@ def think(argv: Written) -> None:
     """Show one completion, token by token."""
     from hrpo_patches.evaluation import think as inside
     from hrpo_patches.models.base import open_model
-    from hrpo_patches.tasks.prompts import prompt_as_trained
+    from hrpo_patches.tasks.prompts import prompt_for
     from hrpo_patches.thinking.backbone import is_untrained
 
     given = _think_parser().parse_args(argv)
@@ -84,9 +84,7 @@ def think(argv: Written) -> None:
     console = _console()
     with console.status("loading"):
         model, tokenizer = open_model(given.model, given.base)
-    chat = tokenizer.chat_template is not None and not given.plain
-    trained = None if given.plain else prompt_as_trained(given.model, given.prompt)
-    prompt = trained or ([{"role": "user", "content": given.prompt}] if chat else given.prompt)
+    prompt, trained = (given.prompt, False) if given.plain else prompt_for(given.model, tokenizer, given.prompt)
     with console.status("thinking"):
         numbers = (given.max_new_tokens, given.temperature, given.top, given.seed)
         thoughts = inside.think(model, tokenizer, prompt, *numbers)

@@ -33,7 +33,8 @@ class Thought:
         token: its text.
         share: a, the share of its embedding in its input, the mean over d; 1 where it does not think.
         thinks: whether its embedding was blended with a residual.
-        words: the vocabulary's words nearest to that residual, by cosine, nearest first, each with its cosine.
+        words: the vocabulary's words nearest to that residual, by cosine, nearest first, each with its cosine; none
+            for a residual of zeros, which a control may put there.
         entropy: of the distribution that it was chosen from, in nats.
     """
 
@@ -42,6 +43,14 @@ class Thought:
     thinks: bool
     words: list[tuple[str, float]]
     entropy: float
+
+
+def check_numbers(max_new_tokens: int, temperature: float, top: int, seed: int) -> None:
+    """Raise `InputError` unless `think` can work with these numbers."""
+    if max_new_tokens < 1 or top < 1:
+        raise InputError("max_new_tokens and top must be 1 or more.")
+    if not (temperature == 0 or 0.01 <= temperature < math.inf) or not 0 <= seed < 2**32:
+        raise InputError("temperature must be 0, for greedy, or 0.01 or more, and seed from 0 to 2**32 - 1.")
 
 
 @torch.no_grad()
@@ -53,8 +62,9 @@ def think(
     temperature: float = 0.0,
     top: int = 3,
     seed: int = 42,
+    partner: Prompt | None = None,
 ) -> list[Thought]:
-    """One thinking completion of `prompt`, token by token.
+    """One thinking completion of `prompt`, token by token; within `controlled`, as it was blended there.
 
     Args:
         model, tokenizer: as `models.open_model` gives them.
@@ -63,23 +73,21 @@ def think(
         temperature: of the sampling; 0 is greedy.
         top: how many words each residual is described by.
         seed: of the sampling.
+        partner: another prompt, decoded as the second row of the batch, for the control "swapped".
 
     Raises:
         InputError: a number is out of its range, or the model cannot think.
     """
-    if max_new_tokens < 1 or top < 1:
-        raise InputError("max_new_tokens and top must be 1 or more.")
-    if not (temperature == 0 or 0.01 <= temperature < math.inf) or not 0 <= seed < 2**32:
-        raise InputError("temperature must be 0, for greedy, or 0.01 or more, and seed from 0 to 2**32 - 1.")
-    ids = torch.tensor([prompt_ids(tokenizer, prompt)], dtype=torch.long, device=model.device)
-    if not ids.numel():
+    check_numbers(max_new_tokens, temperature, top, seed)
+    rows = [prompt_ids(tokenizer, one) for one in ([prompt] if partner is None else [prompt, partner])]
+    if not all(rows):
         raise InputError("the prompt is empty.")
+    inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     with by_temperature(model):
         out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            **inputs,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=ends_of(model, tokenizer) or None,
@@ -89,18 +97,24 @@ def think(
             output_scores=True,
             **(sampling if temperature else {"do_sample": False}),
         )
-    tokens = out.sequences[0, ids.shape[1] :].tolist()
-    log_p = torch.stack(out.scores, dim=1)[0].float().log_softmax(-1)
+    start = inputs["input_ids"].shape[1]
+    completions = out.sequences[:, start:]
+    length = int(out.attention_mask[0, start:].sum())  # the partner's may be longer
+    tokens = completions[0, :length].tolist()
+    log_p = torch.stack(out.scores[:length], dim=1)[0].float().log_softmax(-1)
     entropies = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum(-1)
-    base = causal_lm(model)
-    states = out.thinking_states[0]
-    residuals = RESIDUALS[out.thinking_residual].make(thinking_backbone(base), states)
+    base, backbone = causal_lm(model), thinking_backbone(model)
+    residuals, mask = RESIDUALS[out.thinking_residual].make(backbone, out.thinking_states), out.thinking_mask
+    if backbone.thinking_control is not None:
+        residuals, mask = backbone.thinking_control(residuals, base.get_input_embeddings()(completions), mask)
+    residuals = residuals[0, :length]
     words = _nearest(residuals, base.get_input_embeddings().weight, top)
+    felt = (mask[0, :length] & residuals.any(-1)).tolist()
     texts = [str(tokenizer.decode([token])) for token in tokens]
     named = [[(str(tokenizer.decode([i])), cosine) for i, cosine in near] for near in words]
-    shares, thinks = out.thinking_ratio[0].tolist(), out.thinking_mask[0].tolist()
-    columns = zip(texts, shares, thinks, named, entropies.tolist(), strict=True)
-    return [Thought(text, share, on, near if on else [], entropy) for text, share, on, near, entropy in columns]
+    shares, thinks = torch.where(mask, out.thinking_ratio, 1.0)[0, :length].tolist(), mask[0, :length].tolist()
+    shown = [near if on else [] for near, on in zip(named, felt, strict=True)]
+    return [Thought(*one) for one in zip(texts, shares, thinks, shown, entropies.tolist(), strict=True)]
 
 
 def _nearest(residuals: Tensor, embeddings: Tensor, top: int) -> list[list[tuple[int, float]]]:
@@ -119,6 +133,13 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
+def cells_of(thought: Thought, plain: str = "answer") -> tuple[str, str, str, str]:
+    """A token as it is shown: its text, a (or `plain`, if it does not think), words and entropy."""
+    words = "  ".join(f"{visible(word)} {cosine:.2f}" for word, cosine in thought.words)
+    share = f"{thought.share:.4f}" if thought.thinks else plain
+    return visible(thought.token), share, words, f"{thought.entropy:.2f}"
+
+
 def table_of(thoughts: list[Thought], title: str) -> Table:
     """The completion as a table, a row for each token."""
     table = Table(
@@ -133,10 +154,9 @@ def table_of(thoughts: list[Thought], title: str) -> Table:
     table.add_column("")
     most = max((thought.entropy for thought in thoughts), default=0.0) or 1.0
     for thought in thoughts:
-        words = "  ".join(f"{visible(word)} {cosine:.2f}" for word, cosine in thought.words)
+        token, share, words, entropy = cells_of(thought)
         bar = "▇" * round(10 * thought.entropy / most)
-        share = f"{thought.share:.4f}" if thought.thinks else "answer"
-        table.add_row(Text(visible(thought.token)), share, Text(words), f"{thought.entropy:.2f}", bar)
+        table.add_row(Text(token), share, Text(words), entropy, bar)
     return table
 
 

@@ -121,6 +121,19 @@ def prompt_as_trained(folder: str, question: str) -> Prompt | None:
     return [one | {"content": one["content"].replace(QUESTION, question)} for one in template]
 
 
+def prompt_for(name: str, tokenizer: PreTrainedTokenizerBase, question: str) -> tuple[Prompt, bool]:
+    """What asks a model a question, and whether it is the prompt of its training (`prompt_as_trained`).
+
+    Args:
+        name: a run's folder, or any other model's name.
+        tokenizer: whose chat template is used for a model that is not a run's, if there is one.
+        question: a text.
+    """
+    if (trained := prompt_as_trained(name, question)) is not None:
+        return trained, True
+    return (question if tokenizer.chat_template is None else [{"role": "user", "content": question}]), False
+
+
 def uses_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether prompts are conversations, for `prompt` "chat", "plain" or "auto": where there is a chat template.
 
