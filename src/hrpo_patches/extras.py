@@ -9,6 +9,7 @@ from hrpo_thinking.errors import InputError
 EXTRAS = {
     "bm25s": "rag",
     "gguf": "quickstart",
+    "gradio": "demo",
     "lm_eval": "lm-eval",
     "matplotlib": "quickstart",
     "reasoning_gym": "quickstart",

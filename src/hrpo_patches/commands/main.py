@@ -58,6 +58,7 @@ COMMANDS: dict[str, tuple[Callable[[Written], Any], str]] = {
     "sft": (_in("sft", "main"), "teach a model to think, from worked solutions, before it is rewarded"),
     "eval": (evaluate, "let a model answer a task's problems, and grade them"),
     "think": (_in("calls", "think"), "show one completion: each token's a, its residual's nearest words, the entropy"),
+    "demo": (_in("demo", "main"), "show runs thinking, on a page in the browser, side by side and under controls"),
     "doctor": (_in("calls", "doctor"), "look whether machine, model, data and engine can think together"),
     "report": (_in("calls", "report"), "draw runs side by side into a PNG, and put them into a Markdown table"),
     "info": (_in("calls", "info"), "show what thinking adds to a model: parameters, multiply-adds a token"),
