@@ -1,9 +1,12 @@
-"""Starts `hrpo demo` and opens its page in Chromium; also a script that takes the picture of docs/demo.md."""
+"""Starts `hrpo demo` and opens its page in Chromium; as a script, it takes the picture of docs/demo.md."""
 
+import argparse
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
+from pathlib import Path
 
 CHROMIUM = os.environ.get("CHROMIUM", "/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
@@ -34,6 +37,7 @@ def opened(address, profile, **size):
             str(profile), executable_path=CHROMIUM, headless=True, args=FLAGS, viewport=size or None
         )
         page, asked = browser.pages[0], []
+        page.set_default_timeout(120_000)  # ms, for a machine that has much else to do
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         yield page, asked
@@ -47,3 +51,30 @@ def ask(page, question, second="", thoughts=("live", "off")):
     for name in ("live", "off", "zeroed", "swapped"):
         page.get_by_role("checkbox", name=name, exact=True).set_checked(name in thoughts)
     page.get_by_role("button", name="Ask").click()
+
+
+def picture(path, run, question, second, thoughts, longest):
+    """Ask a run on its page, and save what the page then shows, with the tables open."""
+    words = (run, "--max_new_tokens", longest)
+    with (
+        tempfile.TemporaryDirectory() as profile,
+        served(*words) as address,
+        opened(address, profile, width=1280, height=800) as (page, _),
+    ):
+        ask(page, question, second, thoughts)
+        page.wait_for_selector(f'[data-thoughts="{thoughts[-1]}"]')
+        for column in page.locator(".completion summary").all():
+            column.click()
+        page.screenshot(path=path, full_page=True)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, help="the PNG")
+    parser.add_argument("run", help="the run that is asked")
+    parser.add_argument("--question", required=True)
+    parser.add_argument("--second", default="", help="the second question, for swapped thoughts")
+    parser.add_argument("--thoughts", nargs="+", default=["live", "off"], help="in the order of the page")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    given = parser.parse_args()
+    picture(given.path, given.run, given.question, given.second, given.thoughts, given.max_new_tokens)

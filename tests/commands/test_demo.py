@@ -11,6 +11,7 @@ from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches import extras
 from hrpo_patches.commands.main import main
+from hrpo_patches.evaluation.demo import PLAIN
 
 QUESTION = "What is <b>{{value}}</b> ${value}?"
 TASK = "Solve it.\n\n{question}\n"
@@ -44,7 +45,7 @@ def words(text):
 
 def rows_of(page, run, thoughts):
     """The table of a completion on the page: token, a, share of the thought, words, entropy."""
-    page.wait_for_selector(f'[data-run="{run}"][data-thoughts="{thoughts}"]', timeout=30_000)
+    page.wait_for_selector(f'[data-run="{run}"][data-thoughts="{thoughts}"]')
     rows = page.locator(f'[data-run="{run}"][data-thoughts="{thoughts}"] tbody tr').all()
     return [[words(cell.text_content()) for cell in row.locator("td").all()] for row in rows]
 
@@ -72,9 +73,7 @@ def test_the_page_shows_what_think_shows_and_asks_no_other_machine(models, tmp_p
         assert [row[0] for row in off] != [row[0] for row in live]
         assert {tuple(row[1:4]) for row in off + plain} == {("off", "0.0000", "")}
         assert page.locator(f'[data-run="{base}"]').count() == 1  # off alone
-        assert page.locator(".plain").all_text_contents() == [
-            "This is a plain model, without trained thoughts: it answers plainly."
-        ]
+        assert page.locator(".plain").all_text_contents() == [PLAIN] and "plain model" in PLAIN
         assert page.locator("pre").first.text_content() == TASK.replace("{question}", QUESTION)
 
         tokens = page.locator(f'[data-run="{run}"][data-thoughts="live"] .tokens span')
@@ -85,7 +84,7 @@ def test_the_page_shows_what_think_shows_and_asks_no_other_machine(models, tmp_p
             assert float(colour.rstrip(")").split(",")[-1]) == pytest.approx(0.8 * float(row[2]), abs=5e-3)
 
         ask(page, QUESTION, thoughts=["swapped"])
-        assert "must differ from the first" in page.locator(".problem").text_content(timeout=30_000)
+        assert "must differ from the first" in page.locator(".problem").text_content()
         ask(page, QUESTION, "Bye", thoughts=["zeroed", "swapped"])
         swapped = rows_of(page, run, "swapped")
         assert page.locator('[data-thoughts="live"]').count() == 0

@@ -28,18 +28,13 @@ def main(argv: Written) -> None:
     parser = plain_parser("hrpo demo", "Show runs thinking, on a page in the browser: tokens, thoughts and controls.")
     text = "an adapter's folder or hub id, a merged model, any base, or smollm2-135m; several are shown side by side"
     parser.add_argument("runs", nargs="+", metavar="RUN", help=text)
-    parser.add_argument("--question", default="", help="what is in the question's box at first")
-    parser.add_argument(
-        "--host", default="127.0.0.1", help="where it listens; 0.0.0.0: anybody who reaches this machine"
-    )
+    parser.add_argument("--question", default="", help="the question, at first")
+    text = "where the page listens; with 0.0.0.0 everybody who reaches this machine can ask"
+    parser.add_argument("--host", default="127.0.0.1", help=text)
     parser.add_argument("--port", type=int, default=7860, help="0: one that is free")
-    parser.add_argument(
-        "--max_new_tokens", type=int, default=64, help="where a completion is cut; the page can change it"
-    )
-    parser.add_argument(
-        "--temperature", type=float, default=0.0, help="of the sampling; 0 is greedy; the page can change it"
-    )
-    parser.add_argument("--seed", type=int, default=42, help="of the sampling; the page can change it")
+    parser.add_argument("--max_new_tokens", type=int, default=64, help="where a completion is cut, at first")
+    parser.add_argument("--temperature", type=float, default=0.0, help="of the sampling, at first; 0 is greedy")
+    parser.add_argument("--seed", type=int, default=42, help="of the sampling, at first")
     parser.add_argument("--top", type=int, default=3, help="words for each residual")
     parser.add_argument("--base", help="the base model, if not the one that the adapters name")
     parser.add_argument("--device", help="such as cpu or cuda:1; by default the accelerator, if there is one")

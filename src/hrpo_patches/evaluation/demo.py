@@ -5,10 +5,10 @@ It knows no server: `commands/demo.py` has the page around it.
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from html import escape
 from itertools import zip_longest
 from typing import Any
 
@@ -26,6 +26,7 @@ CONDITIONS = {
     "zeroed": "the thoughts are zeros: the input is a ⊙ e",
     "swapped": "the thoughts are those of the second question",
 }
+PLAIN = "This is a plain model, without trained thinking modules: it answers without thoughts."
 LEGEND = (
     '<p class="legend">share of the thought √(1 − a²): 0 <span></span> 1, where a is the share of the token\'s '
     "embedding in its input, the mean over the hidden size. Point at a token for its numbers.</p>"
@@ -125,12 +126,7 @@ def answers(runs: Sequence[Run], asking: Asking) -> Iterator[str]:
                 yield f'<div class="hrpo">{LEGEND}{done}{shown}</div>'
             done += shown
     except InputError as error:
-        yield f'<div class="hrpo"><p class="problem">{_safe(str(error))}</p>{done}</div>'
-
-
-def _safe(text: str) -> str:
-    """A text inside of HTML; Gradio's templates would read braces and dollars."""
-    return "".join(f"&#{ord(c)};" if c in "{}$" else c for c in html.escape(text))
+        yield f'<div class="hrpo"><p class="problem">{escape(str(error))}</p>{done}</div>'
 
 
 def _head_of(run: Run, question: str) -> str:
@@ -138,14 +134,10 @@ def _head_of(run: Run, question: str) -> str:
     prompt, trained = prompt_for(run.name, run.tokenizer, question)
     asked = str(run.tokenizer.decode(prompt_ids(run.tokenizer, prompt)))
     how = "the instruction of the run's report.json" if trained else "the question alone"
-    plain = (
-        ""
-        if run.thinks
-        else "<p class='plain'>This is a plain model, without trained thoughts: it answers plainly.</p>"
-    )
+    plain = "" if run.thinks else f'<p class="plain">{PLAIN}</p>'
     return (
-        f"<h3>{_safe(run.name)}</h3>{plain}"
-        f"<details><summary>Asked with {how}</summary><pre>{_safe(asked)}</pre></details>"
+        f"<h3>{escape(run.name)}</h3>{plain}"
+        f"<details><summary>Asked with {how}</summary><pre>{escape(asked)}</pre></details>"
     )
 
 
@@ -155,17 +147,17 @@ def _column(run: Run, condition: str, thoughts: list[Thought], live: list[Though
     rows, tokens = "", ""
     for thought in thoughts:
         token, a, words, entropy = cells_of(thought, plain)
-        share = math.sqrt(1 - thought.share**2)
+        share = math.sqrt(max(0.0, 1 - thought.share**2))
         cells = (token, a, f"{share:.4f}", words, entropy)
-        rows += "<tr>" + "".join(f"<td>{_safe(cell)}</td>" for cell in cells) + "</tr>"
+        rows += "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>"
         hover = "\n".join(f"{head}: {cell}" for head, cell in zip(_HEADS, cells, strict=True))
         text = " ".join(visible(part) if part else "" for part in thought.token.split(" ")) or "∅"
         colour = f"background: rgb(234 88 12 / {0.8 * share:.3f})"
-        tokens += f'<span style="{colour}" title="{_safe(hover)}">{_safe(text)}</span>'
+        tokens += f'<span style="{colour}" title="{escape(hover)}">{escape(text)}</span>'
         tokens += "\n" * text.count("⏎")
     heads = "".join(f"<th>{head}</th>" for head in _HEADS)
     return (
-        f'<section class="completion" data-run="{_safe(run.name)}" data-thoughts="{condition}">'
+        f'<section class="completion" data-run="{escape(run.name)}" data-thoughts="{condition}">'
         f"<h4>{condition}</h4><p>{CONDITIONS[condition]}{_difference(condition, thoughts, live)}</p>"
         f'<p class="tokens">{tokens}</p><details><summary>{len(thoughts)} tokens, one by one</summary>'
         f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{rows}</tbody></table></div></details>'
