@@ -9,6 +9,7 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from hrpo_patches.models.hub import CONFIG
 from hrpo_patches.models.record import THINKING_FILE
 from hrpo_patches.models.smollm2 import SMOLLM2, cache_folder
 from hrpo_thinking.config import OPTIONS
@@ -17,6 +18,7 @@ CARD = "README.md"
 PACKAGES = ("hrpo_patches", "transformers", "trl", "peft", "torch")
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAPER = "https://arxiv.org/abs/2505.18454"
+HERE, BASE = "THIS_REPOSITORY_OR_FOLDER", "THE_BASE_MODEL"  # in a card, until it is pushed
 _USE = """import hrpo_patches  # before transformers
 from transformers import {imports}
 
@@ -30,52 +32,70 @@ def public_name(base: str | None) -> str | None:
     """The hub id of a base model, or None for a folder: a card names nothing of a machine."""
     if not base:
         return None
-    if Path(base).resolve() == (cache_folder() / SMOLLM2).resolve():
+    if base == SMOLLM2 or Path(base).resolve() == (cache_folder() / SMOLLM2).resolve():
         return SMOLLM2_ID
     is_path = Path(base).exists() or base.startswith((".", "/", "~")) or base.count("/") != 1
     return None if is_path else base
 
 
-def write_card(folder: str | Path, base: str | None, trained_by: str, tags: list[str]) -> None:
+def write_card(folder: str | Path, base: str | None, trained_by: str | None, tags: list[str]) -> None:
     """Write `README.md` into a folder that a trainer saved a model or an adapter to.
 
     Args:
-        folder: with `thinking_config.json`, and `report.json` if the run has ended.
+        folder: with `thinking_config.json` or a model's `config.json`, and `report.json` if the run has ended.
         base: the base model, a hub id or a folder.
-        trained_by: the method, for the text.
+        trained_by: the method, for the text; None where it is not known.
         tags: for the hub.
     """
-    folder, base = Path(folder), public_name(base)
-    adapter = (folder / "adapter_config.json").is_file()
-    record: dict[str, Any] = json.loads((folder / THINKING_FILE).read_text())
-    data = ModelCardData(
-        base_model=base, library_name="peft" if adapter else "transformers", tags=["latent-reasoning", *tags]
+    ModelCard(card_of(Path(folder), base, trained_by, tags), ignore_metadata_errors=True).save(Path(folder) / CARD)
+
+
+def card_of(folder: Path, base: str | None, trained_by: str | None, tags: list[str]) -> str:
+    """The text of `write_card`; that of a model that does not think says so."""
+    base, record = public_name(base), _thinking_of(folder)
+    adapter = (folder / CONFIG).is_file()
+    latent = ["latent-reasoning"] if record else []
+    library = "peft" if adapter else "transformers"
+    data = ModelCardData(base_model=base, library_name=library, tags=[*latent, *tags])
+    loads = f'hrpo_patches.load_adapter("{base or BASE}", "{HERE}")'
+    imports = "AutoTokenizer"
+    if not (adapter and record):
+        loads, imports = f'AutoModelForCausalLM.from_pretrained("{HERE}")', "AutoModelForCausalLM, AutoTokenizer"
+    use = _USE.format(imports=imports, model=f"model = {loads}", here=HERE)
+    by = f" Trained by {trained_by} with hrpo_patches." if trained_by else " Trained with hrpo_patches."
+    hrpo = f"(HRPO, [arXiv 2505.18454]({PAPER}))"
+    title = "A model that thinks" if record else "A model that does not think"
+    what = (
+        f"While it thinks, the input of each step blends the sampled token's embedding with a vector that a learned "
+        f"layer makes from the model's own last hidden state {hrpo}."
+        if record
+        else f"A plain model, the control of hybrid latent reasoning {hrpo}: the input of each step is the embedding "
+        f"of the sampled token."
     )
-    here = "THIS_REPOSITORY_OR_FOLDER"
-    loaded = (
-        f'model = hrpo_patches.load_adapter("{base or "THE_BASE_MODEL"}", "{here}")'
-        if adapter
-        else f'model = AutoModelForCausalLM.from_pretrained("{here}")'
-    )
-    imports = "AutoTokenizer" if adapter else "AutoModelForCausalLM, AutoTokenizer"
-    use = _USE.format(imports=imports, model=loaded, here=here)
+    without = "PEFT alone loads an adapter without its thoughts." if adapter else "transformers alone refuses it."
     rows = [
         f"| `{name}` | `{record[name]}` | {OPTIONS[name].help} |" for name in OPTIONS if record.get(name) is not None
     ]
     parts = [
         f"---\n{data.to_yaml()}\n---",
-        f"# A model that thinks: {base or 'hybrid latent reasoning'}",
-        f"While it thinks, the input of each step blends the sampled token's embedding with a vector that a learned "
-        f"layer makes from the model's own last hidden state (HRPO, [arXiv 2505.18454]({PAPER})). Trained by "
-        f"{trained_by} with hrpo_patches.",
-        f"## Use\n\n```python\n{use}\n```\n\nWithout hrpo_patches it does not think: PEFT alone loads an adapter "
-        f"without its thoughts.",
-        "## How it thinks\n\n| option | value | what |\n|---|---|---|\n" + "\n".join(rows),
+        f"# {title}: {base or 'hybrid latent reasoning'}",
+        what + by,
+        f"## Use\n\n```python\n{use}\n```",
+        *([f"Without hrpo_patches it does not think: {without}"] if record else []),
+        *(["## How it thinks\n\n| option | value | what |\n|---|---|---|\n" + "\n".join(rows)] if record else []),
         *_results(folder / "report.json"),
         "## Versions\n\n" + ", ".join(f"{name} {version(name)}" for name in PACKAGES),
         f"## Citation\n\nYue et al., *Hybrid Latent Reasoning via Reinforcement Learning*, 2025, {PAPER}.",
     ]
-    ModelCard("\n\n".join(parts) + "\n", ignore_metadata_errors=True).save(folder / CARD)
+    return "\n\n".join(parts) + "\n"
+
+
+def _thinking_of(folder: Path) -> dict[str, Any]:
+    """How what is saved in `folder` thinks; empty if it does not."""
+    if (folder / THINKING_FILE).is_file():
+        return json.loads((folder / THINKING_FILE).read_text())
+    config = json.loads((folder / "config.json").read_text()) if (folder / "config.json").is_file() else {}
+    return thinking if isinstance(thinking := config.get("thinking"), dict) else {}
 
 
 def _results(file: Path) -> list[str]:

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 from hrpo_patches.files import listed, whole_or_nothing
 from hrpo_patches.models.adapter import config_of, load_adapter, weights_of
 from hrpo_patches.models.base import base_of, read_config, tokenizer_of
+from hrpo_patches.models.card import write_card
 from hrpo_patches.models.full import mark
 from hrpo_patches.models.hub import adapter_folder, find_adapter
 from hrpo_patches.models.record import read_thinking, write_thinking
@@ -56,6 +57,7 @@ def merge(adapter: str | Path, destination: Path, base: str | None = None) -> Pa
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         mark(folder)
+        write_card(folder, str(source), None, ["hrpo"])
     return destination
 
 
