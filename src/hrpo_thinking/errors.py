@@ -10,7 +10,7 @@ class PatchError(ImportError):
 
 
 class SaveError(RuntimeError):
-    """A checkpoint could not be written; those before it are whole."""
+    """A checkpoint could not be written, or a push failed; what was saved before is whole."""
 
 
 class NonFiniteError(FloatingPointError):

@@ -75,6 +75,7 @@ def think(argv: Written) -> None:
     """Show one completion, token by token."""
     from hrpo_patches.evaluation import think as inside
     from hrpo_patches.models.base import open_model
+    from hrpo_patches.models.hub import run_folder
     from hrpo_patches.tasks.prompts import prompt_for
     from hrpo_patches.thinking.backbone import is_untrained
 
@@ -84,7 +85,9 @@ def think(argv: Written) -> None:
     console = _console()
     with console.status("loading"):
         model, tokenizer = open_model(given.model, given.base)
-    prompt, trained = (given.prompt, False) if given.plain else prompt_for(given.model, tokenizer, given.prompt)
+    prompt, trained = given.prompt, False
+    if not given.plain:
+        prompt, trained = prompt_for(run_folder(given.model), tokenizer, given.prompt)
     with console.status("thinking"):
         numbers = (given.max_new_tokens, given.temperature, given.top, given.seed)
         thoughts = inside.think(model, tokenizer, prompt, *numbers)

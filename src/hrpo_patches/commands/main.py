@@ -63,6 +63,7 @@ COMMANDS: dict[str, tuple[Callable[[Written], Any], str]] = {
     "report": (_in("calls", "report"), "draw runs side by side into a PNG, and put them into a Markdown table"),
     "info": (_in("calls", "info"), "show what thinking adds to a model: parameters, multiply-adds a token"),
     "merge": (_in("calls", "merge"), "make a full model, which thinks by default, of an adapter and its base"),
+    "push": (_in("push", "main"), "share an adapter or a full model on the hub"),
     "serve": (_in("serve", "main"), "serve a model that thinks, by vLLM and its OpenAI interface"),
     "convert": (_in("calls", "convert"), "make a published HRPO adapter (LoRA, gates, Lambda) say how it thinks"),
     "status": (_in("maintain", "status"), "show every patch and whether it is applied, fits, or is refused"),

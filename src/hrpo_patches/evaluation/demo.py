@@ -15,6 +15,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from hrpo_patches.evaluation.think import Thought, cells_of, think, visible
+from hrpo_patches.models.hub import run_folder
 from hrpo_patches.tasks.prompts import prompt_for, prompt_ids
 from hrpo_patches.thinking.controls import controlled
 from hrpo_thinking.errors import InputError
@@ -96,7 +97,7 @@ def check(runs: Sequence[Run], asking: Asking) -> None:
 
 def answer(run: Run, asking: Asking, condition: str) -> list[Thought]:
     """One completion of a run, token by token, under one of `CONDITIONS`."""
-    prompt, partner = (prompt_for(run.name, run.tokenizer, text)[0] for text in (asking.question, asking.second))
+    prompt, partner = (prompt_for(run_folder(run.name), run.tokenizer, text)[0] for text in (asking.question, asking.second))
     with controlled(run.model, condition, ("question", "second")):
         return think(
             run.model,
@@ -131,7 +132,7 @@ def answers(runs: Sequence[Run], asking: Asking) -> Iterator[str]:
 
 def _head_of(run: Run, question: str) -> str:
     """A run's name, whether it thinks, and the prompt as it was asked."""
-    prompt, trained = prompt_for(run.name, run.tokenizer, question)
+    prompt, trained = prompt_for(run_folder(run.name), run.tokenizer, question)
     asked = str(run.tokenizer.decode(prompt_ids(run.tokenizer, prompt)))
     how = "the instruction of the run's report.json" if trained else "the question alone"
     plain = "" if run.thinks else f'<p class="plain">{PLAIN}</p>'

@@ -29,6 +29,12 @@ def find_file(name: str | Path, file: str, **hub: Any) -> Path | None:
         return None
 
 
+def run_folder(name: str) -> str:
+    """The folder of a run, where its `report.json` is, also of one on the hub; `name` itself where it has none."""
+    report = find_file(name, "report.json")
+    return str(report.parent) if report is not None else name
+
+
 def find_adapter(name: str | Path) -> Path | None:
     """The folder of the adapter of that name: a folder, or a hub id, which is fetched; None if it is no adapter."""
     config = find_file(name, CONFIG)

@@ -1,0 +1,264 @@
+"""What of a finished run, an adapter or a full model is pushed to the hub, and pushing it.
+
+Nothing pickled is pushed, nothing of a training run's state, and no path of this machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, ModelCard, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+
+from hrpo_patches.files import missing
+from hrpo_patches.models.card import BASE, CARD, HERE, PAPER, card_of, public_name
+from hrpo_patches.models.hub import CONFIG
+from hrpo_patches.models.record import GENERATION_FILE, THINKING_FILE, read_thinking
+from hrpo_thinking.errors import InputError, SaveError
+from hrpo_thinking.parts import is_thinking_parameter, parts_of
+
+REPORT = "report.json"
+ADAPTER = ("adapter_model.safetensors", CONFIG, THINKING_FILE)
+MODEL = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "config.json")
+TOKENIZER = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
+SHARED = (*TOKENIZER, GENERATION_FILE, REPORT, CARD, "LICENSE*")
+VOCABULARIES = TOKENIZER[:-2]  # where a word may look like a path
+
+Files = dict[str, Path | bytes]  # what is pushed, by name: a file as it is, or the bytes of one that is rewritten
+
+
+def files_of(folder: Path, repo_id: str, base: str | None = None) -> Files:
+    """The files of an adapter or a full model that are pushed to `repo_id`.
+
+    Args:
+        folder: an adapter's, a full model's that thinks or that a run has trained, or a checkpoint's.
+        repo_id: owner/name, which the card says.
+        base: the hub id of the base model, by default the one that an adapter names.
+
+    Raises:
+        InputError: the folder holds none of these or a damaged one, the base model of an adapter has no hub id, or a
+            file names a path of this machine.
+    """
+    if base is not None and public_name(base) is None:
+        raise InputError(f"the base model must be named by its hub id, owner/name, not {base!r}.")
+    adapter = _kind_of(folder) == "adapter"
+    names = {path.name for one in (*(ADAPTER if adapter else MODEL), *SHARED) for path in folder.glob(one)}
+    files: Files = {name: folder / name for name in sorted(names)}
+    held = json.loads((folder / CONFIG).read_text()) if adapter else {}
+    own = held.get("base_model_name_or_path")
+    base = base or public_name(own)
+    if adapter and base is None:
+        raise InputError(
+            f"{folder} was trained on {own!r}, which is not a hub id, so nobody else can load it. Name the same model "
+            f"on the hub (--base owner/model), or push the full model that hrpo merge makes."
+        )
+    if adapter:
+        files[CONFIG] = _json(held | {"base_model_name_or_path": base})
+    if REPORT in files:
+        files[REPORT] = _json(_public_report(json.loads((folder / REPORT).read_text())))
+    files[CARD] = _card(folder, repo_id, base).encode()
+    _refuse_paths(files, [own or "", *map(str, (folder.resolve(), Path.cwd(), Path.home()))])
+    return dict(sorted(files.items()))
+
+
+def _kind_of(folder: Path) -> Literal["adapter", "model"]:
+    """What a folder holds; an `InputError` where it is nothing whole."""
+    if not folder.is_dir():
+        raise InputError(missing(str(folder), no_hub_id=True) or f"{folder} is not a folder.")
+    try:
+        if (folder / CONFIG).is_file() and (folder / ADAPTER[0]).is_file():
+            record, keys = read_thinking(folder), _keys(folder / ADAPTER[0])
+            if record is None and any(map(is_thinking_parameter, keys)):
+                raise InputError(f"{folder} does not say how it thinks; hrpo convert makes an adapter that does.")
+            for part in parts_of(record["residual"]) if record else ():
+                if not any(f".{part}." in key for key in keys):
+                    raise InputError(f"{folder} lacks {part}: it was saved without its thinking weights.")
+            return "adapter"
+        if (folder / "config.json").is_file() and (weights := sorted(folder.glob("model*.safetensors"))):
+            index = folder / MODEL[2]
+            shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
+            if lost := sorted(shards - {path.name for path in weights}):
+                raise InputError(f"{folder} lacks {lost[0]}: it is damaged.")
+            for path in weights:
+                _keys(path)
+            if json.loads((folder / "config.json").read_text()).get("thinking") or (folder / REPORT).is_file():
+                return "model"
+            raise InputError(f"{folder} holds a full model that was not trained to think.")
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder} holds a file that is damaged or cannot be read: {error}.") from None
+    if checkpoints := sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime):
+        raise InputError(
+            f"{folder} is a run that has not finished. Resume it, or push its last checkpoint, {checkpoints[-1]}."
+        )
+    raise InputError(
+        f"{folder} holds neither an adapter ({CONFIG}, {ADAPTER[0]}) nor a full model (config.json, {MODEL[0]})."
+    )
+
+
+def _keys(file: Path) -> list[str]:
+    with safe_open(file, framework="pt") as weights:
+        return list(weights.keys())
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def _public_report(report: dict[str, Any]) -> dict[str, Any]:
+    """A run's report without its title, and of its arguments only those without a slash, so that no path is left."""
+    arguments = report.get("arguments", {})
+    kept = {name: value for name, value in arguments.items() if not set("/\\") & set(str(value))}
+    kept.pop("output_dir", None)
+    return {name: value for name, value in report.items() if name != "title"} | {"arguments": kept}
+
+
+def _card(folder: Path, repo_id: str, base: str | None) -> str:
+    """The folder's own card where it is one of ours, else a fresh one; it names the repository and the base."""
+    file, tags = folder / CARD, ["hrpo"]
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    card = ModelCard(text if PAPER in text else card_of(folder, base, None, tags), ignore_metadata_errors=True)
+    if base is not None:
+        card.data["base_model"] = base
+    return str(card).replace(HERE, repo_id).replace(BASE, base or BASE)
+
+
+def _refuse_paths(files: Files, paths: list[str]) -> None:
+    """Raise `InputError` if a text names one of these paths, or one within."""
+    for name, content in files.items():
+        if name in VOCABULARIES or name.endswith(".safetensors"):
+            continue
+        text = content.decode() if isinstance(content, bytes) else content.read_text(errors="replace")
+        for path in paths:
+            if os.path.isabs(path) and path != os.sep and (path + os.sep in text or f'"{path}"' in text):
+                raise InputError(f"{name} names {path}, a path of this machine; remove it there, and push again.")
+
+
+def check_name(repo_id: str) -> None:
+    """Raise `InputError` unless `repo_id` is owner/name."""
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise InputError(f"{repo_id!r} is not a name for the hub: {' '.join(str(error).split())}") from None
+    if repo_id.count("/") != 1:
+        raise InputError(f"expected owner/name, got {repo_id!r}: the owner is your user name or an organization.")
+
+
+def check_token(token: str | None = None) -> None:
+    """Raise `InputError` if no token is given or known to huggingface_hub."""
+    if not (token or get_token()):
+        raise InputError(
+            "no Hugging Face token was found, and pushing requires one that may write: log in by `hf auth login`, or "
+            "set HF_TOKEN."
+        )
+
+
+@contextmanager
+def asking_the_hub(what: str) -> Iterator[None]:
+    """Within, whatever fails is a `SaveError`, which says so; only the hub is asked there.
+
+    Args:
+        what: is done, as in "pushing to owner/name".
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # of httpx, hf_xet and huggingface_hub, which have no parent in common
+        cause = error.__cause__ if isinstance(error, RuntimeError) and error.__cause__ else error
+        lines = [line for line in str(cause).splitlines() if line.strip() and "more information" not in line]
+        why = " ".join([*lines[:1], *lines[1:][-1:]]) or type(cause).__name__
+        raise SaveError(f"{what} failed: {why.rstrip('.')}.") from error
+
+
+def held_files(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
+    """The files of a repository at a revision; empty where one of them does not exist."""
+    try:
+        info = api.model_info(repo_id, revision=revision)
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        return set()
+    return {one.rfilename for one in info.siblings or ()} - {".gitattributes"}
+
+
+def open_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
+    """Create a repository, if it does not exist; returns its id.
+
+    Raises:
+        InputError: it was to be private, and exists and is public.
+    """
+    name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if private and api.model_info(name).private is False:
+        raise InputError(f"{name} exists and is public; change that in its settings on the hub, or push elsewhere.")
+    return name
+
+
+def push(
+    files: Files,
+    repo_id: str,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | None = None,
+    others: Literal["refuse", "delete", "keep"] = "refuse",
+    message: str = "Push by hrpo_patches",
+) -> str:
+    """Push files to a repository of the hub, which is created if need be, in one commit.
+
+    Args:
+        files: from `files_of`.
+        repo_id: owner/name.
+        private: whether a repository that does not exist yet is created private.
+        revision: the branch, created if need be; by default main.
+        token: by default the one that huggingface_hub knows.
+        others: what to do about a repository, or a branch, that holds files: refuse it, delete those that are not
+            pushed, or keep them beside.
+        message: of the commit.
+
+    Returns:
+        The URL of the repository, at the revision.
+
+    Raises:
+        InputError: the token is missing, the repository holds files, or it is public and was to be private.
+        SaveError: the hub cannot be reached or refuses the push.
+    """
+    check_token(token)
+    api = HfApi(token=token)
+    with asking_the_hub(f"pushing to {repo_id}"):
+        held = held_files(api, repo_id, revision)
+        if held and others == "refuse":
+            names = ", ".join(sorted(held)[:4]) + (", ..." if len(held) > 4 else "")
+            raise InputError(
+                f"{repo_id} already holds files ({names}); push to another name or another --revision, or replace "
+                f"them by --overwrite."
+            )
+        repo_id = open_repository(api, repo_id, private)
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        stale = held_files(api, repo_id, revision) - set(files) if others != "keep" else set()  # or what main has
+        api.create_commit(
+            repo_id,
+            [
+                *(CommitOperationAdd(name, content) for name, content in files.items()),
+                *(CommitOperationDelete(name) for name in sorted(stale)),
+            ],
+            commit_message=message,
+            revision=revision,
+        )
+    return f"{api.endpoint}/{repo_id}" + (f"/tree/{revision}" if revision is not None else "")
