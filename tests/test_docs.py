@@ -19,7 +19,7 @@ from hrpo_patches.models.smollm2 import smollm2_folder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
-OTHERS = {"pip", "git", "cd", "curl", "vllm", "for", "pre-commit"}  # commands that are not ours
+OTHERS = {"pip", "git", "hf", "cd", "curl", "vllm", "for", "pre-commit"}  # commands that are not ours
 
 
 def commands():

@@ -29,7 +29,7 @@ from hrpo_patches.commands.flags import (
 from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import check_output, write_record
 from hrpo_patches.commands.train import LORA_TARGETS, asker, finish, train_and_save
-from hrpo_patches.commands.train_flags import REST, ProblemArguments, own_names
+from hrpo_patches.commands.train_flags import REST, ProblemArguments, check_push_flags, own_names
 from hrpo_patches.device import has_bf16
 from hrpo_patches.engines.batches import Decoding, completions
 from hrpo_patches.evaluation.scores import standard_error
@@ -129,6 +129,7 @@ class SFTRun:
             require(tracker, f"--report_to {tracker}")
         if about.report:
             require("matplotlib", "--report")
+        check_push_flags(config, about.model_name if about.lora_rank else None)
         checkpoint = check_output(config, self.record())
         if checkpoint is not None:
             config.resume_from_checkpoint = str(checkpoint)

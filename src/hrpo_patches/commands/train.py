@@ -241,7 +241,7 @@ def train_and_save(trainer: Any, resumed: str | None, words: Written) -> None:
             step = trainer.state.global_step
             print(f"told to end: saved after step {step}; resume by --resume_from_checkpoint latest.")
         raise SystemExit(STATUS)
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # `finish` pushes it, with its report
 
 
 def trained(run: Run) -> dict[str, Any]:
@@ -270,7 +270,11 @@ def trained(run: Run) -> dict[str, Any]:
 
 
 def finish(trainer: Any, record: dict[str, Any], folder: Path, picture: bool) -> None:
-    """Write a run's `report.json`, model card and, if asked for, picture, and print its accuracies and warnings."""
+    """Write a run's `report.json`, model card and, if asked for, picture, and print its accuracies and warnings.
+
+    Raises:
+        SaveError: the run is to be pushed, and the hub cannot be reached or refuses.
+    """
     written = [write_json(record, folder)]
     trainer.write_card(folder)
     run = read_run(folder)
@@ -291,6 +295,8 @@ def finish(trainer: Any, record: dict[str, Any], folder: Path, picture: bool) ->
     for text in run.warnings:
         console.print(f"[bold]warning:[/bold] {escape(text)}")
     console.print(f"saved in {folder}; {' and '.join(str(path) for path in written)} in {record['seconds']:.0f} s")
+    if trainer.args.push_to_hub:
+        print(f"pushed: {trainer.push_saved(str(folder))}")
     print("next:", *next_commands(record["arguments"], folder), sep="\n  ")
 
 

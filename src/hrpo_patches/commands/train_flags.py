@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 from trl import TrlParser
 
 from hrpo_patches.commands.flags import (
@@ -33,6 +34,7 @@ from hrpo_patches.models.record import check_same_pauses, check_same_thinking, r
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.prompts import PROMPTS, examples_of
 from hrpo_patches.training.config import SHARED, GRPOConfig, HRPOConfig, ThinkingArguments
+from hrpo_patches.training.saving import check_push
 from hrpo_patches.training.sft_config import STARTS, check_fits
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
@@ -235,6 +237,7 @@ class Run:
             raise InputError("--init_projection goes with --adapter; a fresh adapter has a projection anyway.")
         if about.report:
             require("matplotlib", "--report")
+        check_push_flags(config, about.model_name)
         self._check_output()
 
     def _check_output(self) -> None:
@@ -245,6 +248,14 @@ class Run:
         check_same_thinking(checkpoint, spelled(self.config.residual), self.thinking())
         if self.config.residual is None:
             check_same_pauses(checkpoint, self.config.thoughts or 0)
+
+
+def check_push_flags(config: TrainingArguments, base: str | None) -> None:
+    """Raise `InputError` if a run cannot be pushed as its flags say; `base` is of its adapter, None without one."""
+    if config.push_to_hub:
+        check_push(config, base)
+    elif config.hub_model_id is not None:
+        raise InputError("--hub_model_id requires --push_to_hub true.")
 
 
 def make_parser(prog: str, whole: bool = False) -> TrlParser:

@@ -1,16 +1,49 @@
-"""What both trainers save beside weights: how the model thinks, its forced thoughts, and its card."""
+"""What both trainers save beside weights: how the model thinks, its forced thoughts, and its card; and what they push.
+
+A push takes what `hrpo push` takes of a folder: no pickled file, nothing of the run's state, no path of this machine.
+"""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 from accelerate.utils import is_peft_model
+from huggingface_hub import HfApi
+from transformers.trainer_utils import HubStrategy
 
-from hrpo_patches.models.card import write_card
+from hrpo_patches.models.card import public_name, write_card
+from hrpo_patches.models.push import asking_the_hub, check_name, check_token, files_of, open_repository, push
 from hrpo_patches.models.record import THINKING_FILE, save_pauses, save_thinking
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_patches.training.several import InShards
+from hrpo_thinking.errors import InputError, SaveError
+
+
+def check_push(args: Any, base: str | None) -> None:
+    """Raise `InputError` if a run cannot be pushed as its training arguments say.
+
+    Args:
+        args: a `TrainingArguments` with `push_to_hub`.
+        base: the base model of the adapter that is trained; None where all weights are.
+    """
+    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
+        raise InputError(
+            f"hub_strategy={args.hub_strategy.value} pushes the optimizer's state, pickled, with paths of this "
+            f"machine; use every_save or end."
+        )
+    if args.hub_model_id is not None and "/" in args.hub_model_id:
+        check_name(args.hub_model_id)
+    check_token(args.hub_token)
+    if base is not None and public_name(base) is None:
+        raise InputError(
+            f"push_to_hub pushes an adapter of {base!r}, which is not a hub id, so nobody else can load it. Train "
+            f"from its hub id, or push the finished run by hrpo push with --base owner/model."
+        )
+
+
+logger = logging.getLogger(__name__)
 
 
 class SavesThoughts(InShards):
@@ -47,3 +80,69 @@ class SavesThoughts(InShards):
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             self.write_card(self.args.output_dir)
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """As transformers': create the repository that the run is pushed to.
+
+        Raises:
+            InputError: the run cannot be pushed (`check_push`), or the repository is public and was to be private.
+            SaveError: the hub cannot be reached or refuses.
+        """
+        if not self.is_world_process_zero():
+            return
+        model, args = self.accelerator.unwrap_model(self.model), self.args
+        check_push(args, causal_lm(model).config._name_or_path if is_peft_model(model) else None)
+        name = args.hub_model_id or Path(args.output_dir).resolve().name
+        with asking_the_hub(f"creating {name} on the hub"):
+            api = HfApi(token=token or args.hub_token)
+            self.hub_model_id = open_repository(api, name, args.hub_private_repo if private is None else private)
+        self.push_in_progress = None
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model to `args.output_dir` and push it, as transformers does; returns the URL.
+
+        Args:
+            commit_message: of the commit.
+            blocking: False returns a `Future` of the URL.
+            token: by default `args.hub_token`, or the one that huggingface_hub knows.
+            revision: by default `args.hub_revision`.
+            private: whether a repository that does not exist yet is created private.
+            kwargs: of transformers' card, and unused: the card is that of `write_card`.
+
+        Raises:
+            InputError: as `init_hf_repo`.
+            SaveError: the hub cannot be reached or refuses.
+        """
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        given = (str(self.args.output_dir), str(commit_message), token, revision)
+        return self.push_saved(*given) if blocking else HfApi().run_as_future(self.push_saved, *given)
+
+    def push_saved(
+        self, folder: str, message: str = "End of training", token: str | None = None, revision: str | None = None
+    ) -> str | None:
+        """Push what is saved in `folder`; returns the URL, None in all processes but the first."""
+        if not self.is_world_process_zero():
+            return None
+        args, name = self.args, str(self.hub_model_id)
+        revision, token = revision or args.hub_revision, token or args.hub_token
+        return push(files_of(Path(folder), name), name, None, revision, token, others="keep", message=message)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        if not self.is_world_process_zero() or self.args.hub_strategy == HubStrategy.END:
+            return
+        self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        try:  # and wait: the folder may be deleted afterwards
+            self.push_saved(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
+        except SaveError as error:
+            logger.warning(f"{error} Training continues, and the next save is pushed again.")

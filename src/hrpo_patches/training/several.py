@@ -78,6 +78,8 @@ class InShards(_Trainer):
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
         self.accelerator.wait_for_everyone()
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub("Model save")
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if not in_units(self.model):
