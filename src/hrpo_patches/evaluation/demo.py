@@ -97,7 +97,9 @@ def check(runs: Sequence[Run], asking: Asking) -> None:
 
 def answer(run: Run, asking: Asking, condition: str) -> list[Thought]:
     """One completion of a run, token by token, under one of `CONDITIONS`."""
-    prompt, partner = (prompt_for(run_folder(run.name), run.tokenizer, text)[0] for text in (asking.question, asking.second))
+    prompt, partner = (
+        prompt_for(run_folder(run.name), run.tokenizer, text)[0] for text in (asking.question, asking.second)
+    )
     with controlled(run.model, condition, ("question", "second")):
         return think(
             run.model,
