@@ -4,24 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import fields
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 
+from hrpo_patches.commands.console import stdout_console
 from hrpo_patches.commands.flags import Written, add_thinking_flags, plain_parser, switch_of
 from hrpo_patches.extras import require
+from hrpo_patches.files import replace
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import RESIDUALS
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def info(argv: Written) -> None:
@@ -45,14 +41,14 @@ def info(argv: Written) -> None:
     if not given.plan:
         if changed := [name for name, value in asked.items() if value != parser.get_default(name)]:
             raise InputError(f"--{changed[0]} is about the memory of training; add --plan.")
-        _console().print(table_of(costs(given.model, thinking), given.model))
+        stdout_console().print(table_of(costs(given.model, thinking), given.model))
         return
     if small := [name for name, value in asked.items() if type(value) is int and value < 1]:
         raise InputError(f"--{small[0]} must be at least 1, not {asked[small[0]]}.")
     config = config_that_thinks(given.model, thinking)
-    with _console().status("Planning"):
+    with stdout_console().status("Planning"):
         found = plan(config, Shapes(**asked))
-    _console().print(plan_table(found, given.model))
+    stdout_console().print(plan_table(found, given.model))
 
 
 def report(argv: Written) -> None:
@@ -82,7 +78,7 @@ def think(argv: Written) -> None:
     given = _think_parser().parse_args(argv)
     if given.png is not None:
         inside.check_png(given.png)
-    console = _console()
+    console = stdout_console()
     with console.status("loading"):
         model, tokenizer = open_model(given.model, given.base)
     prompt, trained = given.prompt, False
@@ -137,7 +133,7 @@ def doctor(argv: Written) -> int:
     parser.add_argument("--engine", default="auto", help="generate, continuous, vllm or auto")
     parser.add_argument("--json", action="store_true", help="print JSON, for a report of a bug")
     given = parser.parse_args(argv)
-    console, findings = _console(), []
+    console, findings = stdout_console(), []
     for finding in Examination(given.model, given.base, given.task, given.dataset, given.engine, memory):
         findings.append(finding)
         if not given.json:

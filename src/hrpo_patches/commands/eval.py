@@ -9,10 +9,10 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from hrpo_patches.commands.console import stdout_console
 from hrpo_patches.commands.flags import Written, add_first_flags, option, parser_of, read, with_config
 from hrpo_patches.engines.batches import Decoding, batches_of
 from hrpo_patches.engines.choice import CHOICES, ENGINE_HELP, Needs, choose_engine
@@ -302,7 +302,7 @@ def show_all(variations: list[dict[str, Any]], title: str, out: Path) -> None:
             f"{partner:.3f}" if partner is not None else "",
             f"{scores['mean_tokens']:.0f}",
         )
-    console = Console()
+    console = stdout_console()
     console.print(table)
     count = len(variations[0]["problems"])
     console.print(
@@ -314,7 +314,7 @@ def show_all(variations: list[dict[str, Any]], title: str, out: Path) -> None:
 def show(scores: dict[str, Any], title: str, out: Path) -> None:
     """Print the scores."""
     low, high = scores["wilson"]
-    console = Console()
+    console = stdout_console()
     console.print(
         f"{title}: accuracy {scores['mean']:.3f} ± {scores['standard_error']:.3f} (95%: {low:.3f} to {high:.3f})"
     )

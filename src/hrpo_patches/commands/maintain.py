@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from importlib import import_module
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from hrpo_patches.commands.console import stdout_console
 from hrpo_patches.commands.flags import Written, plain_parser
 from hrpo_patches.patching import export, overlay
 
@@ -36,7 +35,7 @@ def status(argv: Written) -> int:
     for patch, state in states:
         installed = overlay.installed_version(patch.package) or "-"
         table.add_row(patch.package, installed, patch.name, patch.target, state)
-    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    stdout_console().print(table)
     return int(any(state.startswith("refused") for _, state in states))
 
 

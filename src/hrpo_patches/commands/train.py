@@ -13,13 +13,13 @@ import torch
 from accelerate.utils import gather_object
 from datasets import Dataset
 from peft import PeftConfig
-from rich.console import Console
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 from transformers import set_seed
 from trl.models import unwrap_model_for_generation
 
+from hrpo_patches.commands.console import stdout_console
 from hrpo_patches.commands.flags import Written
 from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import state_of, write_record
@@ -289,7 +289,7 @@ def finish(trainer: Any, record: dict[str, Any], folder: Path, picture: bool) ->
             table.add_row(
                 name, f"{row['mean']:.3f}", f"{row['standard_error']:.3f}", f"{row['right']} of {row['total']}"
             )
-    console = Console()
+    console = stdout_console()
     if table.row_count:
         console.print(table)
     for text in run.warnings:
