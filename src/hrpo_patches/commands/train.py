@@ -34,6 +34,7 @@ from hrpo_patches.models.backends import backend_named
 from hrpo_patches.models.base import load_model, tokenizer_of
 from hrpo_patches.models.record import check_same_thinking
 from hrpo_patches.models.smollm2 import found
+from hrpo_patches.monitor.progress import ProgressLines
 from hrpo_patches.monitor.report import draw, read_run, write_json
 from hrpo_patches.tasks.base import Task
 from hrpo_patches.tasks.problems import find_task, load_problems, split_held_out
@@ -233,6 +234,7 @@ def train_and_save(trainer: Any, resumed: str | None, words: Written) -> None:
     """
     with EndWhenTold(trainer.accelerator) as ending:
         trainer.add_callback(ending)
+        ProgressLines.replace_bar(trainer)
         began = state_of(Path(resumed))["global_step"] if resumed else 0
         with suppress(NothingLeft), in_a_sentence(words, own_names(), lambda: trainer.state.global_step <= began):
             trainer.train(resume_from_checkpoint=resumed)
