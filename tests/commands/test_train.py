@@ -294,7 +294,7 @@ def test_whoever_asks_an_adapter_asks_what_was_asked_in_training(base, data, tmp
     trainer, *_ = make_trainer(run)
     row = trainer.train_dataset[0]["prompt"]
     asked = trainer._tokenize_prompts([row])[0][0]
-    main([*arguments, "--prompt", "chat", "--chat_template_kwargs", options])
+    main([*arguments, "--prompt", "chat", "--chat_template_kwargs", options, "--save_steps", "1"])
     _, saved = open_model(str(folder))
     question = row[1]["content"]
     again = prompt_as_trained(str(folder), question)
@@ -305,7 +305,13 @@ def test_whoever_asks_an_adapter_asks_what_was_asked_in_training(base, data, tmp
     (tmp_path / "report.json").write_text('["no report"]')
     assert prompt_as_trained(str(tmp_path), question) is None
     calls.think([str(folder), "--prompt", question, "--max_new_tokens", "2"])
-    assert "the instruction of the run's report.json" in capsys.readouterr().out
+    assert "Asked as in training, with the instruction of the run" in capsys.readouterr().out
+    assert prompt_as_trained(str(folder / "checkpoint-1"), question) == row
+    (folder / "report.json").unlink()  # as before a run has ended
+    assert prompt_as_trained(str(folder), question) == prompt_as_trained(str(folder / "checkpoint-1"), question) == row
+    (folder / "run.json").unlink()
+    calls.think([str(folder), "--prompt", question, "--max_new_tokens", "2"])
+    assert "Asked without an instruction" in capsys.readouterr().out
 
 
 def test_a_run_trains_on_rollouts_of_continuous_batching(base, data, tmp_path, capsys):

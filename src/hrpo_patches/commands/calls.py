@@ -90,7 +90,9 @@ def think(argv: Written) -> None:
     title = shorten(f"{given.model}: {given.prompt}", 100, placeholder=" …")
     console.print(inside.table_of(thoughts, title))
     if trained:
-        console.print("Asked with the instruction of the run's report.json; --plain asks the text alone.")
+        console.print("Asked as in training, with the instruction of the run; --plain asks the text alone.")
+    elif not given.plain and not is_untrained(model):
+        console.print("Asked without an instruction: what this model was asked in training is not recorded with it.")
     if is_untrained(model):
         console.print("The thinking weights are fresh, not trained: the residuals mean nothing yet.")
     if given.png is not None:
@@ -156,15 +158,20 @@ def lm_eval(argv: Written) -> int:
 
 
 def merge(argv: Written) -> None:
-    """Make a full model of an adapter."""
+    """Make a full model of an adapter, which keeps what the adapter was asked in training."""
+    from hrpo_patches.models.hub import run_folder
     from hrpo_patches.models.merge import merge as run
+    from hrpo_patches.tasks.prompts import RUN_FILE, TEMPLATE, recorded_prompt
 
     parser = plain_parser("hrpo merge", "Make a full model, which thinks by default, of an adapter and its base.")
     parser.add_argument("adapter", help="the folder or the hub id of a trained adapter")
     parser.add_argument("destination", type=Path, help="the full model's folder; must not exist")
     parser.add_argument("--base", help="the base model, if not the one that the adapter names")
     given = parser.parse_args(argv)
-    print(run(given.adapter, given.destination, given.base))
+    folder = run(given.adapter, given.destination, given.base)
+    if template := recorded_prompt(run_folder(given.adapter)):
+        replace(folder / RUN_FILE, json.dumps({TEMPLATE: template}) + "\n")
+    print(folder)
 
 
 def convert(argv: Written) -> None:

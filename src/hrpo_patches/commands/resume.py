@@ -9,9 +9,9 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hrpo_patches.files import LOCK, replace
+from hrpo_patches.tasks.prompts import RUN_FILE, TEMPLATE, Prompt
 from hrpo_thinking.errors import InputError
 
-RECORD = "run.json"  # what a run was asked for, written when training begins
 # What makes two runs different ones: other data, in another order, or another model. The options of thinking are
 # compared with what the checkpoint's weights say (`record.check_same_thinking`).
 FIXED = (
@@ -42,14 +42,20 @@ STATE = {
 }
 
 
-def write_record(config: TrainingArguments, record: dict[str, Any]) -> None:
-    """Keep what a run was begun with in its folder, for `check_output` when it is resumed."""
-    file = Path(str(config.output_dir)) / RECORD
+def write_record(config: TrainingArguments, record: dict[str, Any], template: Prompt) -> None:
+    """Keep what a run was begun with in its folder, for `check_output` when it is resumed.
+
+    Args:
+        config: of the run.
+        record: what it is asked for, by flag.
+        template: its prompt around `QUESTION`, for `prompt_as_trained`.
+    """
+    file = Path(str(config.output_dir)) / RUN_FILE
     if config.process_index == 0 and not (config.resume_from_checkpoint and file.is_file()):
         for path in file.parent.iterdir():
             if path.name.startswith("monitor") and _is_leftover(path):
                 path.unlink()
-        replace(file, json.dumps(record, indent=1, default=str) + "\n")
+        replace(file, json.dumps(record | {TEMPLATE: template}, indent=1, default=str) + "\n")
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
@@ -102,7 +108,7 @@ def check_output(config: TrainingArguments, record: dict[str, Any]) -> Path | No
                 f"{checkpoint} is incomplete: {what} is missing, and without it a resumed run is another one. Resume "
                 f"from an earlier checkpoint."
             )
-    _check_same_run(checkpoint.parent / RECORD, record)
+    _check_same_run(checkpoint.parent / RUN_FILE, record)
     step = _last_step(checkpoint, config)
     if step is not None and (folder / "report.json").is_file():
         raise InputError(
@@ -116,7 +122,7 @@ def _is_leftover(path: Path) -> bool:
     """Whether a run that was refused before its first step left this behind."""
     if path.name == "monitor.jsonl":
         return path.read_text().count("\n") <= 1  # of step 0
-    return path.name in (LOCK, RECORD, "monitor_start.safetensors")
+    return path.name in (LOCK, RUN_FILE, "monitor_start.safetensors")
 
 
 def _same(kept: Any, asked: Any) -> bool:
@@ -131,6 +137,7 @@ def _check_same_run(file: Path, record: dict[str, Any]) -> None:
     if not file.is_file():  # written from 0.3 on
         return
     kept, asked = _read(file), json.loads(json.dumps(record, default=str))
+    kept.pop(TEMPLATE, None)
     differ = [name for name in {**kept, **asked} if not _same(kept.get(name), asked.get(name))]
     for name in differ:
         if name in FIXED:

@@ -280,11 +280,12 @@ def trained(run: SFTRun) -> dict[str, Any]:
     asked = run.record()
     with in_a_sentence(run.words, own_names()):
         trainer, task, held_out = make_trainer(run)
-    write_record(run.config, asked)
+    template = asker(run, task, trainer.tokenizer)(QUESTION)
+    write_record(run.config, asked, template)
     started = time.monotonic()
     parts = ("supervised", run.about.model_name, spelled(run.config.residual), task.name)
     record: dict[str, Any] = {"title": ", ".join(parts), "arguments": asked | run.record()}
-    record["prompt"] = asker(run, task, trainer.tokenizer)(QUESTION)
+    record["prompt"] = template
     train_and_save(trainer, run.config.resume_from_checkpoint, run.words)
     record |= {"stage": trainer.curriculum.stage, "last_stage": trainer.curriculum.last, "thoughts": trainer.forced}
     if held_out:

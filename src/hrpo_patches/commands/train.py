@@ -251,7 +251,8 @@ def trained(run: Run) -> dict[str, Any]:
     asked = run.record()
     with in_a_sentence(run.words, own_names()):
         trainer, chosen, held_out = make_trainer(run)
-    write_record(run.config, asked)
+    template = asker(run, chosen, trainer._tokenizer)(QUESTION)
+    write_record(run.config, asked, template)
     started = time.monotonic()
     source = (run.about.dataset or "").partition("?")[0]
     parts = (run.about.model_name, spelled(run.config.residual), chosen.name, source)
@@ -259,7 +260,7 @@ def trained(run: Run) -> dict[str, Any]:
         "title": ", ".join(dict.fromkeys(filter(None, parts))),
         "arguments": asked | run.record(),
     }
-    record["prompt"] = asker(run, chosen, trainer._tokenizer)(QUESTION)
+    record["prompt"] = template
     if held_out:
         record["before"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering before")
     train_and_save(trainer, run.config.resume_from_checkpoint, run.words)

@@ -21,6 +21,8 @@ Prompt = str | list[dict[str, str]]
 MARKER = "{marker}"  # where the answer marker goes in a task's texts
 PROMPTS = ("auto", "chat", "plain")
 QUESTION = "{question}"  # where the question goes in the prompt that a run's report keeps
+RUN_FILE = "run.json"  # what a run was asked for, written when training begins
+TEMPLATE = "asked"  # its key in that file; not one of the flags, which are the other keys
 MANY = 20_000  # problems whose counting takes seconds
 
 
@@ -104,14 +106,30 @@ def _with_variable(template: str, name: str, value: Any) -> str:
     return f"{{%- set {name} = {value!r} %}}\n{before.sub(lambda match: match[1], template)}"
 
 
+def recorded_prompt(folder: str) -> Any:
+    """The prompt, around `QUESTION`, in `report.json`, which a finished run has, or in `run.json`."""
+    places = [folder, str(Path(folder).parent)] if Path(folder).name.startswith("checkpoint-") else [folder]
+    for place in places:
+        for name, key in (("report.json", "prompt"), (RUN_FILE, TEMPLATE)):
+            file = Path(place) / name
+            try:
+                record = json.loads(file.read_text()) if file.is_file() else None
+            except ValueError:
+                continue
+            if isinstance(record, dict) and record.get(key):
+                return record[key]
+    return None
+
+
 def prompt_as_trained(folder: str, question: str) -> Prompt | None:
-    """A question in the prompt of a run, from its `report.json`; None if that file is missing or holds no prompt."""
-    file = Path(folder) / "report.json"
-    try:
-        report = json.loads(file.read_text()) if file.is_file() else None
-    except ValueError:
-        return None
-    template = report.get("prompt") if isinstance(report, dict) else None
+    """A question in the prompt that a model was asked in training; None if no record of it is found.
+
+    Args:
+        folder: of a run, also one that has not finished, of a checkpoint in it, or of a model merged from it; or a hub
+            id whose files are in the cache.
+        question: a text.
+    """
+    template = recorded_prompt(folder)
     if isinstance(template, str):
         return template.replace(QUESTION, question)
     if not isinstance(template, list) or not all(
