@@ -9,6 +9,7 @@ import errno
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack, redirect_stdout
 from difflib import get_close_matches
@@ -16,13 +17,14 @@ from importlib import import_module
 from typing import Any
 
 from safetensors import SafetensorError
-from tqdm import tqdm
 
 from hrpo_patches import __version__
 from hrpo_patches.commands.flags import Written, split_backend, with_config
 from hrpo_patches.models.backends import start_backend
 from hrpo_thinking.errors import InputError, NonFiniteError, PatchError, SaveError
 
+# What TRL, PEFT and transformers say of each other's names; whoever runs a command cannot do anything about it.
+OLD_NAMES = r"`(is_)?gradient_checkpointing(_\w+)?` is deprecated and will be removed in v6\."
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -101,18 +103,31 @@ def main(argv: Written | None = None) -> int:
 
 
 def said(entry: Callable[[Written], Any], argv: Written | None = None) -> int:
-    """Run `entry` for a person: what they can mend is one sentence and exit status 2, not a traceback."""
+    """Run `entry` for a person: what they can mend is one sentence and exit status 2, not a traceback.
+
+    Where stderr is a file or a pipe, no library redraws a bar in it.
+    """
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # which tqdm reads when it is imported
     try:
-        status = entry(sys.argv[1:] if argv is None else argv)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", OLD_NAMES, FutureWarning)
+            status = entry(sys.argv[1:] if argv is None else argv)
     except (InputError, NonFiniteError, PatchError, SaveError) as error:
-        tqdm.write(f"error: {error}", file=sys.stderr)  # which makes room beside a bar
+        _complain(str(error))
         return 2
     except Exception as error:
         if (why := no_room(error)) is None:
             raise
-        tqdm.write(f"error: {getattr(error, 'filename', None) or 'a file'} could not be written: {why}.", sys.stderr)
+        _complain(f"{getattr(error, 'filename', None) or 'a file'} could not be written: {why}.")
         return 2
     return status if isinstance(status, int) else 0
+
+
+def _complain(sentence: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"error: {sentence}", file=sys.stderr)  # which makes room beside a bar
 
 
 def no_room(error: Exception) -> str | None:
