@@ -37,7 +37,9 @@ def option(default: Any, text: str, **metadata: Any) -> Any:
 def published(kind: type, name: str, default: Any, *aliases: str) -> Any:
     """A field of the dataclass `kind` with another default, and the names that the published scripts have for it."""
     (one,) = [one for one in fields(kind) if one.name == name]
-    return field(default=default, metadata=dict(one.metadata) | ({"aliases": list(aliases)} if aliases else {}))
+    text = str(one.metadata["help"]).replace(" (default)", "")  # which is another one here
+    more = {"aliases": list(aliases)} if aliases else {}
+    return field(default=default, metadata=dict(one.metadata) | {"help": text} | more)
 
 
 def add_thinking_flags(parser: argparse.ArgumentParser, names: Iterable[str], **defaults: Any) -> None:
@@ -120,7 +122,15 @@ def parser_of(*kinds: Any, prog: str, description: str) -> TrlParser:
             raise InputError(f"{message}; see {prog} --help.")
 
     usage = f"{prog} [--flag value ...]"
-    return Parser(kinds, prog=prog, usage=usage, description=description, allow_abbrev=False)
+    return Parser(kinds, prog=prog, usage=usage, description=description, allow_abbrev=False, formatter_class=Defaults)
+
+
+class Defaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Help with the default of each flag that has one; that of a flag `--no_x` is said at `--x`."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        none = action.default in (None, []) or (action.nargs == 0 and action.default is False)
+        return action.help if none else super()._get_help_string(action)
 
 
 class _Plain(argparse.ArgumentParser):
