@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from difflib import get_close_matches
+from functools import cache
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -81,22 +82,42 @@ def alone(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def missing(name: str, no_hub_id: bool = False) -> str | None:
-    """What to say of a name that is a path of nothing, with the nearest one that is there; None if it is no path.
+def missing(name: str, hub: str | None = None, known: tuple[str, ...] = ()) -> str | None:
+    """What to say of a path that does not exist, with the nearest name that does; None if it exists.
 
     Args:
-        name: a path, or a hub id.
-        no_hub_id: whether the hub has no `owner/model` of that name: it is a path where there is a folder `owner`.
+        name: a path; also a hub id, where `hub` says of what.
+        hub: "model" or "dataset": a name that could be a hub id is a path only if there is a similar one, or its
+            folder, on this machine, and the hub does not have it.
+        known: names that stand for something without being a path.
     """
     path, local = Path(name), name.startswith((".", "/", "~")) or name.count("/") > 1
     try:
-        if path.expanduser().exists() or not (local or (no_hub_id and path.parent.is_dir() and "/" in name)):
+        if path.expanduser().exists():
             return None
-        beside = [one.name for one in path.parent.iterdir()] if path.parent.is_dir() else []
+        in_folder = path.parent.is_dir()
+        beside = [one.name for one in path.parent.iterdir() if hub != "model" or one.is_dir()] if in_folder else []
     except (OSError, RuntimeError):  # no such user, a name that is too long, a folder that may not be read
         return f"{name} does not exist, or cannot be read."
-    near = get_close_matches(path.name, beside, 1)
+    near = get_close_matches(path.name, [*beside, *(known if "/" not in name else ())], 1)
+    if hub is not None and not local and (not (near or (in_folder and "/" in name)) or on_hub(name, hub)):
+        return None
     return f"{name} does not exist{f'; did you mean {path.parent / near[0]}?' if near else '.'}"
+
+
+@cache
+def on_hub(name: str, kind: str) -> bool:
+    """Whether the hub, or its cache here, has a "model" or "dataset" of this name; asks once, without retries."""
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type=kind)).is_dir():
+        return True
+    try:
+        HfApi().repo_info(name, repo_type=kind, timeout=5)
+    except Exception:  # no connection, no such name: the errors are those of whichever HTTP library is used
+        return False
+    return True
 
 
 def listed(folder: Path) -> list[list[object]]:

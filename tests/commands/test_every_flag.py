@@ -1,16 +1,20 @@
 """A wrong value of any flag is a sentence that names it, and so is a mistyped name; a bug keeps its trace."""
 
+from pathlib import Path
+
 import pytest
 from every_flag import base_run, cases, tried
+from huggingface_hub import constants
 
 from hrpo_patches.commands.eval import parse as parse_eval
-from hrpo_patches.commands.flags import plain_parser
+from hrpo_patches.commands.flags import plain_parser, with_config
 from hrpo_patches.commands.main import main
 from hrpo_patches.commands.refusals import flags_in, in_a_sentence
 from hrpo_patches.commands.train_flags import own_names
 from hrpo_patches.files import missing
 from hrpo_patches.models.base import read_config
 from hrpo_patches.models.hub import adapter_folder
+from hrpo_patches.monitor.report import read_run
 from hrpo_patches.tasks.sources import rows_of
 from hrpo_thinking.errors import InputError
 
@@ -69,9 +73,10 @@ def test_a_mistyped_flag_gets_the_nearest_one(run, capsys):
     with pytest.raises(InputError, match="unknown flag --modle; did you mean --model"):
         parse_eval(["--modle", "x"])
     parser = plain_parser("hrpo x", "")
-    parser.add_argument("--prompt")
-    with pytest.raises(InputError, match="did you mean --prompt"):
-        parser.parse_args(["--promt", "x"])
+    parser.add_argument("--prompt", required=True)
+    for mistyped in (["--promt", "x"], ["--promt=x"], ["-prompt", "x"]):
+        with pytest.raises(InputError, match="did you mean --prompt"):
+            parser.parse_args(mistyped)
     assert main(["trian"]) == 2
     assert "did you mean 'train'?" in capsys.readouterr().err
 
@@ -80,17 +85,26 @@ def test_a_mistyped_path_gets_the_nearest_one_and_no_talk_of_connections(tmp_pat
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "sums").mkdir()
     (tmp_path / "runs" / "sums.jsonl").touch()
+    (tmp_path / "sums.jsonl").touch()
     (tmp_path / "Qwen" / "Qwen2.5-0.5B").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    assert missing("Qwen/Qwen2.5-1.5B") is None  # a hub id beside a folder of its owner's
-    assert "did you mean Qwen/Qwen2.5-0.5B" in missing("Qwen/Qwen2.5-1.5B", no_hub_id=True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert "did you mean Qwen/Qwen2.5-0.5B" in missing("Qwen/Qwen2.5-1.5B", "model")  # the hub cannot be asked
+    (tmp_path / "hub" / "models--Qwen--Qwen2.5-7B").mkdir(parents=True)
+    assert missing("Qwen/Qwen2.5-7B", "model") is None  # a hub id beside a folder of its owner's
+    assert missing("Owner/Name", "model") is None and missing("gpt2", "model") is None  # which only the hub can know
+    assert "did you mean sums.jsonl?" in missing("sum.jsonl") and missing("sum.jsonl", "model") is None
     assert "cannot be read" in missing("~nosuchuser/x") and "cannot be read" in missing("./" + "x" * 300)
     for read, name in (
         (read_config, "runs/sum"),
         (adapter_folder, "runs/sum"),
         (lambda name: list(rows_of(name, "train")), "runs/sms.jsonl"),
+        (lambda name: read_run(Path(name)), "runs/sum"),
+        (lambda name: with_config(["--config", name]), "runs/sum.jsonl"),
     ):
         with pytest.raises(InputError, match=r"does not exist; did you mean .*sums"):
             read(str(tmp_path / name))
     with pytest.raises(InputError, match=r"nowhere/model does not exist\.$"):
         read_config("./nowhere/model")
+    with pytest.raises(InputError, match="the model smolm2-135m does not exist; did you mean smollm2-135m"):
+        read_config("smolm2-135m")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import field, fields
 from difflib import get_close_matches
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from hrpo_patches.files import missing
 from hrpo_patches.models.backends import BACKENDS
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
@@ -63,6 +65,8 @@ def switch_of(text: str) -> bool:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The options in a YAML file, by the name of their flag; an `InputError` if it holds none."""
     try:
+        if absent := missing(str(path)):
+            raise InputError(f"--config {absent}")
         options = yaml.safe_load(path.read_text())
     except (OSError, yaml.YAMLError) as error:
         raise InputError(f"--config {path} cannot be read: {' '.join(str(error).split())}") from None
@@ -138,16 +142,28 @@ class _Plain(argparse.ArgumentParser):
         raise InputError(f"{message}; see {self.prog} --help.")
 
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
-        known, rest = self.parse_known_args(args, namespace)
+        try:
+            known, rest = self.parse_known_args(args, namespace)
+        except InputError:  # such as a required flag that is missing because it is mistyped
+            flags = self._option_string_actions
+            refuse_unknown(
+                self, [word for word in args or () if is_flag(word) and word.partition("=")[0] not in flags]
+            )
+            raise
         refuse_unknown(self, rest)
         return known
+
+
+def is_flag(word: str) -> bool:
+    """Whether a word of a command line looks like a flag, not like a value or a negative number."""
+    return re.match(r"--?[A-Za-z]\w*", word) is not None and " " not in word
 
 
 def refuse_unknown(parser: argparse.ArgumentParser, words: Written) -> None:
     """Raise `InputError` for the words of a command line that its parser does not know, with the nearest flag."""
     if not words:
         return
-    flag = next((word for word in words if word.startswith("--")), None)
+    flag = next(filter(is_flag, words), None)
     if flag is None:
         raise InputError(f"{words[0]!r} belongs to no flag; see {parser.prog} --help.")
     flag = flag.partition("=")[0]
@@ -158,8 +174,7 @@ def refuse_unknown(parser: argparse.ArgumentParser, words: Written) -> None:
 
 def plain_parser(prog: str, description: str) -> argparse.ArgumentParser:
     """The parser of a command with few flags, whose errors are `InputError`s; its help has every default."""
-    shape = argparse.ArgumentDefaultsHelpFormatter
-    return _Plain(prog=prog, description=description, formatter_class=shape, allow_abbrev=False)
+    return _Plain(prog=prog, description=description, formatter_class=Defaults, allow_abbrev=False)
 
 
 def read(parser: TrlParser, words: Written, **defaults: Any) -> tuple[Any, ...]:

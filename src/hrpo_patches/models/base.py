@@ -14,7 +14,7 @@ from hrpo_patches.files import missing
 from hrpo_patches.models.adapter import config_of, holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.models.backends import backend_named
 from hrpo_patches.models.hub import find_adapter
-from hrpo_patches.models.smollm2 import found
+from hrpo_patches.models.smollm2 import SMOLLM2, found
 from hrpo_thinking.config import FORCED, ThinkingConfig, check_same_kind
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
@@ -24,13 +24,11 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 def _config(source: Any) -> Any:
     place = found(source)
-    if absent := missing(str(place)):
+    if absent := missing(str(place), "model", (SMOLLM2,)):
         raise InputError(f"the model {absent}")
     try:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
-        if absent := missing(str(place), no_hub_id=True):
-            raise InputError(f"the model {absent}") from None
         raise InputError(f"the model {str(source)!r} could not be loaded: {str(error).splitlines()[0]}") from None
 
 

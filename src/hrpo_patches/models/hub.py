@@ -37,7 +37,7 @@ def run_folder(name: str) -> str:
 
 def find_adapter(name: str | Path) -> Path | None:
     """The folder of the adapter of that name: a folder, or a hub id, which is fetched; None if it is no adapter."""
-    config = find_file(name, CONFIG)
+    config = None if missing(str(name), "model") else find_file(name, CONFIG)
     if config is None or Path(name).exists():
         return config and config.parent
     return Path(snapshot_download(str(name), allow_patterns=_FILES))
@@ -45,9 +45,9 @@ def find_adapter(name: str | Path) -> Path | None:
 
 def adapter_folder(name: str | Path) -> Path:
     """As `find_adapter`; an `InputError` if it is missing."""
+    if absent := missing(str(name), "model"):
+        raise InputError(f"the adapter {absent}")
     folder = find_adapter(name)
     if folder is None:
-        if absent := missing(str(name), no_hub_id=True):
-            raise InputError(f"the adapter {absent}")
         raise InputError(f"{name} holds no adapter: {CONFIG} is missing, and it is no hub id that can be reached.")
     return folder

@@ -9,12 +9,12 @@ from statistics import median
 from typing import Any
 
 from hrpo_patches.extras import require
-from hrpo_patches.files import replace
+from hrpo_patches.files import missing, replace
 from hrpo_patches.monitor.log import LOG_FILE, Row, read_rows
 from hrpo_thinking.errors import InputError
 
 PANELS = {
-    "reward": ("Reward", "mean over completions; 1 is right"),
+    "reward": ("Reward", "mean reward over completions"),
     "marker_rate": ("Marker rate", "share of completions with the marker"),
     "loss": ("Loss", "of training"),
     "stage": ("Stage", "steps that are replaced by thoughts"),
@@ -81,6 +81,8 @@ def read_run(folder: Path, name: str | None = None) -> Run:
     Raises:
         InputError: the folder holds no log, or a damaged one.
     """
+    if absent := missing(str(folder)):
+        raise InputError(f"the run {absent}")
     log, report = folder / LOG_FILE, folder / "report.json"
     if not log.is_file() and not report.is_file():
         raise InputError(f"{folder} holds neither {LOG_FILE} nor report.json, so it is no run.")

@@ -41,8 +41,6 @@ def _hub_rows(source: str, split: str) -> Rows:
     try:
         data = load_dataset(identifier, config or None, split=split)
     except Exception as error:  # the hub, its cache and its readers have errors of their own
-        if absent := missing(identifier, no_hub_id=True):
-            raise InputError(f"the data set {absent}") from None
         raise InputError(
             f"the data set {source!r} could not be loaded ({' '.join(str(error).split())}); a path must end in "
             f".jsonl, or be a folder with train.jsonl and test.jsonl."
@@ -64,9 +62,9 @@ def rows_of(source: str, split: str) -> Rows:
     if path.is_dir():
         path = path / f"{split}.jsonl"
     if path.suffix not in (".jsonl", ".json") and not path.exists():
-        if absent := missing(source):
+        if absent := missing(source.partition("@")[0].partition(":")[0], "dataset"):
             raise InputError(f"the data set {absent}")
         return _hub_rows(source, split)
     if not path.is_file():
-        raise InputError(f"the data file {missing(str(path)) or f'{path} does not exist.'}")
+        raise InputError(f"the data file {missing(str(path)) or f'{path} is a folder.'}")
     return json_rows(path)
