@@ -73,6 +73,22 @@ def test_the_figure_has_title_axes_units_and_a_legend_that_names_each_run_once(t
     assert drawn == [4 if key in both else 2 for key in PANELS]
 
 
+def test_steps_are_whole_and_a_reward_is_called_an_accuracy_only_where_it_is_one(tmp_path, figures):
+    names = ["reward", "rewards/answer_is_right/mean"]
+    right = make_run(tmp_path / "right", keys=names, steps=3)
+    format_too = make_run(tmp_path / "format", keys=[*names, "rewards/answer_has_its_format/mean"], steps=3)
+    own = make_run(tmp_path / "own", keys=["reward", "rewards/reward/mean"], steps=3)
+    for folders, label in (
+        ([right], "mean over completions; 1 is right"),
+        ([format_too], "mean reward over completions"),
+        ([right, own], "mean reward over completions"),
+    ):
+        draw(read_runs(folders), tmp_path / "out.png")
+        axes = figures[-1].axes[0]
+        assert axes.get_title() == "Reward" and axes.get_ylabel() == label
+        assert all(tick == int(tick) for axes in figures[-1].axes for tick in axes.get_xticks())
+
+
 def test_a_figure_of_one_run_says_what_it_is_and_how_it_ended(tmp_path, figures):
     record = {"title": "a run", "before": SCORES, "after": SCORES | {"mean": 0.7}}
     draw([read_run(plain(tmp_path / "run", record=record))], tmp_path / "one.png")

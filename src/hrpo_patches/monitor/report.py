@@ -27,6 +27,7 @@ PANELS = {
     "projection/drift": ("Drift of the projection", "‖W − W₀‖ / ‖W₀‖, W₀ at the start"),
     "cosine/embedding": ("Projected against embedding residual", "mean cosine, same decoding step"),
 }
+ACCURACY = "rewards/answer_is_right/mean"  # logged by runs whose reward is 1 for a right answer
 _FLAT = 1e-3  # a smaller change is drawn as a flat line
 _RAW = 0.3  # opacity of single steps
 
@@ -117,6 +118,7 @@ def draw(runs: list[Run], path: Path) -> Path:
     """Draw reward, marker rate, length, a, drift and the like of the runs over their steps into a PNG at `path`."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
+    from matplotlib.ticker import MaxNLocator
 
     chosen = {key: text for key, text in PANELS.items() if any(run.series(key)[1] for run in runs)} or PANELS
     rows = -(-len(chosen) // 4)
@@ -125,7 +127,10 @@ def draw(runs: list[Run], path: Path) -> Path:
     for spare in panels[len(chosen) :]:
         spare.remove()
     for axes, (key, (title, label)) in zip(panels, chosen.items(), strict=False):
+        if key == "reward" and all(map(_rewards_accuracy, runs)):
+            label = "mean over completions; 1 is right"
         axes.set(title=title, xlabel="optimizer step", ylabel=label)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         drawn = [values for i, run in enumerate(runs) if (values := _draw_one(axes, run, key, f"C{i}"))]
         if not drawn:
             axes.text(0.5, 0.5, "nothing logged", ha="center", va="center", transform=axes.transAxes)
@@ -154,6 +159,12 @@ def _draw_one(axes: Any, run: Run, key: str, color: str) -> list[float]:
         axes.plot(steps, values, color=color, alpha=_RAW, marker=dot)
         axes.plot(steps, means, color=color, linewidth=2)
     return values
+
+
+def _rewards_accuracy(run: Run) -> bool:
+    """Whether a run's reward is the share of right answers: it has no other reward, such as that of the marker."""
+    names = {name for row in run.rows for name in row if name.startswith("rewards/") and name.endswith("/mean")}
+    return names == {ACCURACY}
 
 
 def _headline(runs: list[Run]) -> str:
