@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import pytest
 from tiny import tiny_config
 
 from hrpo_patches.commands import main as cli
@@ -65,3 +67,29 @@ def test_info_is_a_command_and_its_errors_are_sentences(tmp_path, capsys):
     assert "error: projection_hidden is the width between two layers" in capsys.readouterr().err
     assert cli.main(["info", str(tmp_path / "nowhere")]) == 2
     assert "does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [name for name in cli.COMMANDS if name != "lm_eval"])  # whose help is its own
+def test_the_help_of_a_command_has_the_defaults_that_there_are(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([command, "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert stop.value.code == 0 and f"usage: hrpo {command}" in shown
+    assert "default: None" not in shown and "default: []" not in shown and "`0.0` (default)" not in shown
+    assert command != "train" or ("(default: 0.005)" in shown and "--no_monitor" in shown)
+    assert command != "think" or "where the completion is cut (default: 64)" in shown
+
+
+def test_a_command_hides_what_libraries_say_of_each_others_names_and_nothing_else():
+    old = "`gradient_checkpointing` is deprecated and will be removed in v6. Use `activation_checkpointing` instead."
+
+    def entry(argv):
+        warnings.warn(old, FutureWarning, stacklevel=1)
+        warnings.warn(f"`is_{old[1:]}", FutureWarning, stacklevel=1)
+        warnings.warn("`loss` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
+
+    with pytest.warns(FutureWarning) as shown:
+        assert cli.said(entry, []) == 0
+    assert [str(warning.message)[:6] for warning in shown] == ["`loss`"]
+    with pytest.warns(FutureWarning, match="gradient_checkpointing"):  # a program that is no command sees it
+        warnings.warn(old, FutureWarning, stacklevel=1)
