@@ -81,7 +81,7 @@ def files_of(folder: Path, repo_id: str, base: str | None = None) -> Files:
 def _kind_of(folder: Path) -> Literal["adapter", "model"]:
     """What a folder holds; an `InputError` where it is nothing whole."""
     if not folder.is_dir():
-        raise InputError(missing(str(folder), no_hub_id=True) or f"{folder} is not a folder.")
+        raise InputError(missing(str(folder)) or f"{folder} is not a folder.")
     try:
         if (folder / CONFIG).is_file() and (folder / ADAPTER[0]).is_file():
             record, keys = read_thinking(folder), _keys(folder / ADAPTER[0])
