@@ -67,6 +67,13 @@ TABLE = (
     ),
     Row(
         _TRAINER,
+        ("_push_from_checkpoint(self, checkpoint_folder)",),
+        "override",
+        "what is pushed during training is what hrpo push pushes: no pickles, no paths",
+        "Trainer pushes a list of files that the trainer names",
+    ),
+    Row(
+        _TRAINER,
         ("is_fsdp_enabled",),
         "replace",
         "under FSDP2 the optimizer's state is saved and loaded as that of one process",
@@ -624,6 +631,13 @@ TABLE = (
         "hf passes options to generate",
     ),
     # --- Python ----------------------------------------------------------------------------------------------------
+    Row(
+        "argparse:ArgumentDefaultsHelpFormatter",
+        ("_get_help_string(self, action)",),
+        "override",
+        "help says the default of a flag that has one, and nothing of one that has none",
+        "argparse leaves out defaults of None",
+    ),
     Row(
         "argparse:_ActionsContainer",
         ("_actions", "_action_groups", "_option_string_actions"),

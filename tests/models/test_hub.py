@@ -100,7 +100,7 @@ def test_what_is_pushed_is_loaded_as_it_was_saved_and_thinks(pushed):
     messages = hub.repositories["someone/run"].messages
     assert messages == ["initial commit", "Training in progress, step 2", "End of training"]
     assert "pushing to someone/run failed: Server error '503" in said and "Training continues" in said
-    assert "Asked with the instruction of the run's report.json" in said
+    assert "Asked as in training, with the instruction of the run" in said
     assert f"pushed: {hub.url}/someone/merged\n" in said and "hrpo think someone/merged" in said
     assert 'load_adapter("someone/base", "merged")' in said and "--revision adapter --local-dir merged" in said
 
