@@ -11,7 +11,7 @@ from importlib import import_module
 from hrpo_patches.patching import overlay
 
 TYPE_CHECKING = False  # as typing's, without the cost of importing typing
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 _HOMES = {
     "HRPOConfig": "hrpo_patches.training.config",

@@ -82,7 +82,7 @@ class ThinkingArguments(_Arguments):
         metadata={"help": "Terms after which bptt=exact warns that its series does not converge."},
     )
     replay_passes: str | None = field(
-        default=None, metadata={"help": "Deprecated: k passes are bptt=k-1, all is exact."}
+        default=None, metadata={"help": "Deprecated, removed in 0.4: k passes are bptt=k-1, all is exact."}
     )
     lr_residual_gate: float = _rate("gate", "the two gates")
     lr_residual_Lambda: float = _rate("Lambda", "Lambda")
@@ -131,7 +131,8 @@ class ThinkingArguments(_Arguments):
             depth = "exact" if passes == "all" else str(int(passes) - 1)
             if self.bptt is not None and depth_of(self.bptt) != depth_of(depth):
                 raise InputError(f"bptt={self.bptt} and replay_passes={passes} differ; remove replay_passes.")
-            warnings.warn(f"replay_passes={passes} is deprecated; use bptt={depth}.", FutureWarning, stacklevel=4)
+            text = f"replay_passes={passes} is deprecated and will be removed in 0.4; use bptt={depth}."
+            warnings.warn(text, FutureWarning, stacklevel=4)
             self.bptt, self.replay_passes = depth, None
         if self.bptt is not None:
             self.bptt = depth_of(self.bptt)  # type: ignore[assignment]
