@@ -19,6 +19,8 @@ from hrpo_patches.models.smollm2 import smollm2_folder
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+NOTEBOOK = ROOT / "notebooks" / "hrpo.ipynb"
+LINKED = [*PAGES, ROOT / "README.zh-CN.md", ROOT / "CHANGELOG.md", NOTEBOOK]
 OTHERS = {"pip", "git", "hf", "cd", "curl", "vllm", "for", "pre-commit"}  # commands that are not ours
 
 
@@ -74,6 +76,32 @@ def test_a_command_exists_with_its_flags(page, words):
     if rest[:1] != ["serve"]:  # the rest of its flags are vLLM's
         missing = [flag for flag in flags if not re.search(rf"{re.escape(flag)}\b", known)]
         assert known and not missing, missing
+
+
+def prose_of(page):
+    """A page without its blocks of code; of a notebook, the cells of text."""
+    text = page.read_text()
+    if page.suffix == ".ipynb":
+        cells = json.loads(text)["cells"]
+        text = "\n\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown")
+    return re.sub(r"^```.*?^```", "", text, flags=re.M | re.S)
+
+
+def anchors_of(page):
+    """The names that a page's headings have in a link."""
+    titles = re.findall(r"^#+ (.*)$", prose_of(page), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", LINKED, ids=lambda page: page.name)
+def test_a_local_link_leads_to_a_file_and_a_heading_of_it(page):
+    links = [link for link in re.findall(r"\]\(([^)\s]+)\)", prose_of(page)) if "://" not in link]
+    assert links or page.parent.name == "docs"
+    for link in links:
+        name, _, anchor = link.partition("#")
+        target = page.parent / name if name else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors_of(target), link
 
 
 @pytest.mark.smollm2
