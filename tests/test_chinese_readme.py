@@ -38,7 +38,6 @@ def test_both_have_the_same(part):
     assert part(ENGLISH)
 
 
-def test_every_number_of_one_is_in_the_other_where_it_is_no_word():
-    words = {"12"}  # of "eight to twelve minutes"
-    assert numbers(CHINESE) - words == numbers(ENGLISH) and len(numbers(ENGLISH)) > 20
+def test_every_number_of_one_is_in_the_other():
+    assert numbers(CHINESE) == numbers(ENGLISH) and len(numbers(ENGLISH)) > 20
     assert CHINESE.count("\n## ") == ENGLISH.count("\n## ")
