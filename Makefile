@@ -38,7 +38,10 @@ GPU_RESULTS ?= benchmarks/results/gpu-$(shell date +%F)
 GPU_PYTHON ?= 3.12
 DRY_RUN := .gpu-dry-run
 
-.PHONY: train docs test test-oldest test-other-machines test-unsloth test-vllm test-gpu test-gpu-dry-run gpu-pack bench lint patch-matrix install chromium wheel clean
+# Where a release is built and tried.
+RELEASE := build/release
+
+.PHONY: train docs test release-check test-oldest test-other-machines test-unsloth test-vllm test-gpu test-gpu-dry-run gpu-pack bench lint patch-matrix install chromium wheel clean
 
 train: install
 	$(BIN)/python scripts/hrpo_gsm8k.py --config configs/quickstart.yaml
@@ -152,6 +155,19 @@ patch-matrix: install
 
 wheel: install
 	$(BIN)/python -m build --no-isolation --wheel
+
+# What a release must pass: sdist and wheel of a clean clone, and the tutorial's first page with the wheel alone, in an empty
+# environment and outside of any checkout.
+release-check: install
+	rm -rf $(RELEASE)
+	git clone --quiet . $(RELEASE)
+	cd $(RELEASE) && $(abspath $(BIN))/python -m build --no-isolation
+	$(BIN)/twine check --strict $(RELEASE)/dist/*
+	$(PYTHON) -m venv $(RELEASE)/venv
+	$(RELEASE)/venv/bin/pip install --quiet torch==2.13.0
+	$(RELEASE)/venv/bin/pip install --quiet $(RELEASE)/dist/*.whl -c constraints/newest.txt
+	folder=$$(mktemp -d) && cd $$folder && $(abspath $(RELEASE))/venv/bin/hrpo status \
+		&& $(abspath $(RELEASE))/venv/bin/python $(abspath $(RELEASE))/tests/tutorial.py && rm -r $$folder
 
 clean:
 	rm -rf $(VENV) $(OLDEST_VENV) $(UNSLOTH_VENV) $(VLLM_VENV) dist build .mypy_cache .ruff_cache .pytest_cache
