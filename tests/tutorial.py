@@ -1,6 +1,6 @@
-"""Runs the blocks of docs/tutorial.md in a folder, on a tiny model in the place of SmolLM2, with this Python's hrpo_patches.
+"""Runs the blocks of docs/tutorial.md in a folder, with this Python's packages and a tiny model in the place of SmolLM2.
 
-`make release-check` runs it as a script with the Python that the wheel is installed in: up to the first training block.
+`make release-check` runs it as a script, up to the first training block, with the Python that has the wheel.
 """
 
 import os
