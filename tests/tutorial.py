@@ -1,4 +1,4 @@
-"""Runs the blocks of docs/tutorial.md in a folder, with this Python's packages and a tiny model in the place of SmolLM2.
+"""Runs the blocks of docs/tutorial.md in a folder, with this Python and a tiny model in the place of SmolLM2.
 
 `make release-check` runs it as a script, up to the first training block, with the Python that has the wheel.
 """
