@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from hrpo_patches import __version__
 from hrpo_patches.commands.main import main as cli
 from hrpo_patches.models.smollm2 import smollm2_folder
 
@@ -102,6 +103,11 @@ def test_a_local_link_leads_to_a_file_and_a_heading_of_it(page):
         target = page.parent / name if name else page
         assert target.exists(), link
         assert not anchor or anchor in anchors_of(target), link
+
+
+def test_the_version_is_the_same_wherever_it_stands():
+    assert re.search(r"^## (\S+)", LINKED[-2].read_text(), re.M)[1] == __version__
+    assert f"hrpo_patches-{__version__}-py3" in NOTEBOOK.read_text()
 
 
 @pytest.mark.smollm2
