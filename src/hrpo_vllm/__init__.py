@@ -12,7 +12,7 @@ from packaging.version import Version
 
 from hrpo_thinking.config import NEEDS_US
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.families import FAMILIES
+from hrpo_thinking.families import FAMILIES, check_vllm
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +77,11 @@ def engine_options(config: Any, thinking: dict[str, Any] | None = None) -> dict[
     Args:
         config: the model's; its `architectures`, and its `thinking` unless that is given.
         thinking: the record (`hrpo_thinking.config.record_of`) of the weights that the engine holds or will be sent.
+
+    Raises:
+        InputError: thinking is not supported in vLLM for the model's family.
     """
+    check_vllm(config.model_type)
     record = thinking if thinking is not None else config.thinking
     return {"hf_overrides": {"architectures": [architecture(config.architectures[0])], "thinking": record}}
 
@@ -131,8 +135,8 @@ def register() -> None:
     from hrpo_vllm import engine
 
     for kind, family in FAMILIES.items():
-        name = architecture(f"{family}ForCausalLM")
-        if name not in MODELS_CONFIG_MAP:
+        AutoConfig.register(kind + NEEDS_US, engine.CONFIGS[kind], exist_ok=True)  # refuses where vLLM cannot think
+        name = architecture(family.causal_lm)
+        if family.vllm is not None and name not in MODELS_CONFIG_MAP:
             ModelRegistry.register_model(name, f"hrpo_vllm.models:{name}")
             MODELS_CONFIG_MAP[name] = engine.ThinkingEngine
-            AutoConfig.register(kind + NEEDS_US, getattr(engine, f"{PREFIX}{family}Config"))

@@ -6,12 +6,25 @@ from collections.abc import Callable
 from functools import wraps
 from typing import Any, cast
 
-from transformers import AutoTokenizer, LlamaConfig, Qwen2Config, Qwen3Config
+import transformers
+from transformers import AutoTokenizer
 
 from hrpo_thinking.config import NEEDS_US, ThinkingConfig, record_of, scaled_to_embeddings
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import FAMILIES, check_vllm
 from hrpo_thinking.request import FORCED_ALONE, check_residual, check_room
-from hrpo_vllm import CANNOT, KEY, NO_FILLER, THINKING, THOUGHTS, architecture, cannot, check_version, is_thinking
+from hrpo_vllm import (
+    CANNOT,
+    KEY,
+    NO_FILLER,
+    PREFIX,
+    THINKING,
+    THOUGHTS,
+    architecture,
+    cannot,
+    check_version,
+    is_thinking,
+)
 
 CPU_WORKER, GPU_WORKER = "hrpo_vllm.cpu_workers.ThinkingCPUWorker", "hrpo_vllm.workers.ThinkingGPUWorker"
 
@@ -23,23 +36,20 @@ class ThinkingFamily:
     """
 
     architectures: Any
+    model_type: str
 
     def __post_init__(self, **kwargs: Any) -> None:
+        check_vllm(self.model_type.removesuffix(NEEDS_US))
         super().__post_init__(**kwargs)  # type: ignore[misc]  # a config's
         if self.architectures:
             self.architectures = [architecture(name) for name in self.architectures]
 
 
-class ThinkingLlamaConfig(ThinkingFamily, LlamaConfig):
-    model_type = LlamaConfig.model_type + NEEDS_US
-
-
-class ThinkingQwen2Config(ThinkingFamily, Qwen2Config):
-    model_type = Qwen2Config.model_type + NEEDS_US
-
-
-class ThinkingQwen3Config(ThinkingFamily, Qwen3Config):
-    model_type = Qwen3Config.model_type + NEEDS_US
+CONFIGS: dict[str, type[Any]] = {}  # by model type
+for _kind, _family in FAMILIES.items():
+    _parents = (ThinkingFamily, getattr(transformers, _family.config))
+    _own = {"model_type": _kind + NEEDS_US, "__module__": __name__}
+    CONFIGS[_kind] = globals()[PREFIX + _family.config] = type(PREFIX + _family.config, _parents, _own)
 
 
 class ThinkingEngine:

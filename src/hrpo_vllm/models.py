@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from vllm.model_executor.models.llama import LlamaForCausalLM
-from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
-from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from hrpo_thinking.blend import Blend
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import FAMILIES
 from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import thinking_table
 from hrpo_thinking.modules import thinking_modules
 from hrpo_thinking.parts import MODULES, is_thinking_parameter
+from hrpo_vllm import architecture
 from hrpo_vllm.engine import tokenizer_of
 from hrpo_vllm.requests import EngineThoughts
 
@@ -116,10 +116,12 @@ class ThinkingModel:
         return model_state_class()
 
 
-class ThinkingLlamaForCausalLM(ThinkingModel, LlamaForCausalLM): ...
-
-
-class ThinkingQwen2ForCausalLM(ThinkingModel, Qwen2ForCausalLM): ...
-
-
-class ThinkingQwen3ForCausalLM(ThinkingModel, Qwen3ForCausalLM): ...
+def __getattr__(name: str) -> Any:
+    """A family's class ("ThinkingLlamaForCausalLM"), made when vLLM asks: no other family's module is imported."""
+    for family in FAMILIES.values():
+        if family.vllm is not None and name == architecture(family.causal_lm):
+            module, stock = family.vllm
+            base = getattr(import_module(f"vllm.model_executor.models.{module}"), stock)
+            made = globals()[name] = type(name, (ThinkingModel, base), {"__module__": __name__})
+            return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -45,7 +45,7 @@ def main(argv: Written) -> None:
     check_version()
     check_flags(words)
     with Console(stderr=True).status("merging"):
-        model = merged_for(given.model, given.base, "vLLM")
+        model = merged_for(given.model, given.base)
     print(f"serving {model}", flush=True)
     if not any(word.partition("=")[0] == _NAME for word in words):
         words = [_NAME, given.model, *words]

@@ -18,6 +18,7 @@ from hrpo_patches.models.backends import backend_of
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_patches.thinking.controls import SEVERAL
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import check_vllm
 from hrpo_thinking.request import FORCED_ALONE, check_residual
 from hrpo_vllm import check_version
 
@@ -71,6 +72,8 @@ def _check_vllm(model: Any, needs: Needs) -> None:
     """Raise `InputError` where vLLM would not start, or could not do what is needed."""
     check_version()
     _check_packed(model, needs, "vLLM")
+    if needs.residual is not None:
+        check_vllm(causal_lm(model).config.model_type)
     if needs.control != "live":
         raise InputError("controls stand between a thought and its blend, which vLLM makes by itself.")
     device = needs.device if needs.device is not None else model.device

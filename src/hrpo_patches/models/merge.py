@@ -23,6 +23,7 @@ from hrpo_patches.models.record import read_thinking, write_thinking
 from hrpo_patches.models.smollm2 import cache_folder
 from hrpo_thinking.config import ThinkingConfig, record_of
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import check_vllm
 from hrpo_thinking.modules import make_projection
 from hrpo_thinking.parts import MODULES, PROJECTION, parts_of
 from hrpo_thinking.request import check_residual
@@ -61,8 +62,8 @@ def merge(adapter: str | Path, destination: Path, base: str | None = None) -> Pa
     return destination
 
 
-def merged_for(name: str, base: str | None, engine: str) -> str:
-    """The folder, or the hub id, of a full model that thinks.
+def merged_for(name: str, base: str | None) -> str:
+    """The folder, or the hub id, of a full model that thinks, for vLLM.
 
     An adapter is merged into a folder of the cache (`cache_folder`), where the next call finds it again, as long as
     no file of the adapter or of a base in a folder has changed.
@@ -70,10 +71,9 @@ def merged_for(name: str, base: str | None, engine: str) -> str:
     Args:
         name: a folder or hub id, of an adapter or of a model that was merged or trained whole.
         base: the adapter's base model, by default the one that it names.
-        engine: that the model is for; it stands in what is refused.
 
     Raises:
-        InputError: the model is missing, it does not think, or the engine cannot make its residual.
+        InputError: the model is missing, it does not think, or vLLM does not support its residual or its family.
     """
     adapter = find_adapter(name)
     if adapter is None:
@@ -82,14 +82,16 @@ def merged_for(name: str, base: str | None, engine: str) -> str:
         config = read_config(name)
         held, thinking = config.thinking if isinstance(config.thinking, dict) else {}, ThinkingConfig.of(config)
         if thinking is None or not held.get("in_checkpoint"):
-            raise InputError(f"{name} was not trained to think; {engine} serves it without us.")
-        check_residual(thinking.residual, engine)
+            raise InputError(f"{name} was not trained to think; vLLM serves it without us.")
+        check_residual(thinking.residual, "vLLM")
+        check_vllm(config.model_type)
         return name
     record = read_thinking(adapter)
     if record is None:
         raise InputError(f"the adapter {name} does not say how it thinks; convert it, or train it to think.")
-    check_residual(record["residual"], engine)
+    check_residual(record["residual"], "vLLM")
     source = str(base_of(adapter, base))
+    check_vllm(read_config(source).model_type)
     known = [listed(adapter), source, listed(Path(source)) if Path(source).is_dir() else []]
     digest = hashlib.sha256(json.dumps(known).encode()).hexdigest()[:12]
     folder = cache_folder() / "served" / f"{adapter.resolve().name}-{digest}"

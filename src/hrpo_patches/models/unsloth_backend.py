@@ -11,20 +11,15 @@ from torch import nn
 from transformers import AutoConfig
 
 from hrpo_patches.models.backends import Backend
-from hrpo_patches.thinking.backbone import causal_lm
+from hrpo_patches.thinking.backbone import causal_lm, runs_unsloth
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.families import FAMILIES
+from hrpo_thinking.families import FAMILIES, check_unsloth
 from hrpo_thinking.parts import is_thinking_parameter
 
 
 def is_unsloth(model: nn.Module) -> bool:
     """Whether `model` (a causal language model, or PEFT around one) runs unsloth's forward."""
-    return is_unsloth_class(type(causal_lm(model)))
-
-
-def is_unsloth_class(kind: type) -> bool:
-    """Whether unsloth has put its forward into this model class."""
-    return kind.forward.__module__.startswith("unsloth.")  # type: ignore[attr-defined]
+    return runs_unsloth(type(causal_lm(model)))
 
 
 def refuse_stranger(model: Any) -> None:
@@ -33,7 +28,7 @@ def refuse_stranger(model: Any) -> None:
     Loading one model through unsloth changes the classes of transformers for the whole process.
     """
     if isinstance(model, str):
-        stranger = any(is_unsloth_class(getattr(transformers, f"{name}ForCausalLM")) for name in FAMILIES.values())
+        stranger = any(runs_unsloth(getattr(transformers, family.causal_lm)) for family in FAMILIES.values())
     else:
         stranger = is_unsloth(model) and not hasattr(model, "max_seq_length")
     if stranger:
@@ -56,11 +51,14 @@ class UnslothBackend(Backend):
         """unsloth builds a model for the longest sequence.
 
         Raises:
-            InputError: that is more than the model has positions for.
+            InputError: that is more than the model has positions for, or its family does not think in unsloth.
         """
         from unsloth import FastLanguageModel
 
-        positions = getattr(AutoConfig.from_pretrained(source), "max_position_embeddings", max_seq_length)
+        config = AutoConfig.from_pretrained(source)
+        if options.get("thinking"):
+            check_unsloth(config.model_type)
+        positions = getattr(config, "max_position_embeddings", max_seq_length)
         if max_seq_length > positions:  # unsloth would scale its RoPE, and train another model
             raise InputError(
                 f"prompt and completion may take {max_seq_length} tokens, and the model has {positions} positions; "

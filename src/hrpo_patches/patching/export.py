@@ -37,11 +37,11 @@ def family_diffs() -> dict[str, str]:
     diffs = {}
     for kind, name in _KINDS.items():
         template = (patches_root() / f"family-{kind}.template").read_text(encoding="utf-8")
-        for family, classes in FAMILIES.items():
-            text = template.replace("{Family}", classes).replace("{family}", family)
+        for model_type, family in FAMILIES.items():
+            text = template.replace("{Family}", family.name).replace("{family}", model_type)
             source = f"Generated: from patches/family-{kind}.template by `hrpo refresh`; edit the template.\n"
             text = text.replace("\n\n---", f"\n{source}\n---", 1)
-            diffs[name.replace("{family}", family)] = text
+            diffs[name.replace("{family}", model_type)] = text
     return diffs
 
 

@@ -13,7 +13,7 @@ from torch.nn.functional import embedding
 
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
-from hrpo_thinking.families import NAMES
+from hrpo_thinking.families import NAMES, check_unsloth
 from hrpo_thinking.modules import ThinkingModule
 from hrpo_thinking.parts import parts_of
 
@@ -41,16 +41,23 @@ def causal_lm(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def runs_unsloth(kind: type) -> bool:
+    """Whether unsloth has put its forward into this class of causal language models."""
+    return kind.forward.__module__.startswith("unsloth.")  # type: ignore[attr-defined]
+
+
 def patched_backbone(model: Any) -> ThinkingMixin:
     """The part of `model` that holds the thinking modules, or could.
 
     Raises:
-        InputError: its family has no patches.
+        InputError: its family has no patches, or none for unsloth, whose forward the model runs.
     """
     base = causal_lm(model)
     backbone = getattr(base, "base_model", base)
     if not hasattr(backbone, "blend_thinking"):
         raise InputError(f"{type(base).__name__} cannot think: hrpo_patches has patches for {NAMES} only.")
+    if runs_unsloth(type(base)):
+        check_unsloth(base.config.model_type)
     return backbone
 
 
