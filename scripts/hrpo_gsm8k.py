@@ -1,4 +1,4 @@
-"""Train a Llama, Qwen2 or Qwen3 model on GSM8K, or data of its shape, with hybrid latent reasoning; see --help."""
+"""Train a model on GSM8K, or data of its shape, with hybrid latent reasoning; see --help."""
 
 import sys
 from functools import partial

@@ -1,4 +1,4 @@
-"""Train a Llama, Qwen2 or Qwen3 model on MATH with hybrid latent reasoning; see --help."""
+"""Train a model on MATH with hybrid latent reasoning; see --help."""
 
 import sys
 from functools import partial

@@ -1,4 +1,4 @@
-"""Train a Llama, Qwen2 or Qwen3 model on NQ and HotpotQA, with documents, with hybrid latent reasoning; see --help."""
+"""Train a model on NQ and HotpotQA, with documents, with hybrid latent reasoning; see --help."""
 
 import sys
 from functools import partial

@@ -52,7 +52,7 @@ def test_the_packaged_model_without_its_package_is_one_sentence(tmp_path, monkey
 @pytest.mark.smollm2
 def test_a_server_of_the_packaged_model_is_told_that_it_was_not_trained_to_think(smollm2):
     with pytest.raises(InputError, match="smollm2-135m was not trained to think"):
-        merged_for("smollm2-135m", None, "vLLM")
+        merged_for("smollm2-135m", None)
 
 
 @pytest.mark.smollm2

@@ -8,7 +8,9 @@ from tiny import tiny_model
 from torch import nn
 
 from hrpo_patches.models.unsloth_forward import is_thinking_module, take_thinking
+from hrpo_patches.thinking.backbone import patched_backbone
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import FAMILIES, Family, check_unsloth
 from hrpo_thinking.inputs import Bptt, ThinkingInputs
 
 INPUTS = ThinkingInputs(torch.zeros(1, 2, 32), torch.ones(1, 2, dtype=torch.bool), "projection")
@@ -36,6 +38,24 @@ def test_another_family_and_an_input_that_would_be_cut_are_refused():
     for deep in (replace(INPUTS, bptt=Bptt("exact")), replace(INPUTS, states=None)):
         with pytest.raises(InputError, match="unsloth's backward overwrites"):
             take_thinking(backbone, {"thinking_inputs": deep}, 3)
+
+
+def test_a_family_whose_forward_in_unsloth_has_no_diffs_is_refused_there_alone(monkeypatch):
+    model = tiny_model("llama")
+    monkeypatch.setitem(FAMILIES, "llama", Family("Llama"))
+    assert patched_backbone(model) is model.model
+    with pytest.raises(InputError, match="thinking Llama models are not supported in unsloth, only Qwen2 or Qwen3"):
+        check_unsloth("llama")
+
+    class Fast(type(model)):
+        def forward(self, *args, **kwargs): ...
+
+    Fast.forward.__module__ = "unsloth.models.llama"
+    model.__class__ = Fast
+    with pytest.raises(InputError, match="not supported in unsloth"):
+        patched_backbone(model)
+    monkeypatch.undo()
+    assert patched_backbone(model) is model.model
 
 
 @pytest.mark.parametrize(
