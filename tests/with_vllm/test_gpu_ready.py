@@ -18,6 +18,9 @@ import torch
 names = ("Stream", "Event", "current_stream", "stream")
 before = [getattr(torch.cuda, name) for name in names] + [torch.Tensor.pin_memory, torch.accelerator.empty_cache]
 import hrpo_vllm.engine, hrpo_vllm.models, hrpo_vllm.workers
+from hrpo_thinking.families import FAMILIES
+made = [getattr(hrpo_vllm.models, "Thinking" + one.causal_lm) for one in FAMILIES.values() if one.vllm]
+assert made[0] is hrpo_vllm.models.ThinkingLlamaForCausalLM
 after = [getattr(torch.cuda, name) for name in names] + [torch.Tensor.pin_memory, torch.accelerator.empty_cache]
 assert all(one is other for one, other in zip(before, after)), (before, after)
 """
