@@ -10,6 +10,7 @@ if sys.argv[2] == "patched":
 
 import torch
 from peft import LoraConfig, get_peft_model
+from tiny import FAMILIES
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
@@ -20,7 +21,6 @@ from transformers import (
     LlamaConfig,
     LlavaConfig,
     Qwen2Config,
-    Qwen3Config,
 )
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -37,9 +37,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "n
 CLIP = CLIPVisionConfig(**VISION, image_size=16, patch_size=8)
 INTERN = InternVLVisionConfig(**VISION, image_size=[16, 16], patch_size=[8, 8])
 CONFIGS = {
-    "llama": LlamaConfig(**SMALL),
-    "qwen2": Qwen2Config(**SMALL),
-    "qwen3": Qwen3Config(**SMALL),
+    **{kind: config(**SMALL) for kind, (config, _) in FAMILIES.items()},
     "llava": LlavaConfig(text_config=LlamaConfig(**SMALL), vision_config=CLIP, image_token_index=99),
     "internvl": InternVLConfig(text_config=Qwen2Config(**SMALL), vision_config=INTERN, image_token_id=99),
 }

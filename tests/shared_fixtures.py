@@ -12,8 +12,13 @@ def tokenizer():
     return byte_tokenizer()
 
 
-@pytest.fixture(params=list(FAMILIES))
+# For tests that a family's diffs decide: what stock computes, rollout = replay = gradient, and files.
+every_family = pytest.mark.parametrize("family", list(FAMILIES))
+
+
+@pytest.fixture(params=["llama", "qwen2", "qwen3"])
 def family(request):
+    """Without biases, with biases, with norms of queries and keys."""
     return request.param
 
 

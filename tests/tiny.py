@@ -1,24 +1,18 @@
 """Tiny random models and a byte-level tokenizer; nothing here needs a network."""
 
 import torch
+import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import (
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-)
+from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from hrpo_thinking import families
 
 HASHES = ["##", "###", "####", "#####", "Ġ####", "#7", "#72", "a#", "#b", "a####b"]
 END, PAD = "<end>", "<pad>"
-FAMILIES = {
-    "llama": (LlamaConfig, LlamaForCausalLM),
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+FAMILIES = {  # config and model class, by model type; importing the table patches nothing
+    kind: (getattr(transformers, family.config), getattr(transformers, family.causal_lm))
+    for kind, family in families.FAMILIES.items()
 }
 
 

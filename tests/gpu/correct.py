@@ -18,7 +18,7 @@ import torch
 from rollouts import bias, ragged, replayed_logps, sample, sampled_logps
 from runs import assert_all_thinking_parts_moved, small_trainer
 from safetensors.torch import load_file
-from tiny import byte_tokenizer, tiny_model
+from tiny import FAMILIES, byte_tokenizer, tiny_model
 
 from hrpo_patches.device import run_device
 from hrpo_patches.engines.batches import Decoding, complete
@@ -150,7 +150,7 @@ def main():
     print(json.dumps({"device": str(DEVICE), "torch": torch.__version__}), flush=True)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        checks = [(replay_is_the_rollout, family) for family in ("llama", "qwen2", "qwen3")]
+        checks = [(replay_is_the_rollout, family) for family in FAMILIES]
         checks += [(device_is_the_cpu,), (series_is_the_decoding,), (engines_say_the_same,)]
         checks += [(training_learns, folder), (a_resumed_run_is_the_whole_one, folder)]
         checks += [(fused_head_is_the_plain_one, folder)]

@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from shared_fixtures import every_family
 from tiny import tiny_config, tiny_model
 from transformers import AutoModelForCausalLM
 
@@ -122,6 +123,7 @@ def test_a_checkpoint_without_thinking_weights_gets_fresh_ones(family, tmp_path,
     assert "thinking" not in caplog.text
 
 
+@every_family
 @pytest.mark.parametrize("asked", [{}, True])
 def test_a_plain_checkpoint_thinks_with_the_defaults_where_it_is_asked_to(family, tmp_path, asked):
     tiny_model(family, thinking=None).save_pretrained(tmp_path)
@@ -132,6 +134,7 @@ def test_a_plain_checkpoint_thinks_with_the_defaults_where_it_is_asked_to(family
     assert tiny_model(family, thinking=asked).config.thinking == ThinkingConfig().to_dict()
 
 
+@every_family
 @pytest.mark.parametrize("unasked", [None, False])
 def test_a_model_that_is_not_asked_to_think_is_plain(family, tmp_path, unasked):
     tiny_model(family, thinking=None).save_pretrained(tmp_path)
@@ -174,6 +177,7 @@ def test_a_checkpoint_whose_config_hides_its_thinking_weights_is_refused_unless_
     assert not any("thinking" in name for name in plain.state_dict())
 
 
+@every_family
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thinking_weights_survive_a_full_save_bit_for_bit_in_float32(family, tmp_path, dtype):
     model = tiny_model(family).to(dtype)

@@ -13,6 +13,7 @@ import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from runs import lora, small_trainer
 from safetensors.torch import load_file, save_file
+from shared_fixtures import every_family
 from tiny import FAMILIES, byte_tokenizer, tiny_config, tiny_model
 from transformers import (
     AutoModelForCausalLM,
@@ -41,14 +42,14 @@ def both(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "llava", "internvl"])
+@pytest.mark.parametrize("kind", [*FAMILIES, "llava", "internvl"])
 def test_a_plain_model_has_stocks_weights_modules_and_all_linear_targets(both, kind):
     stock, patched = (json.loads((folder / "seen.json").read_text())[kind] for folder in both.values())
     assert stock["weights"] and stock["adapted"]
     assert stock == patched
 
 
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "llava", "internvl"])
+@pytest.mark.parametrize("kind", [*FAMILIES, "llava", "internvl"])
 def test_a_plain_model_saves_stocks_files_byte_for_byte(both, kind):
     for name in (kind, f"{kind}-again"):
         stock, patched = (
@@ -61,6 +62,7 @@ def snapshot(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
 
 
+@every_family
 @pytest.mark.parametrize("named", [False, True])
 def test_a_plain_model_gains_the_thinking_modules_and_trains_them(tmp_path, named, family):
     model = tiny_model(family, thinking=None)

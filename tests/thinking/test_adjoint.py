@@ -6,6 +6,7 @@ import torch
 from gradients import FELT, decoded, difference, gradients, log_probability, replayed, rollout_of, thinking_model
 from peft import LoraConfig, get_peft_model
 from rollouts import TEMPERATURE, completions, ragged, sample, sampled_logps
+from shared_fixtures import every_family
 from tiny import tiny_model
 from torch.nn import Dropout
 from transformers import DynamicCache
@@ -28,6 +29,7 @@ def float64_everywhere(monkeypatch):
     oracle.compute_norms_in_float64(monkeypatch)
 
 
+@every_family
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_exact_and_sequential_are_decoding_one_by_one(family, residual, lora, float64_everywhere):
     model = thinking_model(family, residual, lora)

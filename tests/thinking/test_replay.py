@@ -3,6 +3,7 @@
 import pytest
 import torch
 from rollouts import bias, completions, ragged, real_tokens, sample, worst
+from shared_fixtures import every_family
 from tiny import tiny_model
 
 from hrpo_patches import replay_forward
@@ -35,6 +36,7 @@ def assert_replays(model, out, inputs, sharp, **options):
     assert worst(model, out, inputs, with_mask=False, **options) > sharp * TOLERANCE
 
 
+@every_family
 @pytest.mark.parametrize("residual", RESIDUALS)
 def test_replaying_a_tiny_rollout_gives_its_log_probabilities(family, tokenizer, residual):
     model = tiny_model(family, thinking={"residual": residual, "r_min": 0.5, "r_max": 0.9})

@@ -2,11 +2,12 @@
 
 import torch
 from rollouts import completions, ragged, real_tokens, sample
-from tiny import FAMILIES
 
+from hrpo_thinking import families
 from hrpo_thinking.inputs import ThinkingInputs
 
 __all__ = ["FAMILIES", "plain_results", "replay_inputs", "thinking_gradients", "thinking_results"]
+FAMILIES = [kind for kind, family in families.FAMILIES.items() if family.unsloth]
 LENGTH = 12
 
 

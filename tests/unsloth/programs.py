@@ -13,7 +13,8 @@ OPTIONS = {"vocab_size": 288}
 THINKING = {"r_min": 0.3, "r_max": 0.6}
 MAKE_CHECKPOINTS = f"""
 import hrpo_patches, sys
-from tiny import FAMILIES, byte_tokenizer, tiny_model
+from probes import FAMILIES
+from tiny import byte_tokenizer, tiny_model
 for family in FAMILIES:
     for name, thinking in ((family, {THINKING}), ("plain-" + family, None)):
         model = tiny_model(family, thinking=thinking, **{OPTIONS})
