@@ -278,8 +278,12 @@ def test_the_embedding_residuals_logits_are_made_in_chunks(family, monkeypatch):
     assert difference(gradients(model, replayed(model, rollout, "exact")), expected) < 1e-9
 
 
-def test_a_sliding_window_slides_in_every_product(float64_everywhere):
-    model = thinking_model("qwen2", use_sliding_window=True, sliding_window=4, max_window_layers=0)
+@pytest.mark.parametrize(
+    ("family", "window"),
+    [("qwen2", {"use_sliding_window": True, "max_window_layers": 0})],
+)
+def test_a_sliding_window_slides_in_every_product(family, window, float64_everywhere):
+    model = thinking_model(family, sliding_window=4, **window)
     rollout = rollout_of(model)
     expected = gradients(model, decoded(model, rollout))
     for bptt in ("exact", "sequential"):

@@ -14,10 +14,13 @@ from vllm import SamplingParams
 from hrpo_patches import replay_forward
 from hrpo_patches.models.full import mark
 from hrpo_thinking.errors import InputError
+from hrpo_thinking.families import FAMILIES
 from hrpo_thinking.request import ThinkingRequest
 from hrpo_vllm import take_thoughts
 
 TEXTS = ["Hi", "What is 3 + 4?", "Say #### once, please", "abc" * 12, "one two", "The sea", "12 + 13 =", "Why?"]
+
+WINDOW = {}  # of families with one: options that make it shorter than a prompt with its completion
 
 
 def prompts_of(tokenizer, texts=TEXTS):
@@ -37,10 +40,10 @@ def a_marker_said_early_late_and_never(model, tokenizer, prompts):
     raise AssertionError("no letter is said early, late and never; take other prompts")
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen2", "qwen3"])
+@pytest.fixture(scope="module", params=[kind for kind, family in FAMILIES.items() if family.vllm])
 def thinker(request, tokenizer, tmp_path_factory):
     """(model, engine) of a family; the engine's prompts come in chunks of 16 tokens, beside other requests' steps."""
-    model = big_enough(request.param)
+    model = big_enough(request.param, **WINDOW.get(request.param, {}))
     model.config.thinking["answer_start"] = a_marker_said_early_late_and_never(model, tokenizer, prompts_of(tokenizer))
     with engine(model, tokenizer, tmp_path_factory.mktemp("engine"), max_num_batched_tokens=16) as llm:
         yield model, llm
