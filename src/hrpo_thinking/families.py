@@ -40,6 +40,7 @@ FAMILIES = {  # by model type, which is also the name of the family's folder in 
     "llama": Family("Llama", vllm=("llama", "LlamaForCausalLM"), unsloth=True),
     "qwen2": Family("Qwen2", vllm=("qwen2", "Qwen2ForCausalLM"), unsloth=True),
     "qwen3": Family("Qwen3", vllm=("qwen3", "Qwen3ForCausalLM"), unsloth=True),
+    "mistral": Family("Mistral", vllm=("mistral", "MistralForCausalLM")),
 }
 
 

@@ -280,7 +280,7 @@ def test_the_embedding_residuals_logits_are_made_in_chunks(family, monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "window"),
-    [("qwen2", {"use_sliding_window": True, "max_window_layers": 0})],
+    [("qwen2", {"use_sliding_window": True, "max_window_layers": 0}), ("mistral", {})],
 )
 def test_a_sliding_window_slides_in_every_product(family, window, float64_everywhere):
     model = thinking_model(family, sliding_window=4, **window)

@@ -8,6 +8,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig
 
 THINKING = {"r_min": 0.5, "r_max": 0.9}
 WINDOWS = {
+    "mistral": {"sliding_window": 6},
     "qwen2": {"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 0},
 }
 windows = pytest.mark.parametrize("family", list(WINDOWS))

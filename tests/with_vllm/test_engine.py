@@ -20,7 +20,7 @@ from hrpo_vllm import take_thoughts
 
 TEXTS = ["Hi", "What is 3 + 4?", "Say #### once, please", "abc" * 12, "one two", "The sea", "12 + 13 =", "Why?"]
 
-WINDOW = {}  # of families with one: options that make it shorter than a prompt with its completion
+WINDOW = {"mistral": {"sliding_window": 16}}  # shorter than a prompt with its completion
 
 
 def prompts_of(tokenizer, texts=TEXTS):
