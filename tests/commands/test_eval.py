@@ -2,10 +2,9 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from runs import small_trainer
 from tiny import FAMILIES, byte_tokenizer, tiny_config, tiny_model
@@ -102,30 +101,11 @@ def test_samples_are_summed_up_as_pass_and_majority(command):
     assert other["problems"] != results["problems"]
 
 
-KILLED = """
-import os, signal, sys
-import hrpo_patches
-from hrpo_patches.commands import eval as evaluation
-add, seen = evaluation.Progressed.add, []
-
-def then_die(self, samples):
-    add(self, samples)
-    seen.append(samples)
-    if len(seen) == 2:
-        with open(self.path, "a") as file:
-            file.write('[{"item": 3, "comp')  # as a power failure might leave it
-        os.kill(os.getpid(), signal.SIGKILL)
-
-evaluation.Progressed.add = then_die
-evaluation.main(sys.argv[1:])
-"""
-
-
 @pytest.mark.parametrize("decoding", [[], ["--no-greedy", "--temperature", "1.0", "--samples", "2"]])
 def test_a_killed_evaluation_goes_on_to_the_same_results(command, tmp_path, decoding, monkeypatch):
     whole = main(command(*decoding, out="whole.json"))
     arguments = command(*decoding, out="killed.json")
-    killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], capture_output=True, text=True, check=False)
+    killed = processes.run(processes.killed_while_it_writes, "eval", *arguments)
     assert killed.returncode == -9, killed.stderr[-1000:]
     assert (tmp_path / "killed.json.part").exists() and not (tmp_path / "killed.json").exists()
     batches, complete = [], answers.complete
@@ -238,9 +218,7 @@ def test_the_help_shows_the_defaults(capsys):
 
 def test_the_script_is_the_same_command(command, tmp_path):
     script = Path(__file__).parents[2] / "scripts" / "eval.py"
-    run = subprocess.run(
-        [sys.executable, script, *command("--limit", "2")], capture_output=True, text=True, check=False
-    )
+    run = processes.run(processes.script, script, *command("--limit", "2"))
     assert run.returncode == 0 and (tmp_path / "out.json").is_file(), run.stderr[-1000:]
 
 
@@ -307,7 +285,7 @@ def test_a_part_that_is_foreign_is_named_and_kept(command, tmp_path, part):
 def test_an_evaluation_does_not_go_on_with_another_model(command, folder, tmp_path):
     shutil.copytree(folder / "adapter", tmp_path / "adapter")
     flags = command("--adapter", str(tmp_path / "adapter"))
-    killed = subprocess.run([sys.executable, "-c", KILLED, *flags], capture_output=True, text=True, check=False)
+    killed = processes.run(processes.killed_while_it_writes, "eval", *flags)
     assert killed.returncode == -9
     file = tmp_path / "adapter" / "thinking_config.json"
     file.write_text(file.read_text() + " ")

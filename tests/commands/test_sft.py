@@ -3,10 +3,9 @@
 import json
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -20,19 +19,6 @@ from hrpo_patches.commands.sft import main, parse
 from hrpo_patches.models.base import open_model
 from hrpo_patches.monitor.report import read_run
 from hrpo_thinking.errors import InputError
-
-KILLED = """
-import hrpo_patches, os, signal, sys
-from hrpo_patches import HRPOSFTTrainer
-from hrpo_patches.commands.sft import main
-original, sent = HRPOSFTTrainer.training_step, []
-def method(self, *arguments, **options):
-    if self.state.global_step == int(sys.argv[1]) and not sent:
-        sent.append(os.kill(os.getpid(), signal.SIGKILL))
-    return original(self, *arguments, **options)
-HRPOSFTTrainer.training_step = method
-main(sys.argv[2:])
-"""
 
 
 def steps_of(n):
@@ -109,8 +95,8 @@ def test_its_adapter_is_what_every_other_command_takes(flags, tmp_path, capsys):
 def test_a_run_that_was_killed_in_a_stage_and_resumed_is_the_run_that_was_not(flags, tmp_path):
     more = {"projection_dropout": 0.2, "earlier": 0.4, "max_steps": 13, "bptt": 0}
     main(flags("whole", **more))
-    code = [sys.executable, "-c", KILLED, "5", *flags("killed", **more)]
-    done = subprocess.run(code, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+    words = [5, "sft", *flags("killed", **more)]
+    done = processes.run(processes.signalled, "SIGKILL", "HRPOSFTTrainer", "training_step", *words)
     assert done.returncode == -signal.SIGKILL, done.stderr
     kept = json.loads((tmp_path / "killed" / "checkpoint-5" / "trainer_state.json").read_text())
     state = kept["stateful_callbacks"]["Curriculum"]["attributes"]

@@ -2,10 +2,8 @@
 
 import json
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
+import processes
 import pytest
 import torch
 from runs import run_of_sums, small_trainer
@@ -13,26 +11,11 @@ from safetensors.torch import load_file
 from tiny import tiny_model
 
 STEPS = 6  # of four an epoch, so the run ends in its second
-KILLED = """
-import hrpo_patches, os, signal, sys
-from hrpo_patches import HRPOTrainer
-from hrpo_patches.commands.main import train
-when, step = sys.argv[1], int(sys.argv[2])
-name = {"between": "training_step", "told": "training_step", "saving": "_save_rng_state"}[when]
-original, sent = getattr(HRPOTrainer, name), []
-def method(self, *arguments, **options):
-    if self.state.global_step == step and not sent:
-        sent.append(os.kill(os.getpid(), signal.SIGTERM if when == "told" else signal.SIGKILL))
-    return original(self, *arguments, **options)
-setattr(HRPOTrainer, name, method)
-train(sys.argv[3:])
-"""
-RUN = "import hrpo_patches, sys; from hrpo_patches.commands.main import train; train(sys.argv[1:])"
+METHODS = {"between": "training_step", "saving": "_save_rng_state"}
 
 
-def run(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+def run(*words):
+    return processes.run(processes.hrpo, "train", *words)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +30,7 @@ def options(tmp_path_factory):
 def whole(options, tmp_path_factory):
     """The run that nobody killed."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    done = run(RUN, *options, "--output_dir", folder)
+    done = run(*options, "--output_dir", folder)
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -63,11 +46,12 @@ def log_of(folder):
 @pytest.mark.parametrize(("when", "step", "last"), [("between", 3, 3), ("between", 5, 5), ("saving", 5, 4)])
 def test_a_killed_run_goes_on_as_if_it_had_not_been(options, whole, tmp_path, when, step, last):
     folder = tmp_path / "run"
-    killed = run(KILLED, when, step, *options, "--output_dir", folder)
+    words = [*options, "--output_dir", folder]
+    killed = processes.run(processes.signalled, "SIGKILL", "HRPOTrainer", METHODS[when], step, "train", *words)
     assert killed.returncode == -signal.SIGKILL
     assert (folder / f"checkpoint-{last}" / "trainer_state.json").is_file()
     assert (folder / f"checkpoint-{step}").is_dir() and not (folder / "report.json").exists()
-    resumed = run(RUN, *options, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    resumed = run(*options, "--output_dir", folder, "--resume_from_checkpoint", "latest")
     assert resumed.returncode == 0, resumed.stderr
     assert (f"checkpoint-{step} is incomplete" in resumed.stdout) == (when == "saving")
     assert_same_run(folder, whole)
@@ -82,35 +66,34 @@ def assert_same_run(folder, whole):
 
 def test_a_run_that_is_told_to_end_saves_its_step_says_so_and_goes_on_as_if_it_had_not_been(options, whole, tmp_path):
     folder = tmp_path / "run"
-    told = run(KILLED, "told", 3, *options, "--save_steps", 100, "--output_dir", folder)
+    words = ["train", *options, "--save_steps", 100, "--output_dir", folder]
+    told = processes.run(processes.signalled, "SIGTERM", "HRPOTrainer", "training_step", 3, *words)
     assert told.returncode == 143, told.stderr  # 128 + SIGTERM
     assert "told to end: saved after step 4; resume by --resume_from_checkpoint latest." in told.stdout
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not (folder / "report.json").exists()
-    resumed = run(RUN, *options, "--output_dir", folder, "--resume_from_checkpoint", "latest")
+    resumed = run(*options, "--output_dir", folder, "--resume_from_checkpoint", "latest")
     assert resumed.returncode == 0, resumed.stderr
     assert_same_run(folder, whole)
 
 
 def test_a_run_that_goes_on_from_an_adapter_resumes_with_its_forced_thoughts_and_with_no_others(options, tmp_path):
-    taught = run(
-        RUN, *options, "--max_steps", 1, "--thoughts", 3, "--filler", "~", "--output_dir", tmp_path / "taught"
-    )
+    taught = run(*options, "--max_steps", 1, "--thoughts", 3, "--filler", "~", "--output_dir", tmp_path / "taught")
     assert taught.returncode == 0, taught.stderr
     further = [*options, "--adapter", tmp_path / "taught", "--output_dir", tmp_path / "further"]
-    assert run(RUN, *further, "--max_steps", 1).returncode == 0
+    assert run(*further, "--max_steps", 1).returncode == 0
     again = [*further, "--max_steps", 2, "--resume_from_checkpoint", "latest"]
-    other = run(RUN, *again, "--thoughts", 2)
+    other = run(*again, "--thoughts", 2)
     assert other.returncode != 0 and "was trained with --thoughts 3, not 2" in other.stderr
-    resumed = run(RUN, *again)
+    resumed = run(*again)
     assert resumed.returncode == 0, resumed.stderr
     assert json.loads((tmp_path / "further" / "thinking_config.json").read_text())["thoughts"] == 3
 
 
 def test_a_plain_run_resumes_with_its_pauses_only(options, tmp_path):
     plain = [*options, "--residual", "none", "--projection_dropout", 0, "--output_dir", tmp_path / "plain"]
-    assert run(RUN, *plain, "--thoughts", 3, "--max_steps", 1).returncode == 0
-    other = run(RUN, *plain, "--max_steps", 2, "--thoughts", 2, "--resume_from_checkpoint", "latest")
+    assert run(*plain, "--thoughts", 3, "--max_steps", 1).returncode == 0
+    other = run(*plain, "--max_steps", 2, "--thoughts", 2, "--resume_from_checkpoint", "latest")
     assert other.returncode != 0 and "was trained with --thoughts 3, not 2" in other.stderr
 
 

@@ -3,10 +3,9 @@
 import json
 import math
 import shutil
-import subprocess
-import sys
 import time
 
+import processes
 import pytest
 import torch
 from runs import run_of_sums, small_trainer
@@ -22,30 +21,12 @@ from hrpo_thinking.errors import InputError
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
-LIMITED = """
-import hrpo_patches, resource, sys
-from hrpo_patches import HRPOTrainer
-from hrpo_patches.commands.main import main
-step, room = int(sys.argv[1]), int(sys.argv[2])
-training_step = HRPOTrainer.training_step
-def limited(self, *arguments, **options):
-    if self.state.global_step == step:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.RLIM_INFINITY))
-    return training_step(self, *arguments, **options)
-HRPOTrainer.training_step = limited
-sys.exit(main(sys.argv[3:]))
-"""
-
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory):
     options = {"group_size": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1}
     options |= {"max_completion_length": 8, "temperature": 1, "save_steps": 1, "max_steps": 4}
     return ["train", *run_of_sums(tmp_path_factory.mktemp("rough"), 4, **options)]
-
-
-def program(code, *arguments):
-    return [sys.executable, "-c", code, *map(str, arguments)]
 
 
 def weights(folder):
@@ -69,9 +50,7 @@ def test_a_disk_that_is_full_is_a_sentence_and_the_run_resumes_when_there_is_roo
     room = (tmp_path / "one" / "checkpoint-1" / file).stat().st_size - 1
     assert room < sizes[-1]
     folder = tmp_path / "run"
-    done = subprocess.run(
-        program(LIMITED, 2, room, *words, "--output_dir", folder), capture_output=True, text=True, check=False
-    )
+    done = processes.run(processes.limited, 2, room, *words, "--output_dir", folder)
     assert done.returncode == 2
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert sentence.startswith(f"error: checkpoint-3 could not be written to {folder} (")
@@ -83,12 +62,7 @@ def test_a_disk_that_is_full_at_the_end_is_a_sentence_and_the_last_checkpoint_is
     train([*words[1:], "--max_steps", "1", "--save_strategy", "no", "--output_dir", str(tmp_path / "one")])
     room = (tmp_path / "one" / "adapter_model.safetensors").stat().st_size - 1
     folder = tmp_path / "run"
-    done = subprocess.run(
-        program(LIMITED, 3, room, *words, "--save_steps", 3, "--output_dir", folder),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.run(processes.limited, 3, room, *words, "--save_steps", 3, "--output_dir", folder)
     assert done.returncode == 2 and "could not be written" in done.stderr and "Traceback" not in done.stderr
     assert_resumes_to_the_end(words, folder, 3, tmp_path)
 
@@ -116,44 +90,24 @@ def test_a_damaged_model_is_a_sentence(words, tmp_path):
 
 
 def test_a_log_that_finds_no_room_is_a_sentence_too(words, tmp_path):
-    done = subprocess.run(
-        program(LIMITED, 0, 100, *words, "--save_steps", 9, "--output_dir", tmp_path / "run"),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = processes.run(processes.limited, 0, 100, *words, "--save_steps", 9, "--output_dir", tmp_path / "run")
     log = tmp_path / "run" / "monitor.jsonl"
     assert done.returncode == 2 and f"error: {log} could not be written: File too large." in done.stderr
     assert "Traceback" not in done.stderr
 
 
-SLOW = """
-import hrpo_patches, sys, time
-from pathlib import Path
-from hrpo_patches.commands import train
-from hrpo_patches.commands.main import main
-make_trainer = train.make_trainer
-def waiting(run):
-    Path(sys.argv[1]).touch()
-    while not Path(sys.argv[2]).exists():
-        time.sleep(0.05)
-    return make_trainer(run)
-train.make_trainer = waiting
-sys.exit(main(sys.argv[3:]))
-"""
-
-
 def test_a_run_that_is_started_twice_in_one_folder_is_refused_and_the_first_goes_on(words, tmp_path):
     began, go, folder = tmp_path / "began", tmp_path / "go", tmp_path / "run"
-    first = subprocess.Popen(program(SLOW, began, go, *words, "--output_dir", folder))
+    first = processes.start(processes.waiting, began, go, *words, "--output_dir", folder, log=tmp_path / "log")
     try:
         until = time.monotonic() + 120
-        while not began.exists() and time.monotonic() < until and first.poll() is None:
+        while not began.exists() and time.monotonic() < until and first.is_alive():
             time.sleep(0.05)
         with pytest.raises(InputError, match="another run is writing to"):
             train([*words[1:], "--output_dir", str(folder)])
         go.touch()
-        assert first.wait(timeout=120) == 0
+        first.join(120)
+        assert first.exitcode == 0
     finally:
         first.kill()
     train([*words[1:], "--output_dir", str(tmp_path / "whole")])
