@@ -9,6 +9,7 @@ import os
 import resource
 import runpy
 import signal
+import socket
 import sys
 import time
 from pathlib import Path
@@ -18,34 +19,58 @@ from types import SimpleNamespace
 CONTEXT = multiprocessing.get_context("forkserver")
 COMMANDS = [f"hrpo_patches.commands.{name}" for name in ("train", "sft", "eval")]
 CONTEXT.set_forkserver_preload(
-    ["hrpo_patches", *COMMANDS, "hrpo_patches.training.trainer", "hrpo_patches.training.sft"]
+    ["hrpo_patches", *COMMANDS, *(f"hrpo_patches.training.{name}" for name in ("trainer", "sft"))]
 )
 
 
-def start(program, *arguments, log, environment=None):
-    """Call `program` with the arguments as texts; it writes to the files LOG.out and LOG.err. Returns the process."""
-    given = (program, list(map(str, arguments)), str(log), dict(os.environ if environment is None else environment))
+def start(program, *arguments, out, err=None, environment=None):
+    """Call `program` with the arguments as texts, and files for what it prints; returns the process."""
+    given = (program, list(map(str, arguments)), str(out), str(err or out), dict(environment or os.environ))
     process = CONTEXT.Process(target=_run, args=given)
     process.start()
     return process
 
 
-def run(program, *arguments, environment=None):
-    """As `subprocess.run` does: returncode, stdout, stderr."""
+def wait(processes):
+    """The exit statuses of processes, none of which outlives this call."""
+    try:
+        for process in processes:
+            process.join(600)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def run(program, *arguments):
+    """As `subprocess.run` does: returncode, stdout, stderr; `program` may be the text of one."""
     with TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        process = start(program, *arguments, log=log, environment=environment)
-        process.join(600)
-        process.kill()
-        process.join()
-        out, err = (log.with_suffix(suffix).read_text() for suffix in (".out", ".err"))
-    return SimpleNamespace(returncode=process.exitcode, stdout=out, stderr=err)
+        if isinstance(program, str):
+            file = Path(folder, "program.py")
+            file.write_text(program)
+            program, arguments = script, (file, *arguments)
+        out, err = Path(folder, "out"), Path(folder, "err")
+        (status,) = wait([start(program, *arguments, out=out, err=err)])
+        return SimpleNamespace(returncode=status, stdout=out.read_text(), stderr=err.read_text())
 
 
-def _run(program, arguments, log, environment):
-    for descriptor, suffix in ((1, ".out"), (2, ".err")):
-        file = os.open(Path(log).with_suffix(suffix), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(file, descriptor)
+def each_rank(program, *arguments, folder, name, environment=None):
+    """Two processes that know each other by torch's environment variables; returns their exit statuses."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
+    shared = dict(environment or os.environ) | shared | {"LOCAL_WORLD_SIZE": "2"}
+    started = []
+    for rank in "01":
+        own = {"out": folder / f"{name}.{rank}.log", "environment": shared | {"RANK": rank, "LOCAL_RANK": rank}}
+        started.append(start(program, *arguments, **own))
+    return wait(started)
+
+
+def _run(program, arguments, out, err, environment):
+    for descriptor, path in ((1, out), (2, err)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
@@ -60,6 +85,24 @@ def script(file, *words):
     sys.argv = [file, *words]
     sys.path.insert(0, str(Path(file).parent))
     runpy.run_path(file, run_name="__main__")
+
+
+def module(flag, package, *words):
+    """`python -m hrpo_patches WORDS`."""
+    assert (flag, package) == ("-m", "hrpo_patches")
+    return hrpo(*words)
+
+
+def fresh(file, *words):
+    """The same in an interpreter that has imported nothing."""
+    os.execv(sys.executable, [sys.executable, file, *words])
+
+
+def inside(folder, program, *words):
+    """One of the two above and below, in a folder whose modules can be imported."""
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    return {"script": script, "hrpo": hrpo}[program](*words)
 
 
 def hrpo(*words):

@@ -1,11 +1,9 @@
 """Thinking on a device that is not the CPU (`second_device.py`): the same numbers, no wait too many, nothing mixed."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import processes
 import pytest
 from runs import small_trainer
 from tiny import byte_tokenizer, tiny_model
@@ -30,9 +28,7 @@ NAMED = {
 
 
 def run(what, folder=".", device="second", fault="", check=True):
-    words = [sys.executable, str(PROGRAM), device, what, str(folder), *([fault] if fault else [])]
-    environment = {name: value for name, value in os.environ.items() if name != "ACCELERATE_TORCH_DEVICE"}
-    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment)
+    done = processes.run(processes.script, PROGRAM, device, what, folder, *([fault] if fault else []))
     if not check:
         return done
     assert done.returncode == 0, done.stderr[-3000:]

@@ -17,8 +17,15 @@ TEXT = (Path(__file__).parents[1] / "docs" / "tutorial.md").read_text()
 SKIPPED = ("pip install", "hrpo serve")  # an installation, and an engine that these environments lack
 
 
-def run_tutorial(folder: Path, last: str = "") -> list[str]:
-    """Run every block in order, or all up to the first `hrpo LAST`.
+def in_a_process(folder, program, words):
+    """Run `python WORDS` or `hrpo WORDS` in a folder."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, *([] if program == "python" else ["-m", "hrpo_patches"]), *words]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+def run_tutorial(folder: Path, last: str = "", run=in_a_process) -> list[str]:
+    """Run every block in order, or all up to the first `hrpo LAST`, each command by `run`.
 
     Returns:
         The first word of each command after `hrpo` or `python`.
@@ -28,7 +35,6 @@ def run_tutorial(folder: Path, last: str = "") -> list[str]:
     """
     tiny_model("llama", thinking=False, max_position_embeddings=1024).save_pretrained(folder / "tiny")
     byte_tokenizer().save_pretrained(folder / "tiny")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     ran: list[str] = []
     for kind, block in re.findall(r"```(python|console)\n(.*?)```", TEXT, re.S):
         block = block.replace("smollm2-135m", "tiny")
@@ -39,8 +45,7 @@ def run_tutorial(folder: Path, last: str = "") -> list[str]:
             if line.startswith(SKIPPED):
                 continue
             program, *words = shlex.split(line, comments=True)
-            command = [sys.executable, *([] if program == "python" else ["-m", "hrpo_patches"]), *words]
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+            done = run(folder, program, words)
             if done.returncode != 0:
                 raise SystemExit(f"{line}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}")
             ran.append(words[0])

@@ -178,10 +178,8 @@ def test_two_processes_take_the_steps_and_stages_of_one(flags, tmp_path):
     alike = {"lr": 1e-4, "eval_problems": 4, "eval_steps": 6}
     main(flags("one", **alike))
     words = flags("two", **alike, per_device_train_batch_size=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command += ["-m", "hrpo_patches", "sft", *words]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    statuses = processes.each_rank(processes.hrpo, "sft", *words, folder=tmp_path, name="two")
+    assert statuses == [0, 0], (tmp_path / "two.0.log").read_text()[-3000:]
     rows = [[row for row in log_of(tmp_path / name) if "loss" in row] for name in ("one", "two")]
     assert len(rows[0]) == 12 and rows[0][-1]["stage"] == 3
     for one, two in zip(*rows, strict=True):

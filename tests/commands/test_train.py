@@ -3,11 +3,10 @@
 import importlib.util
 import json
 import shlex
-import subprocess
-import sys
 from contextlib import nullcontext
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from runs import parse, run_of_sums
@@ -57,7 +56,7 @@ def data(tmp_path):
 
 
 def script(*arguments):
-    return subprocess.run([sys.executable, SCRIPT, *arguments], capture_output=True, text=True, check=False, cwd=ROOT)
+    return processes.run(processes.script, SCRIPT, *arguments)
 
 
 def test_the_defaults_are_the_published_ones(tmp_path):
@@ -334,22 +333,6 @@ def test_a_run_goes_on_from_an_adapter_with_a_projection_of_its_own(base, data, 
     main([*new, "--init_projection"])
     weights = load_file(tmp_path / "new" / "adapter_model.safetensors")
     assert weights["base_model.model.model.thinking_projection.weight"].isfinite().all()
-
-
-@pytest.mark.smollm2
-@pytest.mark.shared_data
-def test_the_readme_command_trains_a_real_model_on_real_gsm8k(shared_data, tmp_path):
-    command = ["--model_name", "smollm2-135m", "--dataset", str(shared_data / "gsm8k" / "train.jsonl")]
-    rates = ["--lr_thinking_projection", "1e-4", "--output_dir", str(tmp_path / "run")]
-    result = script(*command, *rates, *TINY, "--max_steps", "2", "--warmup_ratio", "0")
-    assert result.returncode == 0, result.stderr[-2000:]
-    record = json.loads((tmp_path / "run" / "report.json").read_text())
-    assert record["log"][0]["projection/grad_norm"] > 0
-    first, second = (row["projection/weight_norm"] for row in record["log"][:2])
-    assert first != second
-    weights = load_file(tmp_path / "run" / "adapter_model.safetensors")
-    projection = weights["base_model.model.model.thinking_projection.weight"]
-    assert projection.shape == (576, 576) and projection.dtype == torch.float32 and projection.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,9 @@
 """What a run saves loads in a new process and thinks the same; what lacks something is an error."""
 
 import json
-import subprocess
-import sys
 from importlib.metadata import version
-from pathlib import Path
 
+import processes
 import pytest
 import torch
 from packaging.version import Version
@@ -19,17 +17,15 @@ from transformers import GenerationConfig
 from hrpo_patches import load_adapter
 from hrpo_thinking.errors import InputError
 
-HERE = Path(__file__).parents[1]
 LOAD = """
-import sys; sys.path.insert(0, sys.argv[1])
-import hrpo_patches, torch
+import hrpo_patches, sys, torch
 from rollouts import ragged
 from safetensors.torch import save_file
 from tiny import byte_tokenizer
-model, tokenizer = hrpo_patches.load_adapter(sys.argv[2], sys.argv[3]), byte_tokenizer()
+model, tokenizer = hrpo_patches.load_adapter(sys.argv[1], sys.argv[2]), byte_tokenizer()
 out = model.generate(**ragged(tokenizer), tokenizer=tokenizer, do_sample=False, max_new_tokens=12,
                      return_dict_in_generate=True, output_logits=True)
-save_file({"ids": out.sequences, "logits": torch.stack(out.logits), "states": out.thinking_states}, sys.argv[4])
+save_file({"ids": out.sequences, "logits": torch.stack(out.logits), "states": out.thinking_states}, sys.argv[3])
 print(out.thinking_residual)
 """
 
@@ -84,8 +80,8 @@ def edit(folder, change):
 def test_a_saved_adapter_answers_the_same_in_a_new_process(base, tmp_path, residual):
     model = trained(base, tmp_path / "run", residual=residual, answer_start="###")
     expected = answer(model)
-    command = [sys.executable, "-c", LOAD, HERE, base, tmp_path / "run", tmp_path / "out"]
-    result = subprocess.run(command, check=True, capture_output=True, text=True)
+    result = processes.run(LOAD, base, tmp_path / "run", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
     out = load_file(tmp_path / "out")
     assert result.stdout.strip() == residual
     assert torch.equal(out["ids"], expected.sequences)

@@ -3,8 +3,8 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
+import processes
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -41,14 +41,14 @@ def relative(found, expected):
     return ((found - expected).norm() / expected.norm()).item()
 
 
-def program(code, *arguments):
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
+@pytest.fixture
+def family():
+    return "llama"
 
 
-@pytest.fixture(params=["projection", "embedding"])
-def residual(request):
-    return request.param
+@pytest.fixture
+def residual():
+    return "projection"
 
 
 @pytest.fixture
@@ -73,6 +73,10 @@ def folders(tmp_path, family, residual):
     return tmp_path, model
 
 
+@pytest.mark.parametrize(
+    ("family", "residual"),
+    [("llama", "projection"), ("llama", "embedding"), ("qwen2", "projection"), ("qwen3", "embedding")],
+)
 def test_a_merged_model_gives_the_adapters_logits_in_a_new_process_and_thinks(folders, residual):
     folder, model = folders
     assert main(["merge", str(folder / "adapter"), str(folder / "merged")]) == 0
@@ -83,7 +87,7 @@ def test_a_merged_model_gives_the_adapters_logits_in_a_new_process_and_thinks(fo
     given = {"input_ids": out.sequences, "attention_mask": mask, "thinking_mask": out.thinking_mask}
     given["thinking_states"] = out.thinking_states
     save_file(given, folder / "given")
-    done = program(IN_A_NEW_PROCESS, folder / "merged", folder / "given", folder / "out")
+    done = processes.run(IN_A_NEW_PROCESS, folder / "merged", folder / "given", folder / "out")
     assert done.returncode == 0, done.stderr
     found = load_file(folder / "out")
     with torch.no_grad():
@@ -100,7 +104,8 @@ def test_without_hrpo_patches_a_merged_model_is_an_error_that_names_it(folders):
     folder, _ = folders
     merge(folder / "adapter", folder / "merged")
     load = "import sys; from transformers import AutoModelForCausalLM as A; A.from_pretrained(sys.argv[1])"
-    done = program(load, folder / "merged")
+    command = [sys.executable, "-c", load, folder / "merged"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode != 0 and "import hrpo_patches" in done.stderr.strip().splitlines()[0] + done.stderr
     assert "ValueError" in done.stderr
 

@@ -2,11 +2,11 @@
 
 import json
 import logging
-import subprocess
 import sys
 import time
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from datasets import Dataset
@@ -302,8 +302,7 @@ def test_a_healthy_run_says_nothing(tmp_path, caplog):
 
 def test_a_killed_run_leaves_whole_lines(tmp_path):
     program = f"""
-import os, signal, sys
-sys.path.insert(0, {str(Path(__file__).parents[1])!r})
+import os, signal
 import hrpo_patches
 from runs import small_trainer
 from transformers import TrainerCallback
@@ -317,7 +316,7 @@ trainer = small_trainer({str(tmp_path)!r}, max_steps=5)
 trainer.add_callback(Kill())
 trainer.train()
 """
-    assert subprocess.run([sys.executable, "-c", program], capture_output=True).returncode == -9
+    assert processes.run(program).returncode == -9
     lines = (tmp_path / "monitor.jsonl").read_text().splitlines(keepends=True)
     rows = [json.loads(line) for line in lines]
     assert [row["step"] for row in rows] == [0, 1, 2, 3] and all(line.endswith("\n") for line in lines)
