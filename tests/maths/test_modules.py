@@ -47,7 +47,14 @@ def test_the_matrix_is_what_it_claims_to_be():
     assert len(EVERY) == 64 and len(LEGAL) == 25
 
 
-@pytest.mark.parametrize("options", LEGAL, ids=name_of)
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        *(("llama", options) for options in LEGAL),
+        *((family, LEGAL[i]) for family in ("qwen2", "qwen3") for i in (0, -1)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+)
 def test_every_legal_combination_replays_its_rollout_and_trains_every_weight(tokenizer, family, options):
     model = tiny_model(family, thinking={"r_min": 0.3, "r_max": 0.6} | options)
     inputs = ragged(tokenizer)

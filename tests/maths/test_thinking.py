@@ -108,8 +108,18 @@ def test_a_model_from_a_config_starts_right_in_every_dtype(family, dtype):
     assert model.model.embed_tokens.weight.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("device_map", [None, "auto", "cpu", {"": "cpu"}])
+@pytest.mark.parametrize(
+    ("family", "dtype", "device_map"),
+    [
+        ("llama", torch.float32, None),
+        ("llama", torch.bfloat16, "cpu"),
+        ("llama", torch.float16, {"": "cpu"}),
+        ("qwen2", torch.float16, None),
+        ("qwen2", torch.float32, "auto"),
+        ("qwen3", torch.bfloat16, None),
+        ("qwen3", torch.bfloat16, "auto"),
+    ],
+)
 def test_a_checkpoint_without_thinking_weights_gets_fresh_ones(family, tmp_path, dtype, device_map, caplog):
     tiny_model(family, thinking=False).save_pretrained(tmp_path)
     options = {"r_min": 0.98, "r_max": 0.99, "init_std": 0.002}
@@ -264,8 +274,10 @@ def test_thinking_inputs_that_do_not_fit_are_refused(states, mask):
         tiny_model("llama")(torch.zeros(1, 5, dtype=torch.long), thinking_inputs=inputs)
 
 
-@pytest.mark.parametrize("name", ["thinking_states", "thinking_mask", "thinking_passes", "bptt"])
-@pytest.mark.parametrize("wrapped", [False, True])
+@pytest.mark.parametrize(
+    ("name", "wrapped"),
+    [("thinking_states", False), ("thinking_mask", True), ("thinking_passes", False), ("bptt", True)],
+)
 def test_the_loose_keywords_of_before_are_refused_and_not_ignored(family, name, wrapped):
     model = tiny_model(family)
     model = get_peft_model(model, LoraConfig(target_modules=["q_proj"])) if wrapped else model

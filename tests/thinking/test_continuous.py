@@ -12,6 +12,7 @@ from functools import partial
 import pytest
 import torch
 from rollouts import alone, assert_same_distribution
+from shared_fixtures import every_family
 from tiny import tiny_model
 from transformers import ContinuousBatchingConfig, GenerationConfig, GPT2Config, GPT2LMHeadModel
 
@@ -54,6 +55,12 @@ def assert_same(output, expected):
 
 
 @pytest.fixture
+def family():
+    """One is enough where nothing of a family's own code is asked about; where it is, a test names them all."""
+    return "llama"
+
+
+@pytest.fixture
 def model(family):
     return tiny_model(family, thinking=THINKING).eval()
 
@@ -68,7 +75,10 @@ def said(model, tokenizer, prompts, late):
     return (max if late else min)(found)[1]
 
 
-@pytest.mark.parametrize("when", ["never", "early", "late"])
+@pytest.mark.parametrize(
+    ("family", "when"),
+    [("llama", "never"), ("llama", "early"), ("llama", "late"), ("qwen2", "late"), ("qwen3", "early")],
+)
 def test_tokens_states_and_masks_are_those_of_generate(model, tokenizer, when):
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     model.config.thinking["answer_start"] = (
@@ -165,6 +175,7 @@ def test_several_sequences_of_a_prompt_have_a_record_each(model, tokenizer):
         assert_same(output, generated(model, tokenizer, prompt))
 
 
+@every_family
 def test_plain_batches_are_stocks_and_nothing_is_left_behind(model, tokenizer):
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     before = batched(model, tokenizer, prompts, thinking=None)
@@ -369,6 +380,7 @@ def test_what_the_engine_cannot_do_is_refused_before_work(tokenizer, thinking, c
         tiny_model("llama", thinking=None).generate_batch([[5]], thinking=True, tokenizer=tokenizer)
 
 
+@every_family
 def test_the_engines_log_probabilities_are_the_replays(model, tokenizer):
     prompts = [tokenizer(text)["input_ids"] for text in TEXTS]
     generation = GenerationConfig(**options(tokenizer, do_sample=True, temperature=0.8, top_k=0, eos_token_id=-1))

@@ -15,8 +15,8 @@ GOLDS = ["7", "7", "8", "9"]
 
 
 @pytest.fixture(params=["projection", "embedding"])
-def model(family, request):
-    return tiny_model(family, thinking=FELT | {"residual": request.param})
+def model(request):
+    return tiny_model("llama", thinking=FELT | {"residual": request.param})
 
 
 def seen(model, name, golds=GOLDS):
@@ -81,7 +81,10 @@ def test_nobody_thinks_and_nobody_is_swapped():
     assert len(rows) == len(donors) == 0
 
 
-@pytest.mark.parametrize("name", [name for name in CONTROLS if name != "live"])
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [*(("llama", name) for name in CONTROLS if name != "live"), ("qwen2", "swapped"), ("qwen3", "mean")],
+)
 def test_a_control_changes_a_rollout_and_is_replayed_by_all(family, tokenizer, name):
     model = tiny_model(family, thinking=FELT)
     inputs = ragged(tokenizer)
@@ -99,8 +102,8 @@ def test_a_control_changes_a_rollout_and_is_replayed_by_all(family, tokenizer, n
     assert (biased[:, :, :50] - biased[:, :1, :1]).abs().max() < 1e-3  # the bias of three tokens is elsewhere
 
 
-def test_what_a_control_needs_is_said_before_any_work(family):
-    model = tiny_model(family)
+def test_what_a_control_needs_is_said_before_any_work():
+    model = tiny_model("llama")
     with pytest.raises(InputError, match="must be one of"):
         check_control("shuffled", [])
     for name in ("swapped", "mean"):

@@ -97,7 +97,10 @@ def test_the_outputs_belong_to_the_completion_tokens(family, tokenizer):
     torch.testing.assert_close(out.thinking_states[0, 0], first.last_hidden_state[0, -1])
 
 
-@pytest.mark.parametrize("residual", ["projection", "embedding"])
+@pytest.mark.parametrize(
+    ("family", "residual"),
+    [("llama", "projection"), ("llama", "embedding"), ("qwen2", "projection"), ("qwen3", "embedding")],
+)
 @pytest.mark.parametrize(
     "options", [{"cache_implementation": "static"}, {"use_cache": False}, {"prefill_chunk_size": 4}]
 )

@@ -44,7 +44,10 @@ def scored(trainer, batch, k):
     return logps.detach()[kept], entropies.detach()[kept], (log_ratio.exp() - log_ratio - 1).detach()[kept], gradient
 
 
-@pytest.mark.parametrize("residual", ["projection", "embedding"])
+@pytest.mark.parametrize(
+    ("family", "residual"),
+    [("llama", "projection"), ("llama", "embedding"), ("qwen2", "projection"), ("qwen3", "embedding")],
+)
 def test_on_policy_every_depth_has_the_same_values_and_another_gradient(family, residual, tmp_path):
     trainer = small_trainer(tmp_path, family, residual=residual, max_completion_length=6)
     batch = batch_of(trainer)
@@ -56,7 +59,10 @@ def test_on_policy_every_depth_has_the_same_values_and_another_gradient(family, 
         assert (gradient - published).norm() > 0.05 * published.norm()
 
 
-@pytest.mark.parametrize("k", [3, "exact", "sequential"])
+@pytest.mark.parametrize(
+    ("family", "k"),
+    [("llama", 3), ("llama", "exact"), ("llama", "sequential"), ("qwen2", "exact"), ("qwen3", "exact")],
+)
 def test_a_step_through_time_reaches_and_changes_every_trained_weight(family, k, tmp_path):
     trainer = small_trainer(tmp_path, family, bptt=k)
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -86,8 +92,10 @@ def steps_of(trainer, monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("residual", ["projection", "embedding"])
-@pytest.mark.parametrize("evaluates", [False, True])
+@pytest.mark.parametrize(
+    ("family", "residual", "evaluates"),
+    [("llama", "projection", False), ("qwen2", "embedding", False), ("qwen3", "projection", True)],
+)
 def test_off_policy_the_gradient_is_that_of_decoding_with_todays_weights(
     family, residual, evaluates, tmp_path, monkeypatch
 ):
@@ -114,7 +122,9 @@ def with_scores(trainer, monkeypatch):
     return outs
 
 
-@pytest.mark.parametrize("residual", ["projection", "embedding"])
+@pytest.mark.parametrize(
+    ("family", "residual"), [("llama", "projection"), ("qwen2", "embedding"), ("qwen3", "projection")]
+)
 def test_forced_thoughts_are_replayed_as_they_were_thought(family, residual, tmp_path, monkeypatch):
     trainer = small_trainer(tmp_path, family, residual=residual, thoughts=FORCED)
     outs = with_scores(trainer, monkeypatch)

@@ -33,7 +33,10 @@ def check(model, dtype):
     assert model.get_input_embeddings().weight.dtype == dtype
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("llama", torch.float32), ("llama", torch.float16), ("qwen2", torch.bfloat16), ("qwen3", torch.bfloat16)],
+)
 def test_the_copies_are_float32_and_trainable_through_every_switch(load, family, dtype):
     model = adapted(load(f"plain-{family}", dtype, thinking={}))
     check(model, dtype)
