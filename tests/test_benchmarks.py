@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import processes
 import pytest
 import yaml
 from tiny import byte_tokenizer, tiny_model
@@ -55,6 +56,12 @@ def test_residuals_are_trained_evaluated_and_compared_and_nothing_is_done_twice(
     settings = {key: str(value) for key, value in settings.items()}
     settings |= {"max_steps": 1, "max_completion_length": 4, "per_device_train_batch_size": 4, "report": False}
     config.write_text(yaml.safe_dump(settings | {"gradient_accumulation_steps": 1}))
+
+    def forked(command, **_):
+        done = processes.run(processes.module if command[1] == "-m" else processes.script, *command[1:])
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr("subprocess.run", forked)
 
     def compare(out):
         flags = ["--config", config, "--seeds", 42, "--residuals", "projection", "none", "--limit", 5]

@@ -439,10 +439,10 @@ SPOILT = st.builds(
 
 
 @pytest.mark.parametrize("grader", FAMILIES)
-def test_ten_thousand_texts_raise_nothing_and_take_less_than_a_second_each(grader):
+def test_any_text_raises_nothing_and_takes_less_than_a_second(grader):
     slowest = [0.0, ""]
 
-    @settings(max_examples=10_000, deadline=None, database=None, derandomize=True, suppress_health_check=HealthCheck)
+    @settings(deadline=None, database=None, derandomize=True, suppress_health_check=HealthCheck)
     @given(st.one_of(st.text(max_size=300), MATHEMATICAL, SPOILT))
     def attempt(text):
         gc.disable()  # all the other tests' objects are not the grader's to collect
