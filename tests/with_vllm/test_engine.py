@@ -242,13 +242,13 @@ def test_thoughts_come_as_tensors_from_an_engine_in_a_process_of_its_own(tokeniz
     assert_same(torch.load(tmp_path / "found"), generated(model, tokenizer, prompts_of(tokenizer)[1], new=12))
 
 
-def test_a_thousand_requests_of_which_some_are_aborted_leave_nothing_and_the_others_are_right(tokenizer, tmp_path):
+def test_hundreds_of_requests_of_which_some_are_aborted_leave_nothing_and_the_others_are_right(tokenizer, tmp_path):
     model, rng = big_enough("llama"), random.Random(0)
     prompts = prompts_of(tokenizer)
     expected = [generated(model, tokenizer, ids)[0] for ids in prompts]
     process, memory, right = psutil.Process(), [], 0
     with crowded(model, tokenizer, tmp_path) as llm:
-        waiting = [(f"r{i}", i % len(prompts), rng.randrange(4, NEW)) for i in range(1000)]
+        waiting = [(f"r{i}", i % len(prompts), rng.randrange(4, NEW)) for i in range(300)]
         wanted = {name: (which, new) for name, which, new in waiting}
         running: set[str] = set()
         while waiting or running:
@@ -274,6 +274,6 @@ def test_a_thousand_requests_of_which_some_are_aborted_leave_nothing_and_the_oth
         worker.thoughts._done.clear()  # those with a key that nobody fetched are kept, up to a bound
         plain(llm, prompts[:1])  # a last step, which tells the worker what has ended
         held = llm.collective_rpc("thinking_counts")[0]["held"]
-    assert right > 500 and counts["resumed"] > 0 and held == 0
+    assert right > 150 and counts["resumed"] > 0 and held == 0
     half = len(memory) // 2
     assert max(memory[half:]) - max(memory[:half]) < 32 << 20, "memory grows"
