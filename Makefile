@@ -24,14 +24,18 @@ UNSLOTH := 2026.10.9
 VLLM_VENV := .venv-vllm
 VLLM := 0.31.0
 
-# Where rounding could decide: these run once more as on a processor with other vector units, and with two threads.
-SENSITIVE := tests/thinking tests/maths/test_modules.py tests/models/test_merge.py tests/training/test_trainer.py \
-	tests/training/test_resume.py tests/evaluation/test_think.py tests/test_latent.py
+# Where rounding could decide: exactness runs once more as without vector units, and training with others and two threads.
+WITHOUT_UNITS := tests/maths/test_modules.py tests/models/test_merge.py \
+	$(addprefix tests/thinking/test_,adjoint.py continuous.py controls.py decoding.py replay.py sequential.py span.py)
+TWO_THREADS := tests/evaluation/test_think.py tests/test_latent.py \
+	$(addprefix tests/thinking/test_,adjoint.py thoughts.py) $(addprefix tests/training/test_,resume.py trainer.py)
 
-# What the oldest versions could do otherwise: the overlay, the maths, rollout and replay, training, files.
+# What the oldest versions could do otherwise: the overlay, the seams of rollout and replay, training, files.
 OLDEST_VENV := .venv-oldest
-CORE := tests/patching tests/thinking tests/maths tests/training tests/monitor/test_callback.py \
-	$(addprefix tests/models/test_,adapter.py full.py merge.py older_files.py)
+CORE := tests/patching tests/maths/test_thinking.py tests/monitor/test_callback.py \
+	$(addprefix tests/models/test_,adapter.py full.py merge.py older_files.py) \
+	$(addprefix tests/thinking/test_,adjoint.py continuous.py decoding.py replay.py thoughts.py) \
+	$(addprefix tests/training/test_,config.py losses.py optim.py plain_grpo.py resume.py rollouts.py scores.py several.py sft.py trainer.py)
 
 # The day with a GPU: where its results go, the Python of a machine that packs are for, and the place of the dry run.
 GPU_RESULTS ?= benchmarks/results/gpu-$(shell date +%F)
@@ -53,8 +57,9 @@ test: lint docs chromium
 
 # oneDNN is limited with torch, whose attention otherwise packs for units (AMX) that its own kernels then refuse.
 test-other-machines: install
-	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not smollm2" $(SENSITIVE)
-	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m "not smollm2" $(SENSITIVE)
+	ATEN_CPU_CAPABILITY=default ONEDNN_MAX_CPU_ISA=SSE41 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 -m "not smollm2" $(WITHOUT_UNITS)
+	ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 OMP_NUM_THREADS=2 OMP_WAIT_POLICY=passive \
+		$(BIN)/python -m pytest -n 2 -m "not smollm2" $(TWO_THREADS)
 
 test-oldest: $(OLDEST_VENV)/.installed
 	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup \
@@ -67,8 +72,8 @@ test-unsloth: $(UNSLOTH_VENV)/.installed
 
 # vLLM's engine on a CPU: its first model runner natively, the second under Triton's interpreter; about five minutes.
 test-vllm: $(VLLM_VENV)/.installed
-	OMP_NUM_THREADS=2 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
-		$(VLLM_VENV)/bin/python -m pytest $(MARKS) --confcutdir tests/with_vllm tests/with_vllm
+	OMP_NUM_THREADS=1 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
+		$(VLLM_VENV)/bin/python -m pytest -n 2 --dist loadfile $(MARKS) --confcutdir tests/with_vllm tests/with_vllm
 
 # The tables of docs/performance.md, some two hours; the first is that of rollouts, vLLM's among them.
 bench: install $(VLLM_VENV)/.installed
