@@ -86,7 +86,8 @@ def test_the_projection_starts_where_it_gives_the_embedding_of_the_product(laten
     assert not torch.equal(plain.model.thinking_projection.weight, model.model.thinking_projection.weight)
 
 
-def test_every_arm_runs_is_written_once_and_is_done_when_asked_again(latent, tmp_path, capsys):
+def test_every_arm_runs_is_written_once_and_is_done_when_asked_again(latent, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(latent, "CURVED", (16,))
     out = tmp_path / "out.jsonl"
     flags = [*map(str, ["--runs", tmp_path, "--out", out, "--written", 2, "--width", 16]), *SMALL]
     latent.main(flags)
@@ -121,11 +122,15 @@ def test_the_values_of_an_arm_do_not_depend_on_its_bptt_and_its_gradient_does(la
     assert (gradients[2] - gradients[3]).norm() < 5e-3 * gradients[2].norm()
 
 
-def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the_answer(data, tmp_path, capsys):
+def test_grpo_begins_with_the_model_that_has_thought_and_rewards_nothing_but_the_answer(
+    data, tmp_path, capsys, monkeypatch
+):
     grpo = loaded("latent_grpo")
     latent, out = grpo.latent, tmp_path / "grpo.jsonl"
-    arms = ["--runs", tmp_path, "--out", tmp_path / "out.jsonl", "--arms", "all", "k1", "--written", 1]
+    arms = ["--runs", tmp_path, "--out", tmp_path / "out.jsonl", "--arms", "all", "k1", "--written", 1, "--width", 16]
+    monkeypatch.setattr(latent, "CURVED", (16,))
     latent.main([*map(str, arms), *SMALL])
+    monkeypatch.setattr(latent, "TESTED", (8,))
     assert grpo.tokenizer_of()("e3 e59 e0 _ _")["input_ids"] == [3, 59, 0, data.BLANK, data.BLANK]
     assert grpo.tokenizer_of().get_vocab()["."] == data.FILLER
     assert grpo.right([[62, 7, 63], [62, 7], [7, 63], [62, 8, 63]], ["e7"] * 4) == [1.0, 0.0, 0.0, 0.0]
