@@ -33,9 +33,9 @@ TWO_THREADS := tests/evaluation/test_think.py tests/test_latent.py \
 # What the oldest versions could do otherwise: the overlay, the seams of rollout and replay, training, files.
 OLDEST_VENV := .venv-oldest
 CORE := tests/patching tests/maths/test_thinking.py tests/monitor/test_callback.py \
-	$(addprefix tests/models/test_,adapter.py full.py merge.py older_files.py) \
+	$(addprefix tests/models/test_,adapter.py checkpoint.py merge.py older_files.py) \
 	$(addprefix tests/thinking/test_,adjoint.py continuous.py decoding.py replay.py thoughts.py) \
-	$(addprefix tests/training/test_,config.py losses.py optim.py plain_grpo.py resume.py rollouts.py scores.py several.py sft.py trainer.py)
+	$(addprefix tests/training/test_,config.py losses.py optim.py plain_grpo.py resume.py rollouts.py logprobs.py distributed.py sft.py trainer.py)
 
 # The day with a GPU: where its results go, the Python of a machine that packs are for, and the place of the dry run.
 GPU_RESULTS ?= benchmarks/results/gpu-$(shell date +%F)

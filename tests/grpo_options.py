@@ -215,7 +215,7 @@ NO_EFFECT = {
 LOADING = "commands/test_train.py::test_options_of_loading_and_of_evaluation_reach_the_model_and_the_trainer"
 # Option: the test that shows what it does, or the file of several.
 ELSEWHERE = {
-    "deepspeed": "training/test_several.py",
+    "deepspeed": "training/test_distributed.py",
     "model_init_kwargs": LOADING,
     "trust_remote_code": LOADING,
     "enable_jit_checkpoint": LOADING,
@@ -236,7 +236,7 @@ UNTRIED = {
     "restore_callback_states_from_checkpoint": "acts in a run that resumes",
     "logging_nan_inf_filter": "a run stops at a loss that is not finite",
     "liger_kernel_config": "for use_liger_kernel",
-    "fsdp": "needs several processes; training/test_several.py shards by torch itself",
+    "fsdp": "needs several processes; training/test_distributed.py shards by torch itself",
     "fsdp_config": "for fsdp",
     "dataloader_pin_memory": "needs a GPU",
     "tf32": "needs a GPU",

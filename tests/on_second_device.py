@@ -26,7 +26,7 @@ from hrpo_patches.evaluation.think import think  # noqa: E402
 from hrpo_patches.models.base import open_model  # noqa: E402
 from hrpo_patches.models.merge import merge  # noqa: E402
 from hrpo_patches.thinking.decoding import ThinkingDecoder  # noqa: E402
-from hrpo_patches.training import scores  # noqa: E402
+from hrpo_patches.training import logprobs  # noqa: E402
 from hrpo_thinking.blend import Blend  # noqa: E402
 from hrpo_thinking.parts import MODULES  # noqa: E402
 
@@ -210,8 +210,8 @@ def a_wait_in_each_decoding_step():
 
 @contextlib.contextmanager
 def a_tensor_of_the_cpu_in_the_loss():
-    plain = scores.selective_log_softmax
-    scores.selective_log_softmax = lambda logits, tokens: plain(logits, tokens) * torch.ones(tokens.shape)
+    plain = logprobs.selective_log_softmax
+    logprobs.selective_log_softmax = lambda logits, tokens: plain(logits, tokens) * torch.ones(tokens.shape)
     yield
 
 

@@ -1,6 +1,6 @@
 """Run as a program by each of several processes: trains the cases of a job, and saves what became of them.
 
-`python several_probe.py JOB.json`; see `Case` in training/test_several.py for what a case may say.
+`python several_probe.py JOB.json`; see `Case` in training/test_distributed.py for what a case may say.
 """
 
 import faulthandler
@@ -25,7 +25,7 @@ from hrpo_patches.commands.main import run as hrpo
 from hrpo_patches.engines.base import Completions
 from hrpo_patches.thinking import sequential
 from hrpo_patches.thinking.shards import plain
-from hrpo_patches.training import ending, scores
+from hrpo_patches.training import logprobs, termination
 from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.modules import ThinkingModule
 
@@ -124,7 +124,7 @@ _ROLLOUT = ("states", "mask", "ratio", "tokens")
 def run(case, out):
     name = case["name"]
     sequential.KEPT = case.get("kept_thoughts", 32)
-    scores.LOGITS = case.get("logits", 2**24)
+    logprobs.LOGITS = case.get("logits", 2**24)
     thinking = {"r_min": 0.5, "r_max": 0.9} | case.get("thinking", {})
     shape = {"initializer_range": 0.1} | case.get("model", {})  # livelier ones amplify rounding through their thoughts
     model = tiny_model(case["family"], thinking=thinking, **shape)
@@ -190,7 +190,7 @@ def main(job):
     for case in job["cases"]:
         faulthandler.dump_traceback_later(HANGS, exit=True)
         run(case, out)
-    if torch.distributed.is_initialized() and status in (0, None, ending.STATUS):
+    if torch.distributed.is_initialized() and status in (0, None, termination.STATUS):
         torch.distributed.barrier()
     sys.stdout.flush()
     sys.stderr.flush()

@@ -69,7 +69,7 @@ def test_a_run_that_is_told_to_end_saves_its_step_says_so_and_goes_on_as_if_it_h
     words = ["train", *options, "--save_steps", 100, "--output_dir", folder]
     told = processes.run(processes.signalled, "SIGTERM", "HRPOTrainer", "training_step", 3, *words)
     assert told.returncode == 143, told.stderr  # 128 + SIGTERM
-    assert "told to end: saved after step 4; resume by --resume_from_checkpoint latest." in told.stdout
+    assert "SIGTERM received: saved after step 4; resume by --resume_from_checkpoint latest." in told.stdout
     assert [path.name for path in folder.glob("checkpoint-*")] == ["checkpoint-4"]
     assert not (folder / "report.json").exists()
     resumed = run(*options, "--output_dir", folder, "--resume_from_checkpoint", "latest")

@@ -20,7 +20,7 @@ from unsloth.models.rl import PatchFastRL
 
 import hrpo_patches.models.backends
 import hrpo_patches.commands.train
-from hrpo_patches.training import scores
+from hrpo_patches.training import logprobs
 from hrpo_patches import HRPOConfig, HRPOTrainer, InputError, load_adapter
 
 SCRIPT = ROOT / "scripts" / "hrpo_gsm8k.py"
@@ -98,7 +98,7 @@ def runs(request, checkpoints, tmp_path_factory):
         patch.setattr(hrpo_patches.models.backends, "_said", [])
         patch.setattr(hrpo_patches.commands.train, "make_trainer", keep)
         patch.setattr(hrpo_patches.commands.train, "answer_reward", lambda task, marker: odd_reward)
-        patch.setattr(scores, "LOGITS", 2000)  # the loss makes its logits in pieces, the other backend's at once
+        patch.setattr(logprobs, "LOGITS", 2000)  # the loss makes its logits in pieces, the other backend's at once
         runpy.run_path(str(SCRIPT))["main"](arguments("unsloth", request.param, checkpoints, folder))
     python("-c", WITH_ODD_REWARD, SCRIPT, *arguments("transformers", request.param, checkpoints, folder))
     return folder, trainers[0], printed.getvalue(), request.param

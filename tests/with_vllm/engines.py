@@ -11,7 +11,7 @@ from tiny import tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM
 from vllm import LLM, SamplingParams
 
-from hrpo_patches.models.full import mark
+from hrpo_patches.models.checkpoint import mark
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.request import ThinkingRequest
 from hrpo_vllm import engine_options, take_thoughts

@@ -12,7 +12,7 @@ from engines import NEW, THINKING, assert_same, big_enough, engine, generated, m
 from vllm import SamplingParams
 
 from hrpo_patches import replay_forward
-from hrpo_patches.models.full import mark
+from hrpo_patches.models.checkpoint import mark
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import FAMILIES
 from hrpo_thinking.request import ThinkingRequest

@@ -10,7 +10,7 @@ from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams, StructuredOutputsParams
 
 import hrpo_vllm
-from hrpo_patches.models.full import mark
+from hrpo_patches.models.checkpoint import mark
 from hrpo_thinking.errors import InputError
 
 pytestmark = pytest.mark.usefixtures("engines_end")

@@ -9,7 +9,7 @@ from pathlib import Path
 from engines import assert_same, big_enough, generated
 from safetensors.torch import load_file
 
-from hrpo_patches.models.full import mark
+from hrpo_patches.models.checkpoint import mark
 
 NEW = 32
 

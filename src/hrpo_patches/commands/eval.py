@@ -18,7 +18,7 @@ from hrpo_patches.engines.batches import Decoding, batches_of
 from hrpo_patches.engines.choice import CHOICES, ENGINE_HELP, Needs, choose_engine
 from hrpo_patches.evaluation.answers import Questions, answer_all
 from hrpo_patches.evaluation.progress import Progressed
-from hrpo_patches.evaluation.scores import paired, summarise
+from hrpo_patches.evaluation.statistics import paired, summarise
 from hrpo_patches.files import create, listed
 from hrpo_patches.models.base import base_of, open_model
 from hrpo_patches.models.hub import adapter_folder

@@ -32,7 +32,7 @@ from hrpo_patches.commands.train import LORA_TARGETS, asker, finish, train_and_s
 from hrpo_patches.commands.train_flags import REST, ProblemArguments, check_push_flags, own_names
 from hrpo_patches.device import has_bf16
 from hrpo_patches.engines.batches import Decoding, completions
-from hrpo_patches.evaluation.scores import standard_error
+from hrpo_patches.evaluation.statistics import standard_error
 from hrpo_patches.extras import require
 from hrpo_patches.files import alone
 from hrpo_patches.models.base import load_model
@@ -201,7 +201,7 @@ def main(words: Written) -> dict[str, Any]:
 
     Raises:
         InputError: before any training, if the run cannot work.
-        SystemExit: with `ending.STATUS`, after SIGTERM; a checkpoint of the last step is saved.
+        SystemExit: with `termination.STATUS`, after SIGTERM; a checkpoint of the last step is saved.
     """
     run = parse(with_config(words))
     first = run.config.process_index == 0

@@ -27,7 +27,7 @@ from hrpo_patches.commands.train_flags import Run, own_names, parse
 from hrpo_patches.device import placed
 from hrpo_patches.engines.batches import Decoding, complete, completions
 from hrpo_patches.engines.choice import Needs, choose_engine
-from hrpo_patches.evaluation.scores import standard_error
+from hrpo_patches.evaluation.statistics import standard_error
 from hrpo_patches.files import alone
 from hrpo_patches.models.adapter import load_adapter
 from hrpo_patches.models.backends import backend_named
@@ -52,8 +52,8 @@ from hrpo_patches.tasks.rewards import answer_reward, format_reward, grade
 from hrpo_patches.thinking.batching import cache_size
 from hrpo_patches.thinking.shards import partitioned, whole
 from hrpo_patches.training.config import HRPOConfig
-from hrpo_patches.training.ending import STATUS, EndWhenTold, NothingLeft
 from hrpo_patches.training.start import Place, fit_projection
+from hrpo_patches.training.termination import STATUS, NoStepsLeft, SaveOnTermination
 from hrpo_patches.training.trainer import HRPOTrainer
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.marker import marker_table
@@ -217,7 +217,7 @@ def main(
 
     Raises:
         InputError: before any training, if the run cannot work.
-        SystemExit: with `ending.STATUS`, after SIGTERM; a checkpoint of the last step is saved.
+        SystemExit: with `termination.STATUS`, after SIGTERM; a checkpoint of the last step is saved.
     """
     run = parse(words, task, backend, prog)
     first = run.config.process_index == 0
@@ -230,18 +230,18 @@ def train_and_save(trainer: Any, resumed: str | None, words: Written) -> None:
 
     Raises:
         InputError: before the first step, what another library refuses.
-        SystemExit: with `ending.STATUS`, after SIGTERM; a checkpoint of the last step is saved.
+        SystemExit: with `termination.STATUS`, after SIGTERM; a checkpoint of the last step is saved.
     """
-    with EndWhenTold(trainer.accelerator) as ending:
-        trainer.add_callback(ending)
+    with SaveOnTermination(trainer.accelerator) as termination:
+        trainer.add_callback(termination)
         ProgressLines.replace_bar(trainer)
         began = state_of(Path(resumed))["global_step"] if resumed else 0
-        with suppress(NothingLeft), in_a_sentence(words, own_names(), lambda: trainer.state.global_step <= began):
+        with suppress(NoStepsLeft), in_a_sentence(words, own_names(), lambda: trainer.state.global_step <= began):
             trainer.train(resume_from_checkpoint=resumed)
-    if ending.told:
+    if termination.received:
         if trainer.accelerator.is_main_process:
             step = trainer.state.global_step
-            print(f"told to end: saved after step {step}; resume by --resume_from_checkpoint latest.")
+            print(f"SIGTERM received: saved after step {step}; resume by --resume_from_checkpoint latest.")
         raise SystemExit(STATUS)
     trainer.save_model(_internal_call=True)  # `finish` pushes it, with its report
 

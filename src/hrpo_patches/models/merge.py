@@ -17,7 +17,7 @@ from hrpo_patches.files import listed, whole_or_nothing
 from hrpo_patches.models.adapter import config_of, load_adapter, weights_of
 from hrpo_patches.models.base import base_of, read_config, tokenizer_of
 from hrpo_patches.models.card import write_card
-from hrpo_patches.models.full import mark
+from hrpo_patches.models.checkpoint import mark
 from hrpo_patches.models.hub import adapter_folder, find_adapter
 from hrpo_patches.models.record import read_thinking, write_thinking
 from hrpo_patches.models.smollm2 import cache_folder

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from hrpo_patches.models.full import add_thinking
+from hrpo_patches.models.checkpoint import add_thinking
 from hrpo_patches.models.record import save_thinking
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_thinking.errors import InputError

@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from hrpo_patches.thinking.decoding import changed_distribution
-from hrpo_patches.training.released import released
+from hrpo_patches.training.trl_classes import trl_class
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import Bptt, Depth, depth_of
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from trl import GRPOConfig
 else:
     _Arguments = object
-    GRPOConfig = released("trl.trainer.grpo_config", "GRPOConfig")
+    GRPOConfig = trl_class("trl.trainer.grpo_config", "GRPOConfig")
 
 REFERENCES = ("base", "start")
 SHARED = ("residual", "answer_start", "thoughts", "filler")  # options of ThinkingConfig that are fields here, too

@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM, DynamicCache
 from hrpo_patches.thinking import adjoint
 from hrpo_patches.thinking.backbone import temporarily
 from hrpo_patches.thinking.replay import distribution_head
-from hrpo_patches.training.scores import forward_scores
+from hrpo_patches.training.logprobs import forward_scores
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import Bptt, ThinkingInputs, depth_of
 from hrpo_thinking.parts import parts_of

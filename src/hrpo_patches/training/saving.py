@@ -17,7 +17,7 @@ from hrpo_patches.models.card import public_name, write_card
 from hrpo_patches.models.push import asking_the_hub, check_name, check_token, files_of, open_repository, push
 from hrpo_patches.models.record import THINKING_FILE, save_pauses, save_thinking
 from hrpo_patches.thinking.backbone import causal_lm
-from hrpo_patches.training.several import InShards
+from hrpo_patches.training.distributed import InShards
 from hrpo_thinking.errors import InputError, SaveError
 
 

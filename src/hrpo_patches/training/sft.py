@@ -23,10 +23,10 @@ from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.replay import distribution_head
 from hrpo_patches.training.curriculum import Curriculum
 from hrpo_patches.training.lessons import IGNORED, Classroom, Lesson, LessonBatch
+from hrpo_patches.training.logprobs import forward_scores
 from hrpo_patches.training.optim import regroup
 from hrpo_patches.training.prepare import check_model, freeze_unused, thinking_policy, with_thinking_modules
 from hrpo_patches.training.saving import SavesThoughts
-from hrpo_patches.training.scores import forward_scores
 from hrpo_patches.training.sft_config import HRPOSFTConfig
 from hrpo_patches.training.start import fit_projection, places_of
 from hrpo_thinking.config import ThinkingConfig

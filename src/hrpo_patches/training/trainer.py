@@ -33,8 +33,9 @@ from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.replay import distribution_head
 from hrpo_patches.thinking.shards import whole
 from hrpo_patches.training.config import HRPOConfig
-from hrpo_patches.training.epoch_order import EpochOrder
-from hrpo_patches.training.judged import judged
+from hrpo_patches.training.data_order import DataOrder
+from hrpo_patches.training.distributed import as_long_as_any
+from hrpo_patches.training.logprobs import forward_scores
 from hrpo_patches.training.optim import regroup
 from hrpo_patches.training.prepare import (
     ALREADY,
@@ -48,16 +49,15 @@ from hrpo_patches.training.prepare import (
     with_thinking_modules,
 )
 from hrpo_patches.training.reference import StartReference, without_reference
-from hrpo_patches.training.released import released
+from hrpo_patches.training.rewards import checked_rewards
 from hrpo_patches.training.saving import SavesThoughts
-from hrpo_patches.training.scores import forward_scores
-from hrpo_patches.training.several import as_long_as_any
+from hrpo_patches.training.trl_classes import trl_class
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
 from hrpo_thinking.request import check_room
 
-GRPOTrainer: Any = released("trl.trainer.grpo_trainer", "GRPOTrainer")
+GRPOTrainer: Any = trl_class("trl.trainer.grpo_trainer", "GRPOTrainer")
 POSITIONAL = [*signature(GRPOTrainer.__init__).parameters][4:]  # after self, model, reward_funcs and args
 
 
@@ -89,7 +89,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
             raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
         args.check_generation_kwargs()
         kwargs |= dict(zip(POSITIONAL, positional, strict=False))
-        self._epoch_order = EpochOrder()
+        self._data_order = DataOrder()
         turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
         if args.residual is not None and turns:
             raise InputError(f"{turns[0]} generates outside of one thinking turn; remove it, or set residual=None.")
@@ -109,8 +109,8 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
                 from hrpo_patches.engines.vllm import engines_that_think  # imports vLLM
 
                 stack.enter_context(engines_that_think(sys.modules[GRPOTrainer.__module__]))
-            super().__init__(model, judged(reward_funcs), args, **kwargs)
-        self.add_callback(self._epoch_order)
+            super().__init__(model, checked_rewards(reward_funcs), args, **kwargs)
+        self.add_callback(self._data_order)
         freeze_unused(self.model, args)
         if args.residual is not None:
             restore_float32(self.model, before)
@@ -356,8 +356,8 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         return regroup(self, optimizer, self.args.learning_rates) if fresh and self.args.residual else optimizer
 
     def _get_train_sampler(self, dataset: Any = None) -> Any:
-        self._epoch_order.sampler = super()._get_train_sampler(dataset)
-        return self._epoch_order.sampler
+        self._data_order.sampler = super()._get_train_sampler(dataset)
+        return self._data_order.sampler
 
     def _record_ratios(self, shares: Tensor) -> None:
         """embeds_ratio: mean a; hidden_ratio: mean sqrt(1 - a²); over thinking positions, a averaged over d."""

@@ -13,7 +13,7 @@ from types import ModuleType
 from typing import Any
 
 
-def released(module: str, name: str) -> Any:
+def trl_class(module: str, name: str) -> Any:
     """The class `name` of TRL's `module` (dotted, e.g. trl.trainer.grpo_trainer) as its file defines it."""
     current = import_module(module)
     return getattr(current if "unsloth" not in sys.modules else _private_copy(current), name)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hrpo_patches.evaluation.scores import majority, paired, pass_at, standard_error, summarise, wilson
+from hrpo_patches.evaluation.statistics import majority, paired, pass_at, standard_error, summarise, wilson
 from hrpo_patches.tasks.graders.numbers import number
 from hrpo_patches.tasks.graders.options import choice
 

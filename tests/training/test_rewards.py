@@ -6,7 +6,7 @@ import pytest
 import torch
 from runs import small_trainer
 
-from hrpo_patches.training.judged import judged
+from hrpo_patches.training.rewards import checked_rewards
 from hrpo_thinking.errors import InputError
 
 
@@ -18,15 +18,15 @@ def giving(change):
 
 
 BAD = [
-    (lambda good: [*good[:-1], math.nan], "gave nan for completion 7; give a finite number"),
-    (lambda good: [math.inf, *good[1:]], "gave inf for completion 0"),
-    (lambda good: ["one", *good[1:]], "gave 'one' for completion 0"),
-    (lambda good: good[:-1], "gave 7 rewards for 8 completions; give one for each"),
-    (lambda good: [*good, 0.0], "gave 9 rewards for 8 completions"),
-    (lambda good: 1.0, "gave 1.0; give a list"),
-    (lambda good: torch.zeros(len(good), 2), r"gave tensor\(\[0., 0.\]\) for completion 0"),
-    (lambda good: [10**400, *good[1:]], "gave 1000"),
-    (lambda good: [1e39, *good[1:]], r"gave 1e\+39 for completion 0"),  # infinite in float32
+    (lambda good: [*good[:-1], math.nan], "returned nan for completion 7; expected a finite number"),
+    (lambda good: [math.inf, *good[1:]], "returned inf for completion 0"),
+    (lambda good: ["one", *good[1:]], "returned 'one' for completion 0"),
+    (lambda good: good[:-1], "returned 7 rewards for 8 completions; expected one"),
+    (lambda good: [*good, 0.0], "returned 9 rewards for 8 completions"),
+    (lambda good: 1.0, "returned 1.0; expected a list"),
+    (lambda good: torch.zeros(len(good), 2), r"returned tensor\(\[0., 0.\]\) for completion 0"),
+    (lambda good: [10**400, *good[1:]], "returned 1000"),
+    (lambda good: [1e39, *good[1:]], r"returned 1e\+39 for completion 0"),  # infinite in float32
 ]
 
 
@@ -39,7 +39,7 @@ def test_a_reward_that_is_none_stops_the_run_by_its_name_before_a_step_is_taken(
         return change(good) if len(calls) == 2 else good
 
     trainer = small_trainer(tmp_path, reward=giving(later), max_steps=3, save_strategy="steps", save_steps=1)
-    with pytest.raises(InputError, match=f"the reward function reward {sentence}"):
+    with pytest.raises(InputError, match=f"reward function reward {sentence}"):
         trainer.train()
     assert trainer.state.global_step == 1
     assert_next_steps_follow(tmp_path, giving(lambda good: good))
@@ -83,7 +83,7 @@ def test_a_reward_function_may_judge_some_completions_only_and_be_a_coroutine_or
     def tensor(completions, **_):
         return torch.arange(len(completions)).float()
 
-    assert judged("a/model") == "a/model" and judged([later])[0].__name__ == "later"
+    assert checked_rewards("a/model") == "a/model" and checked_rewards([later])[0].__name__ == "later"
     trainer = small_trainer(tmp_path, reward=[later, tensor])
     trainer.train()
     assert "rewards/later/mean" in trainer.state.log_history[0]

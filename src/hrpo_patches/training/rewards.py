@@ -1,4 +1,4 @@
-"""Reward functions whose answers are looked at before a step is taken with them."""
+"""Checks what reward functions return before a step is taken with it."""
 
 from __future__ import annotations
 
@@ -13,50 +13,54 @@ from torch import nn
 from hrpo_thinking.errors import InputError
 
 
-def judged(reward_funcs: Any) -> Any:
-    """The same reward functions, which raise where TRL would train with what they said.
+def checked_rewards(reward_funcs: Any) -> Any:
+    """The same reward functions, which raise where TRL would train with an invalid reward.
 
-    TRL takes a reward that is not a number, or infinite, for none at all. Models, and names of models, are left alone.
+    TRL treats a reward that is infinite or not a number as missing. Models, and names of models, are returned as they
+    are.
 
     Args:
-        reward_funcs: one or a list, as for `trl.GRPOTrainer`. Each gives, for each completion, a finite number, or
-            None for one that it does not judge.
+        reward_funcs: one or a list, as for `trl.GRPOTrainer`. Each returns one reward per completion: a finite
+            number, or None where it does not apply.
 
     Raises:
-        InputError: by such a function, in training: it gave something else, or not one for each completion.
+        InputError: by such a function, in training: it returned something else.
     """
     if isinstance(reward_funcs, list):
-        return [judged(one) for one in reward_funcs]
+        return [checked_rewards(one) for one in reward_funcs]
     if not callable(reward_funcs) or isinstance(reward_funcs, nn.Module):
         return reward_funcs
-    return _judged(reward_funcs)
+    return _with_check(reward_funcs)
 
 
-def _judged(function: Callable[..., Any]) -> Callable[..., Any]:
-    def judge(*args: Any, **kwargs: Any) -> Any:
+def _with_check(function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
         return _checked(function, function(*args, **kwargs), len(kwargs["completions"]))
 
-    async def judge_later(*args: Any, **kwargs: Any) -> Any:
+    async def call_later(*args: Any, **kwargs: Any) -> Any:
         return _checked(function, await function(*args, **kwargs), len(kwargs["completions"]))
 
     later = iscoroutinefunction(function) or iscoroutinefunction(getattr(function, "__call__", None))  # noqa: B004
-    return update_wrapper(judge_later if later else judge, function)
+    return update_wrapper(call_later if later else call, function)
 
 
 def _checked(function: Any, rewards: Any, completions: int) -> list[Any]:
     name = getattr(function, "__name__", type(function).__name__)
     if not isinstance(rewards, Iterable):
-        raise InputError(f"the reward function {name} gave {rewards!r}; give a list, a reward a completion.")
+        raise InputError(
+            f"reward function {name} returned {rewards!r}; expected a list with one reward per completion."
+        )
     given = list(rewards)
     if len(given) != completions:
         raise InputError(
-            f"the reward function {name} gave {len(given)} rewards for {completions} completions; give one for each."
+            f"reward function {name} returned {len(given)} rewards for {completions} completions; expected one per "
+            f"completion."
         )
     for number, reward in enumerate(given):
         if not _is_reward(reward):
             raise InputError(
-                f"the reward function {name} gave {reward!r} for completion {number}; give a finite number, or None "
-                f"for a completion that it does not judge."
+                f"reward function {name} returned {reward!r} for completion {number}; expected a finite number, or "
+                f"None where it does not apply."
             )
     return given
 

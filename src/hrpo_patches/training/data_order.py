@@ -7,7 +7,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 
-class EpochOrder(TrainerCallback):
+class DataOrder(TrainerCallback):
     """Takes a resumed run's sampler to where it was when its epoch began.
 
     TRL's sampler draws each epoch's order from one generator, which no checkpoint holds, so that a run that is resumed

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import byte_tokenizer, tiny_model
 from transformers import AutoModelForCausalLM
 
-from hrpo_patches.models.full import add_thinking
+from hrpo_patches.models.checkpoint import add_thinking
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import is_thinking_parameter
 

@@ -21,7 +21,7 @@ from tiny import tiny_model
 from transformers import AutoModelForCausalLM, Trainer
 
 from hrpo_patches import load_adapter
-from hrpo_patches.training.several import check_sharding
+from hrpo_patches.training.distributed import check_sharding
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import MODULES
 

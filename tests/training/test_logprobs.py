@@ -8,8 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
-from hrpo_patches.training import scores as module
-from hrpo_patches.training.scores import scores
+from hrpo_patches.training import logprobs as module
+from hrpo_patches.training.logprobs import scores
 
 
 class Largest(TorchDispatchMode):

@@ -1,4 +1,4 @@
-"""Lets a run that is told to end save first."""
+"""Saves a run that SIGTERM ends."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 STATUS = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM has ended
 
 
-class NothingLeft(Exception):
+class NoStepsLeft(Exception):
     """A checkpoint that is resumed has all steps of its run."""
 
 
-class EndWhenTold(TrainerCallback):
+class SaveOnTermination(TrainerCallback):
     """Upon SIGTERM, the step that is under way is finished and saved, and training stops; a second one ends at once.
 
     It listens within its `with` block, also where training fails. A checkpoint of the last step is not trained
-    further: `NothingLeft` is raised when its state is loaded.
+    further: `NoStepsLeft` is raised when its state is loaded.
 
     Args:
-        accelerator: the trainer's; of several processes, all end when one was told.
+        accelerator: the trainer's; of several processes, all end when one received the signal.
 
     Attributes:
-        told: whether the signal has come.
+        received: whether the signal has come.
     """
 
     def __init__(self, accelerator: Any) -> None:
-        self.accelerator, self.told = accelerator, False
+        self.accelerator, self.received = accelerator, False
         self._before: Any = signal.SIG_DFL
 
-    def _tell(self, number: int, frame: Any) -> None:
-        self.told = True
+    def _on_signal(self, number: int, frame: Any) -> None:
+        self.received = True
         signal.signal(number, self._before)
 
-    def __enter__(self) -> EndWhenTold:
-        self._before = signal.signal(signal.SIGTERM, self._tell)
+    def __enter__(self) -> SaveOnTermination:
+        self._before = signal.signal(signal.SIGTERM, self._on_signal)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -45,11 +45,11 @@ class EndWhenTold(TrainerCallback):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if state.global_step and state.global_step >= state.max_steps:  # or `Trainer` would take one step more
-            raise NothingLeft
+            raise NoStepsLeft
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         if self.accelerator.num_processes > 1:
-            told = torch.tensor(float(self.told), device=self.accelerator.device)
-            self.told = bool(self.accelerator.reduce(told, reduction="sum"))
-        if self.told:
+            received = torch.tensor(float(self.received), device=self.accelerator.device)
+            self.received = bool(self.accelerator.reduce(received, reduction="sum"))
+        if self.received:
             control.should_save = control.should_training_stop = True

@@ -6,7 +6,7 @@ import pytest
 from trl import GRPOConfig, GRPOTrainer
 
 from hrpo_patches import HRPOConfig, HRPOTrainer
-from hrpo_patches.training.released import released
+from hrpo_patches.training.trl_classes import trl_class
 
 
 def test_without_unsloth_ours_derive_from_the_classes_that_everybody_has():
@@ -20,8 +20,8 @@ def test_a_class_that_was_replaced_is_found_in_its_file(monkeypatch, name):
     replaced = type(name, (original,), {"__module__": module})  # unsloth's config hides like this
     monkeypatch.setattr(sys.modules[module], name, replaced)
     monkeypatch.setitem(sys.modules, "unsloth", None)
-    found = released(module, name)
+    found = trl_class(module, name)
     assert found is not replaced and found.__name__ == name
     assert found.__mro__[1].__name__ == original.__mro__[1].__name__
     assert getattr(sys.modules[module], name) is replaced  # left as it was
-    assert released(module, name) is found
+    assert trl_class(module, name) is found
