@@ -308,9 +308,6 @@ def test_whoever_asks_an_adapter_asks_what_was_asked_in_training(base, data, tmp
     assert prompt_as_trained(str(folder / "checkpoint-1"), question) == row
     (folder / "report.json").unlink()  # as before a run has ended
     assert prompt_as_trained(str(folder), question) == prompt_as_trained(str(folder / "checkpoint-1"), question) == row
-    (folder / "run.json").unlink()
-    calls.think([str(folder), "--prompt", question, "--max_new_tokens", "2"])
-    assert "Asked without an instruction" in capsys.readouterr().out
 
 
 def test_a_run_trains_on_rollouts_of_continuous_batching(base, data, tmp_path, capsys):

@@ -116,6 +116,7 @@ def test_the_command_looks_into_a_base_an_adapter_and_a_merged_model(base, tmp_p
     assert main([*command, str(tmp_path / "run"), "--png", str(tmp_path / "a.png")]) == 0
     adapter = capsys.readouterr().out
     assert "are fresh" not in adapter and "a.png" in adapter and (tmp_path / "a.png").is_file()
+    assert "Asked without an instruction" in adapter  # of a trainer in Python, which records no prompt
     assert main(["merge", str(tmp_path / "run"), str(tmp_path / "merged")]) == 0
     capsys.readouterr()
     assert main([*command, str(tmp_path / "merged")]) == 0
