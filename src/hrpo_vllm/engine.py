@@ -13,7 +13,7 @@ from hrpo_thinking.config import NEEDS_US, ThinkingConfig, record_of, scaled_to_
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import FAMILIES, check_vllm
 from hrpo_thinking.request import FORCED_ALONE, check_residual, check_room
-from hrpo_vllm import (
+from hrpo_vllm.names import (
     CANNOT,
     KEY,
     NO_FILLER,

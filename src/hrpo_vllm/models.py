@@ -18,8 +18,8 @@ from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import thinking_table
 from hrpo_thinking.modules import thinking_modules
 from hrpo_thinking.parts import MODULES, is_thinking_parameter
-from hrpo_vllm import architecture
 from hrpo_vllm.engine import tokenizer_of
+from hrpo_vllm.names import architecture
 from hrpo_vllm.requests import EngineThoughts
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import ThinkingRequest
-from hrpo_vllm import KEY, NO_FILLER, THINKING, THOUGHTS
+from hrpo_vllm.names import KEY, NO_FILLER, THINKING, THOUGHTS
 
 BOUND = 4 << 30  # bytes
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from vllm.v1.worker.gpu_worker import Worker
 
 from hrpo_thinking.errors import InputError
-from hrpo_vllm import THINKING, THOUGHTS
+from hrpo_vllm.names import THINKING, THOUGHTS
 from hrpo_vllm.requests import EngineThoughts, Scheduled
 
 

@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from vllm import SamplingParams
 from vllm.sampling_params import BeamSearchParams, RepetitionDetectionParams, StructuredOutputsParams
 
-import hrpo_vllm
+from hrpo_vllm import names
 from hrpo_patches.models.checkpoint import mark
 from hrpo_thinking.errors import InputError
 
@@ -34,9 +34,9 @@ def test_an_engine_that_cannot_think_as_its_model_does_is_not_made(tokenizer, tm
 
 
 def test_a_version_out_of_range_is_refused_by_name(monkeypatch):
-    monkeypatch.setattr(hrpo_vllm, "vllm_version", lambda: "0.23.0")
+    monkeypatch.setattr(names, "vllm_version", lambda: "0.23.0")
     with pytest.raises(InputError, match=r"from 0.24 to before 0.34; 0.23.0 is installed"):
-        hrpo_vllm.check_version()
+        names.check_version()
 
 
 def test_a_checkpoint_that_lost_a_thinking_weight_is_not_served(tokenizer, tmp_path):

@@ -4,7 +4,7 @@ from importlib.metadata import version
 
 from upstream_rows import complaints
 
-from hrpo_vllm import vllm_version
+from hrpo_vllm.names import vllm_version
 
 
 def test_the_installed_vllm_has_every_name_of_the_table():

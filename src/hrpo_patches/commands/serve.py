@@ -9,7 +9,7 @@ from rich.console import Console
 
 from hrpo_patches.commands.flags import Written, plain_parser
 from hrpo_patches.models.merge import merged_for
-from hrpo_vllm import CANNOT, cannot, check_version
+from hrpo_vllm.names import CANNOT, cannot, check_version
 
 _NAME = "--served-model-name"
 _MORE = (

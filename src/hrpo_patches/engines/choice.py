@@ -20,7 +20,7 @@ from hrpo_patches.thinking.controls import SEVERAL
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import check_vllm
 from hrpo_thinking.request import FORCED_ALONE, check_residual
-from hrpo_vllm import check_version
+from hrpo_vllm.names import check_version
 
 
 @dataclass(frozen=True)

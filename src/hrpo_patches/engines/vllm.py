@@ -30,7 +30,8 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
 from hrpo_thinking.marker import thinking_table
 from hrpo_thinking.request import ThinkingRequest
-from hrpo_vllm import KEY, THINKING, THOUGHTS, check_version, engine_options, take_thoughts, weights_arrived
+from hrpo_vllm import engine_options, take_thoughts, weights_arrived
+from hrpo_vllm.names import KEY, THINKING, THOUGHTS, check_version
 
 CACHE = 4 << 30  # bytes of keys and values on a CPU; vLLM's own wish is a share of all memory
 ON_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
