@@ -153,7 +153,11 @@ REFUSED = {
     "vllm_mode": ("server", {"use_vllm": True}, "vllm_mode='server' cannot think"),
     "vllm_model_impl": ("transformers", {"use_vllm": True}, "vllm_model_impl='transformers' cannot think"),
     "vllm_tensor_parallel_size": (2, {"use_vllm": True}, "vllm_tensor_parallel_size=2 cannot think"),
-    "vllm_structured_outputs_regex": ("[0-9]+", {"use_vllm": True}, "does not go with vLLM's importance sampling"),
+    "vllm_structured_outputs_regex": (
+        "[0-9]+",
+        {"use_vllm": True},
+        "cannot be combined with vLLM's importance",
+    ),
     "auto_find_batch_size": (True, {}, "auto_find_batch_size is not supported by GRPO"),
     "log_completions_hub_repo": ("x/y", {}, "but log_completions is False"),
     "router_aux_loss_coef": (0.5, {}, "not a Mixture-of-Experts model"),

@@ -136,7 +136,7 @@ class ThinkingConfig:
         lacking = [name for name in about_parts() if OPTIONS[name].part not in parts_of(self.residual)]
         if used := [name for name in lacking if getattr(self, name) != getattr(ThinkingConfig, name)]:
             raise InputError(
-                f"{used[0]} is about the projection; it does not go with residual={self.residual!r}, remove it."
+                f"{used[0]} is about the projection; it cannot be combined with residual={self.residual!r}, remove it."
             )
 
     @classmethod

@@ -374,7 +374,7 @@ def test_a_refused_control_leaves_nothing_that_blocks_the_corrected_command(comm
         (["--thoughts", "24"], "to below --max_new_tokens 24"),
         (["--thoughts", "2", "--filler", "<nosuch>"], "no token '<nosuch>'"),
         (["--control", "shuffled"], "--control: invalid choice: 'shuffled'"),
-        (["--control", "mean", "--no-thinking"], "does not go with --no-thinking"),
+        (["--control", "mean", "--no-thinking"], "cannot be combined with --no-thinking"),
         (["--control", "swapped", "--batch_size", "11"], "a batch holds one"),
     ],
 )

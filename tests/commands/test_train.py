@@ -354,7 +354,7 @@ def test_the_script_says_one_sentence_and_exits_with_2(arguments, sentence, tmp_
         (["--residual_r_max", "1.0"], "r_min < r_max"),
         (["--prompt", "loud"], "--prompt: invalid choice: 'loud'"),
         (["--examples", "1 + 1 = 2"], "carry the marker"),
-        (["--init_projection"], "goes with --adapter"),
+        (["--init_projection"], "requires --adapter"),
         (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
         (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
         (["--temperature", "0"], "--temperature must be above 0"),

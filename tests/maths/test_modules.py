@@ -78,7 +78,7 @@ def test_every_legal_combination_replays_its_rollout_and_trains_every_weight(tok
 
 @pytest.mark.parametrize("options", [options for options in EVERY if not is_legal(options)], ids=name_of)
 def test_every_illegal_combination_is_one_sentence_at_config_time(options):
-    with pytest.raises(InputError, match="does not go with residual='embedding'|needs projection_layers=2"):
+    with pytest.raises(InputError, match="cannot be combined with residual='embedding'|needs projection_layers=2"):
         ThinkingConfig(**options)
     with pytest.raises(InputError):
         parse([f"--{name}={value}" for name, value in options.items() if value is not None])

@@ -76,11 +76,14 @@ def test_how_a_model_thinks_is_said_at_once_and_reaches_it(tmp_path, given):
     ("options", "message"),
     [
         ({"thinking": {"thoughts": 2}, "thoughts": 3}, "thoughts is 3, and thinking says 2"),
-        ({"thinking": {"residual": "embedding"}, "residual": None}, "does not go with residual='none'"),
+        ({"thinking": {"residual": "embedding"}, "residual": None}, "cannot be combined with residual='none'"),
         ({"thinking": {"layers": 2}}, "unknown thinking option 'layers'"),
         ({"thinking": "{"}, "thinking is no JSON"),
         ({"thinking": 3}, "must be a ThinkingConfig or a dict"),
-        ({"thinking": {"residual": "embedding", "projection_layers": 2}}, "does not go with residual='embedding'"),
+        (
+            {"thinking": {"residual": "embedding", "projection_layers": 2}},
+            "cannot be combined with residual='embedding'",
+        ),
     ],
 )
 def test_what_is_said_in_two_ways_has_to_agree(tmp_path, options, message):
@@ -125,7 +128,7 @@ def test_generation_options_that_generate_does_not_know_are_refused(tmp_path):
 )
 def test_vllms_log_probabilities_of_a_narrowed_distribution_weigh_no_loss(tmp_path, narrowed):
     own = {"output_dir": str(tmp_path), "use_vllm": True, **PLAIN}
-    with pytest.raises(InputError, match="does not go with vLLM's importance sampling correction"):
+    with pytest.raises(InputError, match="cannot be combined with vLLM's importance sampling correction"):
         HRPOConfig(**own, **narrowed)
     HRPOConfig(**own, **narrowed, vllm_importance_sampling_correction=False)
     HRPOConfig(**own, generation_kwargs={"bad_words": [], "logit_bias": {}})

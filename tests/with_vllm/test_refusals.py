@@ -70,12 +70,18 @@ def test_requests_that_cannot_be_thought_are_refused_and_the_next_is_right(token
             with pytest.raises(ValueError, match=says):
                 llm.generate([{"prompt_token_ids": prompt}], SamplingParams(max_tokens=8, extra_args=extra))
         for options, says in (
-            ({"allowed_token_ids": [filler + 1]}, "allowed_token_ids does not go with forced thoughts"),
-            ({"bad_words": ["."]}, "bad_words does not go with forced thoughts"),
-            ({"stop": ["."]}, "stop does not go with forced thoughts"),
+            ({"allowed_token_ids": [filler + 1]}, "allowed_token_ids cannot be combined with forced thoughts"),
+            ({"bad_words": ["."]}, "bad_words cannot be combined with forced thoughts"),
+            ({"stop": ["."]}, "stop cannot be combined with forced thoughts"),
             ({"stop_token_ids": [filler]}, "ends a completion; name another one"),
-            ({"structured_outputs": StructuredOutputsParams(regex="a+")}, "structured_outputs does not go with"),
-            ({"repetition_detection": RepetitionDetectionParams(4, 1, 2)}, "repetition_detection does not go with"),
+            (
+                {"structured_outputs": StructuredOutputsParams(regex="a+")},
+                "structured_outputs cannot be combined",
+            ),
+            (
+                {"repetition_detection": RepetitionDetectionParams(4, 1, 2)},
+                "repetition_detection cannot be combined",
+            ),
         ):
             with pytest.raises(ValueError, match=says):
                 asked = SamplingParams(max_tokens=8, extra_args={"thoughts": 2}, **options)

@@ -145,10 +145,16 @@ def test_vllms_own_command_serves_a_merged_model_that_thinks_from_several_proces
         (["merged", "--base", "base"], "is no adapter, so it has no base model"),
         (["nowhere"], "does not exist"),
         (["embedding"], "hands over no distribution"),
-        (["adapter", '--speculative-config={"method": "ngram"}'], "does not go with speculative decoding"),
-        (["adapter", "--speculative_config.method=ngram"], "does not go with speculative decoding"),
-        (["adapter", "--pipeline-parallel-size=2"], "does not go with pipeline parallelism"),
-        (["adapter", "--enable-prompt-embeds"], "does not go with prompts given as embeddings"),
+        (
+            ["adapter", '--speculative-config={"method": "ngram"}'],
+            "speculative decoding is not supported",
+        ),
+        (
+            ["adapter", "--speculative_config.method=ngram"],
+            "speculative decoding is not supported for thinking models",
+        ),
+        (["adapter", "--pipeline-parallel-size=2"], "pipeline parallelism is not supported for thinking models"),
+        (["adapter", "--enable-prompt-embeds"], "prompts given as embeddings is not supported for thinking models"),
     ],
     ids=str,
 )

@@ -231,5 +231,5 @@ def test_the_engine_says_when_no_weights_have_arrived(base, tmp_path):
 @pytest.mark.parametrize("options", [{"stop": ["."]}, {"bad_words": ["."]}, {"allowed_token_ids": [1]}], ids=str)
 def test_sampling_that_does_not_go_with_forced_thoughts_is_refused_in_training_too(base, tmp_path, options):
     own = {"generation_kwargs": options, "vllm_importance_sampling_correction": False}
-    with pytest.raises(InputError, match=f"{next(iter(options))} does not go with forced thoughts"):
+    with pytest.raises(InputError, match=f"{next(iter(options))} cannot be combined with forced thoughts"):
         run(tmp_path / "run", base, thoughts=2, **own)

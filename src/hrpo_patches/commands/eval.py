@@ -95,7 +95,7 @@ class EvalArguments:
         if len(set(self.thoughts)) < len(self.thoughts):
             raise InputError(f"--thoughts {' '.join(map(str, self.thoughts))}: expected different numbers.")
         if self.control != "live" and not self.thinking:
-            raise InputError(f"--control {self.control} replaces thoughts; it does not go with --no-thinking.")
+            raise InputError(f"--control {self.control} replaces thoughts; it cannot be combined with --no-thinking.")
         if not 0 <= self.seed < 2**31:
             raise InputError(f"--seed must be from 0 to 2**31 - 1, not {self.seed}.")
         if self.answer_start == "":

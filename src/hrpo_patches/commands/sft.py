@@ -124,7 +124,7 @@ class SFTRun:
         if config.enable_jit_checkpoint:
             raise InputError("--enable_jit_checkpoint: hrpo sft saves a checkpoint upon SIGTERM by itself; remove it.")
         if "none" in config.report_to:
-            raise InputError("--report_to none does not go with other names.")
+            raise InputError("--report_to none cannot be combined with other names.")
         for tracker in config.report_to:
             require(tracker, f"--report_to {tracker}")
         if about.report:
@@ -186,7 +186,7 @@ def _with_options(config: SFTFlags, options: dict[str, Any]) -> SFTFlags:
         if config.gate != HRPOSFTConfig.gate:
             changed.append("gate")
         if changed:
-            raise InputError(f"--{changed[0]} is about thinking; it does not go with --residual none.")
+            raise InputError(f"--{changed[0]} is about thinking; it cannot be combined with --residual none.")
         return config
     projected = PROJECTION in parts_of(config.residual)
     unused = [] if projected else [name for name in SCALE if options[name] == SCALE[name]]  # which are its defaults

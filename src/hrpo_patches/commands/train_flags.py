@@ -162,7 +162,7 @@ class Run:
         if self.config.residual is None:
             changed = [name for name, value in self.rest.items() if value != getattr(ThinkingConfig, name)]
             if used := [name for name in changed if OPTIONS[name].part is not None]:
-                raise InputError(f"--{used[0]} is about the projection; it does not go with --residual none.")
+                raise InputError(f"--{used[0]} is about the projection; it cannot be combined with --residual none.")
         thinking = ThinkingConfig.from_dict(self.rest | own)
         return thinking if self.config.residual is not None else None
 
@@ -222,19 +222,21 @@ class Run:
         if about.eval_problems < 0:
             raise InputError(f"--eval_problems must be 0 or more, not {about.eval_problems}.")
         if "none" in config.report_to:
-            raise InputError("--report_to none does not go with other names.")
+            raise InputError("--report_to none cannot be combined with other names.")
         for tracker in config.report_to:
             require(tracker, f"--report_to {tracker}")
         if about.adapter is not None and config.residual is None:
-            raise InputError("--adapter continues a thinking adapter; it does not go with --residual none.")
+            raise InputError("--adapter continues a thinking adapter; it cannot be combined with --residual none.")
         if about.projection_start == "lstsq":
             check_fits(config.residual, self.rest["projection_layers"], self.rest["projection_norm"])
             if self.backend == "unsloth":
                 raise InputError("--projection_start lstsq requires --backend transformers.")
             if about.adapter is not None:
-                raise InputError("--projection_start lstsq starts a fresh projection; it does not go with --adapter.")
+                raise InputError(
+                    "--projection_start lstsq starts a fresh projection; it cannot be combined with --adapter."
+                )
         if about.init_projection and about.adapter is None:
-            raise InputError("--init_projection goes with --adapter; a fresh adapter has a projection anyway.")
+            raise InputError("--init_projection requires --adapter; a fresh adapter has a projection anyway.")
         if about.report:
             require("matplotlib", "--report")
         check_push_flags(config, about.model_name)

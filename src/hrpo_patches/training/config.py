@@ -150,7 +150,9 @@ class ThinkingArguments(_Arguments):
             raise InputError(f"thinking must be a ThinkingConfig or a dict of its options, not {given!r}.")
         options: dict[str, Any] = asdict(given) if isinstance(given, ThinkingConfig) else given or {}
         if options and self.residual is None:
-            raise InputError("thinking does not go with residual='none', which is plain GRPO; remove one of them.")
+            raise InputError(
+                "thinking cannot be combined with residual='none', which is plain GRPO; remove one of them."
+            )
         for name in [name for name in SHARED if name in options]:
             own, default = getattr(self, name), type(self).__dataclass_fields__[name].default
             if own not in (default, options[name]):
@@ -208,7 +210,7 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
         if self.residual is not None or self.thoughts:
             self._refuse_what_cannot_think()
         if self.residual is None and (self.bptt or self.reference != "base"):
-            raise InputError("bptt and reference are about thinking; they do not go with residual='none'.")
+            raise InputError("bptt and reference are about thinking; they cannot be combined with residual='none'.")
         if self.reference == "start" and self.sync_ref_model:
             raise InputError("sync_ref_model moves the reference, and reference='start' keeps it; remove one of them.")
         if self.residual is not None and self.sync_ref_model:
@@ -253,7 +255,7 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
         changed = changed_distribution(own | {"structured_outputs": self.vllm_structured_outputs_regex} | kwargs)
         if changed is not None:
             raise InputError(
-                f"{changed[0]}={changed[1]!r} does not go with vLLM's importance sampling correction: vLLM's "
+                f"{changed[0]}={changed[1]!r} cannot be combined with vLLM's importance sampling correction: vLLM's "
                 f"log-probabilities are of the narrowed distribution and the loss's of the whole one, so that the "
                 f"weight of a long completion vanishes; remove it, or set vllm_importance_sampling_correction=False."
             )

@@ -47,7 +47,7 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
     with all steps written (c = 0) and ends at `until`.
 
     Raises:
-        InputError: an option is out of its range, or does not go with another.
+        InputError: an option is out of its range, or cannot be combined with another.
     """
 
     residual: str | None = _option(
@@ -110,7 +110,7 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
         if self.eval_steps is not None and not self.eval_steps > 0:
             raise InputError(f"eval_steps must be above 0, not {self.eval_steps}.")
         if self.residual is None and self.bptt:
-            raise InputError("bptt is about thinking; it does not go with residual='none'.")
+            raise InputError("bptt is about thinking; it cannot be combined with residual='none'.")
         for name in ("load_best_model_at_end", "restore_callback_states_from_checkpoint", "label_smoothing_factor"):
             if getattr(self, name):
                 raise InputError(f"{name} is not supported: a checkpoint belongs to its stage, and the loss is plain.")

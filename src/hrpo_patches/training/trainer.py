@@ -70,7 +70,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
 
     Raises:
         InputError: before the first step, if the model cannot think or cannot hand over its last hidden state, the
-            tokenizer cannot spell the marker, or an option does not go with thinking.
+            tokenizer cannot spell the marker, or an option cannot be combined with thinking.
     """
 
     _tag_names = ["trl", "grpo", "hrpo"]  # noqa: RUF012 - TRL's own type
