@@ -371,7 +371,7 @@ def test_a_refused_control_leaves_nothing_that_blocks_the_corrected_command(comm
     ("flags", "message"),
     [
         (["--thoughts", "-1"], "--thoughts must be 0 or more, not -1"),
-        (["--thoughts", "24"], "to below --max_new_tokens 24"),
+        (["--thoughts", "24"], "--thoughts=24 must be smaller than --max_new_tokens=24"),
         (["--thoughts", "2", "--filler", "<nosuch>"], "no token '<nosuch>'"),
         (["--control", "shuffled"], "--control: invalid choice: 'shuffled'"),
         (["--control", "mean", "--no-thinking"], "cannot be combined with --no-thinking"),

@@ -90,7 +90,7 @@ def test_a_damaged_model_is_a_sentence(words, tmp_path):
 
 
 def test_a_log_that_finds_no_room_is_a_sentence_too(words, tmp_path):
-    done = processes.run(processes.limited, 0, 100, *words, "--save_steps", 9, "--output_dir", tmp_path / "run")
+    done = processes.run(processes.limited, 0, 1000, *words, "--save_steps", 9, "--output_dir", tmp_path / "run")
     log = tmp_path / "run" / "monitor.jsonl"
     assert done.returncode == 2 and f"error: {log} could not be written: File too large." in done.stderr
     assert "Traceback" not in done.stderr
