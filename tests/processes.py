@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -24,8 +25,8 @@ CONTEXT.set_forkserver_preload(
 
 
 def start(program, *arguments, out, err=None, environment=None):
-    """Call `program` with the arguments as texts, and files for what it prints; returns the process."""
-    given = (program, list(map(str, arguments)), str(out), str(err or out), dict(environment or os.environ))
+    """Call `program` with the arguments as texts, and a file or pipe for what it prints; returns the process."""
+    given = (program, list(map(str, arguments)), out, err or out, dict(environment or os.environ))
     process = CONTEXT.Process(target=_run, args=given)
     process.start()
     return process
@@ -45,14 +46,19 @@ def wait(processes):
 
 def run(program, *arguments):
     """As `subprocess.run` does: returncode, stdout, stderr; `program` may be the text of one."""
-    with TemporaryDirectory() as folder:
+    with TemporaryDirectory() as folder, ThreadPoolExecutor() as readers:
         if isinstance(program, str):
             file = Path(folder, "program.py")
             file.write_text(program)
             program, arguments = script, (file, *arguments)
-        out, err = Path(folder, "out"), Path(folder, "err")
-        (status,) = wait([start(program, *arguments, out=out, err=err)])
-        return SimpleNamespace(returncode=status, stdout=out.read_text(), stderr=err.read_text())
+        pipes = [CONTEXT.Pipe(duplex=False) for _ in range(2)]  # not files, whose size a test may limit
+        process = start(program, *arguments, out=pipes[0][1], err=pipes[1][1])
+        read = [readers.submit(os.fdopen(os.dup(receive.fileno())).read) for receive, _ in pipes]
+        for _, send in pipes:
+            send.close()
+        (status,) = wait([process])
+        out, err = (text.result() for text in read)
+    return SimpleNamespace(returncode=status, stdout=out, stderr=err)
 
 
 def each_rank(program, *arguments, folder, name, environment=None):
@@ -69,8 +75,13 @@ def each_rank(program, *arguments, folder, name, environment=None):
 
 
 def _run(program, arguments, out, err, environment):
-    for descriptor, path in ((1, out), (2, err)):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    for descriptor, to in ((1, out), (2, err)):
+        os.dup2(
+            os.open(to, os.O_WRONLY | os.O_CREAT | os.O_APPEND) if isinstance(to, Path) else to.fileno(), descriptor
+        )
+    for one in {out, err}:
+        if not isinstance(one, Path):
+            one.close()
     sys.stdout, sys.stderr = (os.fdopen(descriptor, "w", buffering=1) for descriptor in (1, 2))
     os.environ.clear()
     os.environ.update(environment)
