@@ -144,7 +144,7 @@ def signalled(name, kind, method, step, *words):
 
 
 def limited(step, room, *words):
-    """`hrpo WORDS`, whose files, those of what it prints too, can have so many bytes from a step on."""
+    """`hrpo WORDS`, whose files can have so many bytes from a step on."""
     from hrpo_patches import HRPOTrainer
 
     size = (int(room), resource.RLIM_INFINITY)
