@@ -101,7 +101,7 @@ def test_hrpo_serve_merges_an_adapter_and_answers_as_generate_does(folder, token
             assert {key: job.result() for key, job in jobs.items()} == expected
         for extra, why in (
             ({"thinking": "no"}, "must be true or false"),
-            ({"thoughts": NEW}, "below max_tokens"),
+            ({"thoughts": NEW}, "must be smaller than the smaller of max_tokens"),
             ({"thinking_key": ["one"]}, "must be a text"),
         ):
             with pytest.raises(BadRequestError, match=why):
@@ -134,7 +134,7 @@ def test_vllms_own_command_serves_a_merged_model_that_thinks_from_several_proces
                 assert ask(client, prompt, thinking=thinking) == expected
             assert ask(client, prompt) != expected
         for _ in range(6):  # each server has a guard
-            with pytest.raises(BadRequestError, match="below max_tokens"):
+            with pytest.raises(BadRequestError, match="must be smaller than the smaller of max_tokens"):
                 ask(client, prompt, thoughts=NEW)
 
 
