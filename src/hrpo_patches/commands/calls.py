@@ -145,7 +145,9 @@ def doctor(argv: Written) -> int:
     if given.json:
         print(json.dumps({"healthy": not bad, "findings": [vars(finding) for finding in findings]}, indent=1))
     else:
-        console.print(f"{len(bad)} of {len(findings)} looks found something: {', '.join(bad)}." if bad else "Healthy.")
+        unknown = [finding.what for finding in findings if finding.fine is None]
+        says = f"{len(bad)} of {len(findings)} checks failed: {', '.join(bad)}." if bad else "Healthy"
+        console.print(says if bad else f"{says}, but see {', '.join(unknown)}." if unknown else f"{says}.")
     return int(bool(bad))
 
 

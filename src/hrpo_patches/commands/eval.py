@@ -278,7 +278,7 @@ def show_all(variations: list[dict[str, Any]], title: str, out: Path) -> None:
     """Print the scores of several evaluations of the same problems as a table."""
     table = Table(title=title)
     for column in (
-        "thoughts",
+        "forced thoughts",
         "control",
         "accuracy",
         "95%",
