@@ -113,7 +113,7 @@ def _serve(page: Any, listening: socket.socket) -> None:
     """Serve the page; without `launch`, which could share it and asks the network."""
     import gradio as gr
     import uvicorn
-    from fastapi import FastAPI
+    from fastapi import FastAPI, Response
 
     from hrpo_patches.evaluation.demo import CSS
 
@@ -122,7 +122,16 @@ def _serve(page: Any, listening: socket.socket) -> None:
         FastAPI(), page, "/", footer_links=[], run_history=False, ssr_mode=False, pwa=False, theme=theme, css=CSS
     )
 
+    host, port = listening.getsockname()[:2]
+    names = {f"{one}:{port}".encode() for one in ("127.0.0.1", "localhost", "[::1]")}
+
     async def closed(scope: Any, receive: Any, send: Any) -> None:
+        # The page takes no files, and on this machine alone answers to its names alone (no DNS rebinding).
+        strange = host in ("127.0.0.1", "::1") and dict(scope.get("headers", ())).get(b"host") not in names
+        if scope["type"] in ("http", "websocket") and (strange or scope["path"].endswith("/upload")):
+            await Response("forbidden", 403)(scope, receive, send)
+            return
+
         async def with_policy(message: Any) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
@@ -130,7 +139,6 @@ def _serve(page: Any, listening: socket.socket) -> None:
 
         await app(scope, receive, with_policy)
 
-    host, port = listening.getsockname()[:2]
     print(f"http://{f'[{host}]' if ':' in host else host}:{port} (Ctrl+C ends it)", flush=True)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(uvicorn.Config(closed, log_level="warning")).run(sockets=[listening])

@@ -35,6 +35,8 @@ from hrpo_thinking.request import check_room
 # Added to the seed of a generator, whose i-th problem comes of seed + i, so that no draw of a training is drawn again.
 UNSEEN = 10**8
 ALL = "all"  # of the controls
+# The ends of names of files, in a model's or an adapter's folder, that decide what it answers.
+ANSWERING = (".safetensors", "config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja")
 
 
 @dataclass
@@ -189,7 +191,8 @@ def settings_of(arguments: EvalArguments, prompts: list[Any], problems: list[Pro
     base = base_of(adapter, arguments.model) if adapter is not None else arguments.model
     for name, folder in (("adapter_files", adapter), ("model_files", base)):
         if folder is not None and Path(folder).is_dir():
-            settings[name] = listed(Path(folder))
+            # Not all: the results may go into this folder, and a picture or a card changes no answer.
+            settings[name] = [one for one in listed(Path(folder)) if str(one[0]).endswith(ANSWERING)]
     return settings
 
 

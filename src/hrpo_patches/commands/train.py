@@ -307,9 +307,14 @@ def next_commands(arguments: dict[str, Any], folder: Path) -> list[str]:
     """What a person may want to do with what a run has saved: command lines, with its paths."""
     thinks, full = arguments["residual"] != NONE, not arguments["lora_rank"]
     evaluation = ["eval", "--model" if full else "--adapter", folder, "--task", arguments["task"]]
-    if arguments["dataset"]:
-        evaluation += ["--dataset", arguments["dataset"]]
-    evaluation += ["--prompt", arguments["prompt"]]
+    for name in ("dataset", "corpus", "prompt", "shots"):
+        if arguments.get(name):
+            evaluation += [f"--{name}", arguments[name]]
+    if arguments.get("examples"):
+        evaluation += ["--examples", *arguments["examples"]]
+    if arguments.get("max_completion_length"):
+        evaluation += ["--max_new_tokens", arguments["max_completion_length"]]
+    evaluation += ["--limit", 200]
     evaluation += ["--control", "all"] if thinks else ["--no-thinking"]
     commands = [[*evaluation, "--out", folder / "eval.json"]]
     if thinks:

@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_patches.thinking.decoding import ends_of
+from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
         thinking: bool | None
         thoughts: int | None
         filler_token_id: int | None
-        eos_token_id: list[int] | None
+        eos_token_id: int | list[int] | None
 else:
     Sampling = GenerationConfig
 
@@ -58,6 +59,14 @@ class Completions:
         return torch.stack([a.sum(), hidden.sum(), mask.sum().float()])
 
 
+def check_prompts(prompts: list[list[int]]) -> None:
+    """Raise `InputError` unless there are prompts, and each has a token."""
+    if not prompts or not all(prompts):
+        raise InputError(
+            "every prompt must have a token, and there must be one: the first thought is made from its last."
+        )
+
+
 class Engine(Protocol):
     """Completes prompts with one model. It samples from torch's global generator, or seeds itself from that."""
 
@@ -69,7 +78,9 @@ class Engine(Protocol):
             sampling: how; with `return_dict_in_generate` the completions have their thinking states.
 
         Raises:
-            RuntimeError: the engine failed; the message holds `NOT_FINITE` where logits were not finite.
+            InputError: a prompt is empty.
+            RuntimeError: the engine failed; the message holds `NOT_FINITE` where it sampled from logits that were not
+                finite (a greedy completion does not look).
         """
 
     def refresh_weights(self) -> None:

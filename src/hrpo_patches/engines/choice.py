@@ -44,7 +44,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class EngineKind:
-    """An engine that can be asked for by name.
+    """An engine that can be asked for by name: in `Decoding` and `choose_engine`; flags know those that come with us.
 
     Attributes:
         check: raises `InputError` for needs of a model that the engine cannot meet, or where it cannot run.
@@ -120,15 +120,15 @@ def choose_engine(asked: str, model: Any, needs: Needs) -> tuple[str, str]:
     """(the name of an engine, why it is chosen).
 
     Args:
-        asked: one of `CHOICES`.
+        asked: a name of `ENGINES`, or auto.
         model: the model to complete with.
         needs: what the engine must be able to do.
 
     Raises:
         InputError: `asked` names no engine, or one that cannot do what is needed.
     """
-    if asked not in CHOICES:
-        raise InputError(f"--engine must be one of {', '.join(CHOICES)}, not {asked!r}.")
+    if asked not in (*ENGINES, "auto"):
+        raise InputError(f"--engine must be one of {', '.join((*ENGINES, 'auto'))}, not {asked!r}.")
     if asked != "auto":
         try:
             ENGINES[asked].check(model, needs)

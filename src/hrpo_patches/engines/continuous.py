@@ -7,7 +7,7 @@ from typing import Any
 from torch.nn.utils.rnn import pad_sequence
 from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
 
-from hrpo_patches.engines.base import Completions, Sampling
+from hrpo_patches.engines.base import Completions, Sampling, check_prompts
 from hrpo_patches.thinking.backbone import causal_lm, temporarily
 from hrpo_patches.thinking.batching import cache_size, keep_attention
 from hrpo_thinking.inputs import ThinkingInputs
@@ -32,6 +32,7 @@ class ContinuousEngine:
 
     def complete(self, prompts: list[list[int]], sampling: Sampling) -> Completions:
         """As `Engine.complete`."""
+        check_prompts(prompts)
         config, forced = self.config, sampling.thoughts or 0
         if config is None:
             longest = max(map(len, prompts)) + (sampling.max_new_tokens or 0)

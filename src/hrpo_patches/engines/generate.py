@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
-from hrpo_patches.engines.base import Completions, Sampling
+from hrpo_patches.engines.base import Completions, Sampling, check_prompts
 from hrpo_patches.thinking.backbone import causal_lm, temporarily
 from hrpo_thinking.inputs import ThinkingInputs
 
@@ -29,9 +29,10 @@ class GenerateEngine:
 
     def complete(self, prompts: list[list[int]], sampling: Sampling) -> Completions:
         """As `Engine.complete`."""
-        device, filler = self.model.device, self.tokenizer.pad_token_id
+        check_prompts(prompts)
+        device, padding = self.model.device, self.tokenizer.pad_token_id
         rows = [torch.tensor(ids) for ids in prompts]
-        ids = pad(rows, padding_value=filler, padding_side="left").to(device)
+        ids = pad(rows, padding_value=padding, padding_side="left").to(device)
         seen = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
         forced = sampling.thoughts or 0
         words = {"tokenizer": self.tokenizer} if sampling.thinking or forced else {}
@@ -39,14 +40,16 @@ class GenerateEngine:
         with temporarily(causal_lm(self.model), generation_config=sampling):
             out = self.model.generate(input_ids=ids, attention_mask=seen, **words)
         own = slice(ids.shape[1] + forced, None)  # without the prompt and the forced thoughts
-        if not sampling.return_dict_in_generate:
-            return Completions([_up_to_end(row, sampling.eos_token_id) for row in out[:, own].tolist()])
+        if not (sampling.thinking and sampling.return_dict_in_generate):
+            tokens = out.sequences if sampling.return_dict_in_generate else out
+            return Completions([_up_to_end(row, sampling.eos_token_id) for row in tokens[:, own].tolist()])
         tokens, kept = out.sequences[:, own].cpu(), out.attention_mask[:, own].cpu().bool()
         completions = [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
         thinking = ThinkingInputs(out.thinking_states, out.thinking_mask, out.thinking_residual)
         return Completions(completions, thinking=thinking, ratio=out.thinking_ratio)
 
 
-def _up_to_end(row: list[int], ends: list[int] | None) -> list[int]:
+def _up_to_end(row: list[int], ends: int | list[int] | None) -> list[int]:
     """A completion without the padding behind its end token, which is kept."""
-    return next((row[: i + 1] for i, token in enumerate(row) if token in (ends or ())), row)
+    known = {ends} if isinstance(ends, int) else set(ends or ())
+    return next((row[: i + 1] for i, token in enumerate(row) if token in known), row)

@@ -61,7 +61,7 @@ def files_of(folder: Path, repo_id: str, base: str | None = None) -> Files:
     adapter = _kind_of(folder) == "adapter"
     names = {path.name for one in (*(ADAPTER if adapter else MODEL), *SHARED) for path in folder.glob(one)}
     files: Files = {name: folder / name for name in sorted(names)}
-    held = json.loads((folder / CONFIG).read_text()) if adapter else {}
+    held = _read(folder / CONFIG) if adapter else {}
     own = held.get("base_model_name_or_path")
     base = base or public_name(own)
     if adapter and base is None:
@@ -72,10 +72,21 @@ def files_of(folder: Path, repo_id: str, base: str | None = None) -> Files:
     if adapter:
         files[CONFIG] = _json(held | {"base_model_name_or_path": base})
     if REPORT in files:
-        files[REPORT] = _json(_public_report(json.loads((folder / REPORT).read_text())))
+        files[REPORT] = _json(_public_report(_read(folder / REPORT)))
     files[CARD] = _card(folder, repo_id, base).encode()
-    _refuse_paths(files, [own or "", *map(str, (folder.resolve(), Path.cwd(), Path.home()))])
+    _refuse_paths(files, [own or "", *map(str, (folder.absolute(), folder.resolve(), Path.cwd(), Path.home()))])
     return dict(sorted(files.items()))
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What a JSON file holds; an `InputError` if it is damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: {error}.") from None
+    if not isinstance(content, dict):
+        raise InputError(f"{file} is damaged: expected an object, got {type(content).__name__}.")
+    return content
 
 
 def _kind_of(folder: Path) -> Literal["adapter", "model"]:
@@ -148,7 +159,8 @@ def _refuse_paths(files: Files, paths: list[str]) -> None:
             continue
         text = content.decode() if isinstance(content, bytes) else content.read_text(errors="replace")
         for path in paths:
-            if os.path.isabs(path) and path != os.sep and (path + os.sep in text or f'"{path}"' in text):
+            # In JSON, a letter that is not ASCII may be written as its number.
+            if os.path.isabs(path) and path != os.sep and (path in text or json.dumps(path)[1:-1] in text):
                 raise InputError(f"{name} names {path}, a path of this machine; remove it there, and push again.")
 
 

@@ -144,5 +144,5 @@ class SavesThoughts(InShards):
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         try:  # and wait: the folder may be deleted afterwards
             self.push_saved(checkpoint_folder, f"Training in progress, step {self.state.global_step}")
-        except SaveError as error:
+        except (SaveError, InputError) as error:
             logger.warning(f"{error} Training continues, and the next save is pushed again.")

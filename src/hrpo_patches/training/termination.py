@@ -34,6 +34,7 @@ class SaveOnTermination(TrainerCallback):
 
     def _on_signal(self, number: int, frame: Any) -> None:
         self.received = True
+        print("SIGTERM received: the step that is under way is finished and saved.", flush=True)
         signal.signal(number, self._before)
 
     def __enter__(self) -> SaveOnTermination:

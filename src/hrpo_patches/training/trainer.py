@@ -188,7 +188,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         return completions.tokens, completions.logprobs
 
     def engine(self, model: Any) -> Engine:
-        """What makes this run's rollouts with `model`, beside vLLM, which TRL starts (`vllm_generation`)."""
+        """What makes this run's thinking rollouts with `model`, unless vLLM does, which TRL starts."""
         if self.args.use_transformers_continuous_batching:
             return ContinuousEngine(model, self._tokenizer, self.continuous_batching_config)
         return GenerateEngine(model, self._tokenizer)
@@ -207,7 +207,9 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
                 torch.no_grad(),
                 whole(self.model),
             ):
-                return self.engine(model).complete(prompt_ids, self.generation_config)
+                engine = self.engine(model)
+                engine.refresh_weights()
+                return engine.complete(prompt_ids, self.generation_config)
         except RuntimeError as error:
             if NOT_FINITE not in str(error):
                 raise
