@@ -2,7 +2,9 @@
 
 import json
 import socket
+from urllib.error import HTTPError
 from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
 
 import pytest
 from browser import ask, opened, served
@@ -63,6 +65,9 @@ def test_the_page_shows_what_think_shows_and_asks_no_other_machine(models, tmp_p
     run, base = models
     thinks, second = rows_of_think(capsys, run, QUESTION), rows_of_think(capsys, run, "Bye")
     with served(run, base, *LENGTH) as address, opened(address, tmp_path / "profile") as (page, asked):
+        for path, host in (("/gradio_api/upload", urlsplit(address).netloc), ("/", "evil.example")):
+            with pytest.raises(HTTPError, match="403"):  # no files, and no other name of this machine
+                urlopen(Request(address + path, data=b"" if "upload" in path else None, headers={"Host": host}))
         ask(page, QUESTION)
         plain = rows_of(page, base, "off")  # the last one to be answered
         live, off = rows_of(page, run, "live"), rows_of(page, run, "off")

@@ -11,7 +11,7 @@ from tiny import FAMILIES, byte_tokenizer, tiny_config, tiny_model
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hrpo_patches.commands import eval as evaluation
-from hrpo_patches.commands.eval import main
+from hrpo_patches.commands.eval import main, parse, settings_of
 from hrpo_patches.commands.main import main as cli
 from hrpo_patches.engines import batches
 from hrpo_patches.evaluation import answers
@@ -318,6 +318,15 @@ def thoughtful(folder):
     trainer.train()
     trainer.save_model()
     return folder / "thoughtful"
+
+
+def test_results_beside_the_weights_do_not_make_it_another_evaluation(command, thoughtful):
+    arguments = parse([*command(), "--adapter", str(thoughtful)])
+    before = settings_of(arguments, [], [])
+    (thoughtful / "eval.json.part").write_text("[]")
+    assert settings_of(arguments, [], []) == before and before["adapter_files"]
+    (thoughtful / "adapter_config.json").touch()
+    assert settings_of(arguments, [], []) != before
 
 
 def completed(results):

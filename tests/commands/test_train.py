@@ -499,11 +499,12 @@ def test_least_squares_start_the_projection_from_what_the_base_writes(base, data
 def test_the_end_of_a_run_names_commands_that_work(tmp_path, capsys, residual):
     words = run_of_sums(tmp_path, 2, max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=1)
     words += ["--max_completion_length", "8", "--residual", residual, "--output_dir", str(tmp_path / "a run")]
-    assert cli(["train", *words]) == 0
+    assert cli(["train", *words, "--shots", "1"]) == 0
     printed = capsys.readouterr().out
     commands = [shlex.split(line) for line in printed.partition("next:\n")[2].splitlines()]
     expected = ["eval", "think", "merge"] if residual == "projection" else ["eval"]
+    asked = commands[0][commands[0].index("--shots") :][:2], commands[0][commands[0].index("--max_new_tokens") :][:2]
+    assert asked == (["--shots", "1"], ["--max_new_tokens", "8"])
     assert [words[1] for words in commands] == expected
     for program, *words in commands:
-        more = ["--max_new_tokens", "8"] if words[0] == "eval" else []
-        assert program == "hrpo" and cli([*words, *more]) == 0, (words, capsys.readouterr().err)
+        assert program == "hrpo" and cli(words) == 0, (words, capsys.readouterr().err)

@@ -4,7 +4,10 @@ import pytest
 import torch
 from tiny import byte_tokenizer, tiny_model
 
+from hrpo_patches.engines.base import sampling_of
 from hrpo_patches.engines.batches import Decoding, batches_of, complete, completions
+from hrpo_patches.engines.continuous import ContinuousEngine
+from hrpo_patches.engines.generate import GenerateEngine
 from hrpo_patches.tasks.prompts import uses_chat
 from hrpo_thinking.errors import InputError
 
@@ -96,3 +99,21 @@ def test_the_tokenizers_end_token_ends_a_completion_as_in_training(tokenizer, en
     other.eos_token = other.convert_ids_to_tokens(whole[4])
     ((_, (cut,)),) = complete(model, other, [prompt], way)
     assert cut == whole[: whole.index(whole[4]) + 1] and len(whole) == 12
+
+
+@pytest.mark.parametrize("kind", [GenerateEngine, ContinuousEngine])
+def test_an_engine_refuses_empty_prompts_and_returns_thoughts_only_of_what_thought(tokenizer, kind):
+    model = tiny_model("llama", thinking={"r_min": 0.3, "r_max": 0.6})
+    engine, prompts = kind(model, tokenizer), [[5, 6, 7], [8]]
+    for wrong in ([], [[], [1]], [[1], []]):
+        with pytest.raises(InputError, match="every prompt must have a token"):
+            engine.complete(wrong, sampling_of(model, tokenizer, 4, True))
+    for thinking in (False, True):
+        sampling = sampling_of(model, tokenizer, 4, thinking)
+        tokens = engine.complete(prompts, sampling).tokens
+        sampling.return_dict_in_generate = True
+        found = engine.complete(prompts, sampling)
+        assert found.tokens == tokens and (found.thinking is not None) == thinking
+    sampling = sampling_of(model, tokenizer, 4, False)
+    sampling.eos_token_id = tokens = engine.complete(prompts, sampling).tokens[0][1]  # one id, not a list
+    assert engine.complete(prompts, sampling).tokens[0][-1] == tokens
