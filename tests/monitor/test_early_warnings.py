@@ -1,5 +1,6 @@
 """Each fault that a log can show is said once, after it has lasted, and a healthy run is left in peace."""
 
+import math
 import re
 from itertools import chain
 
@@ -27,6 +28,7 @@ FAULTS = {
     "not_moving": {"projection/drift": 0.25},
     "kl": {"kl": 3.0},
     "gain": {"bptt/gain": 500.0},
+    "overflow": {"grad_norm": math.inf},
 }
 REMEDY = {
     "marker": r"'####'.*worked example.*cut at 10 tokens",
@@ -37,6 +39,7 @@ REMEDY = {
     "not_moving": "optimizer holds it",
     "kl": "raise beta",
     "gain": r"500.*larger residual_r_min",
+    "overflow": "clipping made every gradient zero.*Truncate",
 }
 
 

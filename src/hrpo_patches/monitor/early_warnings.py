@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -67,6 +68,7 @@ class EarlyWarnings:
             "kl": kl is not None and kl > RUNAWAY,
             "collapse": self.longest >= LONG and length is not None and length < COLLAPSE * self.longest,
             "gain": (row.get("bptt/gain") or 0.0) > GAIN,
+            "overflow": not math.isfinite(row.get("grad_norm") or 0.0),
         }
         return {name for name, holds in faults.items() if holds}
 
@@ -102,4 +104,7 @@ class EarlyWarnings:
             "gain": f"The gradient through the thoughts has been more than {GAIN:.0f} times the published one in "
             f"{IN_A_ROW} logged steps and is at {row.get('bptt/gain') or 0:.3g} (bptt/gain): it grows from thought to "
             f"thought. Start from a larger residual_r_min, or truncate it (bptt=4).",
+            "overflow": f"The norm of the gradient has not been finite in {IN_A_ROW} logged steps, so that clipping "
+            f"made every gradient zero and nothing was learned. Truncate the gradient (bptt=4), start from a larger "
+            f"residual_r_min, or lower the learning rates.",
         }[name]
