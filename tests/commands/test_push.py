@@ -60,6 +60,14 @@ def a_note_with_its_path(run):
     (run / CARD).write_text(f"{(run / CARD).read_text()}\nThe data is in {run.parent}/run/data.\n")
 
 
+def a_note_that_ends_with_it(run):
+    (run / CARD).write_text(f"{(run / CARD).read_text()}\nSee {run}.\n")
+
+
+def a_damaged_report(run):
+    (run / "report.json").write_text("[")
+
+
 def a_shard_is_lost(run):
     without(CONFIG, WEIGHTS)(run)
     (run / "config.json").write_text(json.dumps({"thinking": {"residual": "projection"}}))
@@ -85,6 +93,8 @@ def stock(run):
         (a_shard_is_lost, "lacks model-00002-of-00002.safetensors"),
         (stock, "holds a full model that was not trained to think"),
         (a_note_with_its_path, "README.md names "),
+        (a_note_that_ends_with_it, "README.md names "),
+        (a_damaged_report, "report.json is damaged"),
     ],
 )
 def test_a_folder_that_could_not_be_loaded_or_names_a_path_is_refused(saved, tmp_path, capsys, damage, text):
@@ -93,6 +103,14 @@ def test_a_folder_that_could_not_be_loaded_or_names_a_path_is_refused(saved, tmp
     damage(tmp_path / "run")
     assert main(["push", str(tmp_path / "run"), "someone/run", "--base", "someone/base"]) == 2
     assert text in capsys.readouterr().err
+
+
+def test_the_card_names_the_base_that_it_is_pushed_with_and_longer_names_are_no_paths(saved, tmp_path):
+    run = shutil.copytree(saved / "run", tmp_path / "run")
+    card = bytes(files_of(run, "someone/run", "someone/base")[CARD]).decode()
+    (run / CARD).write_text(f"{card}\nSee https://example.org{run}/page and {run}ning.\n")
+    pushed = bytes(files_of(run, "someone/run", "other/model")[CARD]).decode()
+    assert 'load_adapter("other/model"' in pushed and "someone/base" not in pushed
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
+from hrpo_patches.commands.console import stdout_console
 from hrpo_patches.commands.flags import Written, plain_parser
 from hrpo_patches.models.hub import CONFIG
 from hrpo_patches.models.push import Files, check_name, check_token, files_of, push
@@ -38,7 +38,7 @@ def main(argv: Written) -> None:
     for name, content in files.items():
         table.add_row(name, size_of(content))
     print(f"{given.run} to {given.name}:")
-    Console().print(table)
+    stdout_console().print(table)
     check_token()
     where = (given.name, given.private or None, given.revision)
     url = push(files, *where, others="delete" if given.overwrite else "refuse")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -147,9 +148,10 @@ def _card(folder: Path, repo_id: str, base: str | None) -> str:
     file, tags = folder / CARD, ["hrpo"]
     text = file.read_text(encoding="utf-8") if file.is_file() else ""
     card = ModelCard(text if PAPER in text else card_of(folder, base, None, tags), ignore_metadata_errors=True)
+    before = card.data.get("base_model") or BASE
     if base is not None:
         card.data["base_model"] = base
-    return str(card).replace(HERE, repo_id).replace(BASE, base or BASE)
+    return str(card).replace(before, base or before).replace(HERE, repo_id)
 
 
 def _refuse_paths(files: Files, paths: list[str]) -> None:
@@ -159,8 +161,9 @@ def _refuse_paths(files: Files, paths: list[str]) -> None:
             continue
         text = content.decode() if isinstance(content, bytes) else content.read_text(errors="replace")
         for path in paths:
-            # In JSON, a letter that is not ASCII may be written as its number.
-            if os.path.isabs(path) and path != os.sep and (path in text or json.dumps(path)[1:-1] in text):
+            spelled = "|".join(map(re.escape, {path, json.dumps(path)[1:-1]}))  # JSON escapes what is not ASCII
+            # Not the end of a web address or the start of a longer name.
+            if os.path.isabs(path) and path != os.sep and re.search(rf"(?<![\w.])(?:{spelled})(?![\w-])", text):
                 raise InputError(f"{name} names {path}, a path of this machine; remove it there, and push again.")
 
 
