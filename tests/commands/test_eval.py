@@ -1,6 +1,7 @@
 """`eval` as a person runs it: what it writes, how it goes on after a kill, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -274,10 +275,17 @@ def test_a_repetition_penalty_in_the_models_file_is_not_greedy_decoding(command,
     assert penal["problems"] == plain["problems"]
 
 
-@pytest.mark.parametrize("part", ["garbage\n", "[]\n", "7\n"])
-def test_a_part_that_is_foreign_is_named_and_kept(command, tmp_path, part):
+@pytest.mark.parametrize(
+    ("part", "text"),
+    [
+        ("garbage\n", "is damaged (Expecting value"),
+        ("[]\n", "belongs to another evaluation"),
+        ("7\n", "belongs to another evaluation"),
+    ],
+)
+def test_a_part_that_is_damaged_or_foreign_is_named_and_kept(command, tmp_path, part, text):
     (tmp_path / "out.json.part").write_text(part)
-    with pytest.raises(InputError, match="belongs to another evaluation"):
+    with pytest.raises(InputError, match=re.escape(text)):
         main(command())
     assert (tmp_path / "out.json.part").read_text() == part
 

@@ -11,13 +11,14 @@ from hrpo_patches.monitor.progress import ProgressLines
 def logged(tmp_path, monkeypatch, capsys):
     """What is printed of a run that begins after step 10 of 40, from its log lines by second and step."""
 
-    def lines(rows, main_process=True):
+    def lines(rows, main_process=True, trains=True):
         clock = [100.0]
         monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
         args, state = TrainingArguments(str(tmp_path), use_cpu=True), TrainerState(global_step=10, max_steps=40)
         state.is_world_process_zero = main_process
         callback = ProgressLines()
-        callback.on_train_begin(args, state, TrainerControl())
+        if trains:
+            callback.on_train_begin(args, state, TrainerControl())
         for second, step, row in rows:
             clock[0], state.global_step = 100.0 + second, step
             callback.on_log(args, state, TrainerControl(), logs=row)
@@ -52,3 +53,16 @@ def test_stages_and_evaluations_have_lines_and_the_summary_at_the_end_has_none(l
 
 def test_other_processes_print_nothing(logged):
     assert logged([(4.0, 12, GRPO)], main_process=False) == ""
+
+
+def test_each_evaluation_set_has_a_line_with_its_name(logged):
+    rows = [(5.0, 11, {"eval_sums_loss": 1.5, "eval_sums_runtime": 1.0}), (6.0, 11, {"eval_my_set_accuracy": 0.5})]
+    assert logged(rows).splitlines() == [
+        "step 11/40  evaluation sums  loss 1.5",
+        "step 11/40  evaluation my_set  accuracy 0.500",
+    ]
+
+
+def test_what_is_no_number_is_not_shown_and_a_log_outside_of_training_has_no_pace(logged):
+    rows = [(5.0, 11, {"loss": 2.0, "reward": None, "stage": "first"})]
+    assert logged(rows, trains=False) == "step 11/40  loss 2\n"

@@ -16,7 +16,7 @@ class Progressed:
     """What an evaluation has done so far, in a file beside its results: the settings, then a line for each batch.
 
     Raises:
-        InputError: the file belongs to an evaluation with other settings.
+        InputError: the file is damaged, in use, or belongs to an evaluation with other settings.
     """
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
@@ -30,20 +30,19 @@ class Progressed:
         except OSError as error:
             raise InputError(f"{out} cannot be written: {error.strerror}.") from None
         lines = self.path.read_text(errors="replace").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
+        complete = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
         try:
-            whole = [json.loads(line) for line in kept]
-        except ValueError:
-            whole = [None]
-        if whole and whole[0] != settings:
-            begun = whole[0] if isinstance(whole[0], dict) else {}
-            other = sorted(key for key in settings if begun.get(key) != settings[key])
+            before, *batches = [json.loads(line) for line in complete] or [settings]
+        except ValueError as error:
+            raise InputError(f"{self.path} is damaged ({error}); remove it, or give another --out.") from None
+        if before != settings:
+            other = sorted(key for key in settings if not isinstance(before, dict) or before.get(key) != settings[key])
             raise InputError(
                 f"{self.path} belongs to another evaluation (other {', '.join(other)}); give another --out, or remove "
                 f"it."
             )
-        self.batches: list[list[dict[str, Any]]] = whole[1:]
-        self.path.write_text("".join(kept) or json.dumps(settings) + "\n")
+        self.batches: list[list[dict[str, Any]]] = batches
+        self.path.write_text("".join(complete) or json.dumps(settings) + "\n")
 
     def add(self, samples: list[dict[str, Any]]) -> None:
         """Write one batch's samples, in one call of the operating system."""

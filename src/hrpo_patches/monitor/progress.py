@@ -8,7 +8,14 @@ from datetime import timedelta
 from typing import Any
 
 from tqdm import tqdm
-from transformers import ProgressCallback, Trainer, TrainerCallback, TrainerState
+from transformers import (
+    ProgressCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
 TRAINING = {
     "loss": "loss {:.4g}",
@@ -18,11 +25,12 @@ TRAINING = {
     "thinking/length": "thinking {:.1f} tokens",
     "thoughts": "thoughts {:.1f}",
 }
+# After "eval_", or "eval_NAME_" where there are several evaluation sets.
 EVALUATION = {
-    "eval_loss": "loss {:.4g}",
-    "eval_reward": "reward {:.3f}",
-    "eval_accuracy": "accuracy {:.3f}",
-    "eval_accuracy_off": "thoughts off {:.3f}",
+    "loss": "loss {:.4g}",
+    "reward": "reward {:.3f}",
+    "accuracy": "accuracy {:.3f}",
+    "accuracy_off": "thoughts off {:.3f}",
 }
 
 
@@ -39,27 +47,48 @@ class ProgressLines(TrainerCallback):
         if trainer.pop_callback(ProgressCallback) is not None:
             trainer.add_callback(cls())
 
-    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def __init__(self) -> None:
+        self._first: tuple[int, float] | None = None  # step and time; None outside of training
+        self._last: tuple[int, float] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._first = self._last = (state.global_step, time.monotonic())
 
     def on_log(
-        self, args: Any, state: TrainerState, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, object] | None = None,
+        **kwargs: Any,
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return
-        training = "loss" in logs
-        shown = [text.format(logs[key]) for key, text in (TRAINING if training else EVALUATION).items() if key in logs]
+        title, shown = _measures(logs)
         if not shown:
             return
-        now = (state.global_step, time.monotonic())
-        if training:
+        if not title and self._first is not None and self._last is not None:
+            now = (state.global_step, time.monotonic())
             left = (state.max_steps - state.global_step) * _pace(self._first, now)
             shown += [f"{_pace(self._last, now):.2f} s/step", f"{timedelta(seconds=round(left))} left"]
             self._last = now
-        else:
-            shown.insert(0, "evaluation")
-        tqdm.write("  ".join([f"step {state.global_step}/{state.max_steps}", *shown]))  # beside the bars of others
+        step = f"step {state.global_step}/{state.max_steps}" if state.max_steps else ""
+        tqdm.write("  ".join(filter(None, [step, title, *shown])))  # beside the bars of others
         sys.stdout.flush()
+
+
+def _measures(logs: dict[str, object]) -> tuple[str, list[str]]:
+    """The title of a line of the log, empty for one of training, and its measures as text."""
+    title, prefix, texts = "", "", TRAINING
+    if "loss" not in logs:
+        keys = [key for key in logs if key.startswith("eval_")]
+        prefixes = [key.removesuffix(name) for key in keys for name in EVALUATION if key.endswith(f"_{name}")]
+        prefix, texts = min(prefixes, key=len, default="eval_"), EVALUATION
+        title = f"evaluation {prefix[len('eval_') : -1]}".rstrip()
+    values = {key.removeprefix(prefix): value for key, value in logs.items() if isinstance(value, (int, float))}
+    return title, [text.format(values[key]) for key, text in texts.items() if key in values]
 
 
 def _pace(since: tuple[int, float], now: tuple[int, float]) -> float:
