@@ -7,8 +7,10 @@ go with its manager. Requests share the engine's blocks of prompts alone: though
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import wraps
 from threading import RLock
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +29,21 @@ if TYPE_CHECKING:
 
 _CHILD = "__child#"  # between the name of a request and the number of its fork
 _SHARING = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")  # from transformers 5.2x on, and before
+
+
+@dataclass(frozen=True)
+class NewToken:
+    """A token that this step of the engine samples.
+
+    Attributes:
+        row: of the packed sequence, the last one of its request.
+        record: of its request; None for a plain one.
+        index: of the token in its completion.
+    """
+
+    row: int
+    record: ThinkingRequest | None
+    index: int
 
 
 class BatchThinking:
@@ -54,12 +71,15 @@ class BatchThinking:
         self.records: dict[str, ThinkingRequest] = {}
         self.plain: set[str] = set()  # requests that do not think
         self._names: set[str] = set()  # of requests that were given one and have not ended
-        self._news: list[tuple[int, ThinkingRequest | None, int]] = []  # (row of the last token, record, next index)
+        self._sampled: list[NewToken] = []  # from `_before` a forward to `_after` it
+        self._lock = RLock()  # users' threads add requests, the engine's prepares a step from them
         self._handles = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
             model.register_forward_hook(self._after, with_kwargs=True),
         ]
-        self._guard_manager()
+        self._guard_requests()
+        self._guard_results()
+        self._guard_steps()
 
     def close(self) -> None:
         """Take the hooks off the model."""
@@ -103,98 +123,89 @@ class BatchThinking:
 
     # --- the engine's forward --------------------------------------------------------------------------------------
 
-    def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _runs(self, kwargs: dict[str, Any]) -> bool:
+        """Whether a forward with these arguments is the engine's: others may use the model meanwhile."""
         processor = self.manager.batch_processor
-        if processor is None or kwargs.get("cache") is not processor.cache:
-            return None  # another's forward
-        rows, states, at, self._news = [], [], 0, []
-        for future in processor.inputs_and_outputs.requests_in_batch:
-            state, width = future.state, future.query_length
-            record, prompt = self._record(state), prompt_length(state)
-            start = state.position_offset - width
-            for i in range(max(0, prompt - start), width) if record is not None else ():
-                index = start + i - prompt
-                if record is not None and record.read(index, token_at(state, start + i)):
-                    rows.append(at + i)
-                    states.append(record.states[index])
-            at += width
-            if future.has_new_token:
-                self._news.append((at - 1, record, state.position_offset - prompt))
+        return processor is not None and kwargs.get("cache") is processor.cache
+
+    def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        """Give every packed row that thinks its state, and note the rows that tokens are sampled from."""
+        if not self._runs(kwargs):
+            return None
+        rows: list[int] = []
+        states: list[Tensor] = []  # of these rows
+        self._sampled, row = [], 0
+        # The batch is one sequence (1, L): the new tokens of each request, one request after the other.
+        for future in self.manager.batch_processor.inputs_and_outputs.requests_in_batch:
+            request, width = future.state, future.query_length
+            record, prompt = self._record(request), prompt_length(request)
+            start = request.position_offset - width  # its position of `row`
+            if record is not None:
+                # Only completion tokens think. After a preemption they are computed again, many at once.
+                for position in range(max(prompt, start), request.position_offset):
+                    index = position - prompt
+                    if record.read(index, token_at(request, position)):
+                        rows.append(row + position - start)
+                        states.append(record.states[index])
+            row += width
+            if future.has_new_token:  # else a part of a long prompt, of which nothing is sampled yet
+                self._sampled.append(NewToken(row - 1, record, request.position_offset - prompt))
         kwargs["output_last_hidden_state"] = True
         if rows:
             kwargs["thinking_inputs"] = self._inputs(rows, states, kwargs["input_ids"].shape[1])
         return args, kwargs
 
     def _inputs(self, rows: list[int], states: list[Tensor], length: int) -> ThinkingInputs:
-        kept = torch.stack(states)
-        mask = torch.zeros(1, length, dtype=torch.bool, device=kept.device)
-        at = torch.tensor(rows, device=kept.device)  # one copy to the device: a list would be copied for each use
+        """States and mask of a packed sequence of this length, of which `rows` think."""
+        stacked = torch.stack(states)
+        mask = torch.zeros(1, length, dtype=torch.bool, device=stacked.device)
+        at = torch.tensor(rows, device=stacked.device)  # one copy to the device: a list would be copied for each use
         mask[0, at] = True
-        whole = kept.new_zeros(1, length, kept.shape[1])
-        whole[0, at] = kept
-        return ThinkingInputs(whole, mask, self.residual)
+        packed = stacked.new_zeros(1, length, stacked.shape[1])
+        packed[0, at] = stacked
+        return ThinkingInputs(packed, mask, self.residual)
 
     def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        processor = self.manager.batch_processor
-        if processor is None or kwargs.get("cache") is not processor.cache:
+        """Keep the state that each new token is sampled from, and let forced thoughts be sampled as the filler."""
+        if not self._runs(kwargs):
             return
-        rows = [row for row, _, _ in self._news]  # which may be none
+        rows = [token.row for token in self._sampled]  # empty in a step that reads prompts alone
         at = torch.tensor(rows, dtype=torch.long, device=output.last_hidden_state.device)
-        hidden = output.last_hidden_state[0, at]
-        in_rows = output.logits.shape[1] == output.last_hidden_state.shape[1]  # a logit for each packed position
-        for i, (row, record, index) in enumerate(self._news):
-            if record is not None:
-                record.keep(index, hidden[i])
-            if record is not None and record.forces(index):
-                logits = output.logits[0, row if in_rows and "logits_to_keep" not in kwargs else i]
+        hidden = output.last_hidden_state[0, at]  # (new tokens, d)
+        # Logits are those of all rows, or of the sampled ones in their order.
+        all_rows = output.logits.shape[1] == output.last_hidden_state.shape[1] and "logits_to_keep" not in kwargs
+        for i, token in enumerate(self._sampled):
+            if token.record is None:
+                continue
+            token.record.keep(token.index, hidden[i])
+            if token.record.forces(token.index):
+                logits = output.logits[0, token.row if all_rows else i]
                 logits.fill_(-torch.inf)
                 logits[self.filler] = 0.0
 
-    def _record(self, state: Any) -> ThinkingRequest | None:
-        above = state.request_id.rpartition(_CHILD)[0]
-        if state.request_id not in self.records and above in self.plain:
-            self.plain.add(state.request_id)
-        if state.request_id in self.plain:
+    def _record(self, request: Any) -> ThinkingRequest | None:
+        """The record of an engine's request, made at its first step; None for a plain one."""
+        name, parent = request.request_id, request.request_id.rpartition(_CHILD)[0]
+        if name not in self.records and parent in self.plain:
+            self.plain.add(name)
+        if name in self.plain:
             return None
-        if state.request_id not in self.records:
-            parent = self.records.get(above)
-            if parent is not None:  # a fork: it has the prompt and the first token of its parent
-                own = parent.copy(state.position_offset - prompt_length(state) + 1)
+        if name not in self.records:
+            if parent in self.records:  # a fork: it has the prompt and the first token of its parent
+                tokens = request.position_offset - prompt_length(request) + 1
+                self.records[name] = self.records[parent].copy(tokens)
             else:
-                own = ThinkingRequest(self.table, self.forced)
-            self.records[state.request_id] = own
-        return self.records[state.request_id]
+                self.records[name] = ThinkingRequest(self.table, self.forced)
+        return self.records[name]
 
     # --- the engine's requests and blocks --------------------------------------------------------------------------
 
-    def _guard_manager(self) -> None:
-        """Let the manager take plain requests, hand out thoughts with results, and share no block that holds one."""
-        manager, lock = self.manager, RLock()
-        create, add, add_many = manager._create_batch_processor, manager.add_request, manager.add_requests
-        router = manager.output_router
-        deliver, deliver_batch = router.deliver, router.deliver_batch
-
-        def create_batch_processor() -> Any:
-            processor = create()
-            self._guard_blocks(processor.cache)
-            prepare, clear = processor.prepare_next_batch, processor.scheduler.clear_cancelled_requests
-
-            def prepare_next_batch() -> Any:
-                with lock:
-                    return prepare()
-
-            def clear_cancelled_requests() -> Any:
-                dropped = clear()
-                for state in dropped:  # not when they are cancelled: they may be in a step
-                    self._drop(state.request_id)
-                return dropped
-
-            processor.prepare_next_batch = prepare_next_batch
-            processor.scheduler.clear_cancelled_requests = clear_cancelled_requests
-            return processor
+    def _guard_requests(self) -> None:
+        """Let the manager take plain requests beside thinking ones, and refuse what could not be thought."""
+        manager, add, add_many = self.manager, self.manager.add_request, self.manager.add_requests
 
         def add_requests(*args: Any, **kwargs: Any) -> Any:
-            with lock:  # all of them or none are in the next step, so that a seed samples the same each time
+            with self._lock:  # all of them or none are in the next step, so that a seed samples the same each time
                 return add_many(*args, **kwargs)
 
         def add_request(
@@ -205,7 +216,7 @@ class BatchThinking:
             thinking: bool = True,
             **kwargs: Any,
         ) -> Any:
-            with lock:
+            with self._lock:
                 self._check_new(request_id, max_new_tokens, thinking)
                 if request_id is not None:
                     self._names.add(request_id)
@@ -216,13 +227,44 @@ class BatchThinking:
                     self._drop(request_id)
             return added
 
-        def done(output: Any) -> Any:
+        manager.add_request, manager.add_requests = add_request, add_requests
+
+    def _guard_results(self) -> None:
+        """Hand out thoughts with the results of finished requests."""
+        router = self.manager.output_router
+        deliver, deliver_batch = router.deliver, router.deliver_batch
+
+        def completed(output: Any) -> Any:
             return self.take(output) if output.is_finished() else output
 
-        manager._create_batch_processor, manager.add_request = create_batch_processor, add_request
-        manager.add_requests = add_requests
-        router.deliver = lambda output: deliver(done(output))
-        router.deliver_batch = lambda outputs: deliver_batch([done(output) for output in outputs])
+        router.deliver = lambda output: deliver(completed(output))
+        router.deliver_batch = lambda outputs: deliver_batch([completed(output) for output in outputs])
+
+    def _guard_steps(self) -> None:
+        """Prepare no step while requests are added, and forget requests when the engine does."""
+        create = self.manager._create_batch_processor
+
+        @wraps(create)
+        def create_batch_processor() -> Any:
+            processor = create()
+            self._guard_blocks(processor.cache)
+            prepare, clear = processor.prepare_next_batch, processor.scheduler.clear_cancelled_requests
+
+            def prepare_next_batch() -> Any:
+                with self._lock:
+                    return prepare()
+
+            def clear_cancelled_requests() -> Any:
+                dropped = clear()
+                for request in dropped:  # not when they are cancelled: they may be in a step
+                    self._drop(request.request_id)
+                return dropped
+
+            processor.prepare_next_batch = prepare_next_batch
+            processor.scheduler.clear_cancelled_requests = clear_cancelled_requests
+            return processor
+
+        self.manager._create_batch_processor = create_batch_processor
 
     def _check_new(self, name: str | None, new: int | None, thinking: bool) -> None:
         """Raise `InputError` for a request that cannot be told from others, or not be thought in its length."""
@@ -236,33 +278,34 @@ class BatchThinking:
             check_room(self.forced, new)
 
     def _guard_blocks(self, cache: Any) -> None:
+        """Share no block that holds a thought: requests of equal tokens may have thought otherwise."""
         if hasattr(cache, "_thinks"):
             return
         name = next(name for name in _SHARING if hasattr(cache, name))
         mark, search = getattr(cache, name), cache.search_prefix_match
 
-        def mark_complete(state: Any, count: Any) -> None:
-            if state.request_id in self.plain or state.position_offset <= prompt_length(state):
-                mark(state, count)
+        def mark_complete(request: Any, count: Any) -> None:
+            if request.request_id in self.plain or request.position_offset <= prompt_length(request):
+                mark(request, count)
 
         def search_prefix_match(request_id: str, tokens: list[int]) -> int:
             record = self.records.get(request_id)
-            thought = len(record.states) if record is not None else 0
-            return int(search(request_id, tokens[: len(tokens) - thought] if thought else tokens))
+            thought = len(record.states) if record is not None else 0  # of a preempted request: its last tokens
+            return int(search(request_id, tokens[: len(tokens) - thought]))
 
         setattr(cache, name, mark_complete)
         cache.search_prefix_match, cache._thinks = search_prefix_match, True
 
 
-def prompt_length(state: Any) -> int:
+def prompt_length(request: Any) -> int:
     """The number of prompt tokens of an engine's request, also of one that it computes again."""
-    return int(state._true_initial_tokens or len(state.initial_tokens))
+    return int(request._true_initial_tokens or len(request.initial_tokens))
 
 
-def token_at(state: Any, position: int) -> int:
+def token_at(request: Any, position: int) -> int:
     """The token at a position of an engine's request."""
-    first = len(state.initial_tokens)
-    token = state.initial_tokens[position] if position < first else state.generated_tokens[position - first]
+    first = len(request.initial_tokens)
+    token = request.initial_tokens[position] if position < first else request.generated_tokens[position - first]
     return int(token)
 
 
@@ -274,12 +317,15 @@ def begin(manager: Any, model: Any, tokenizer: Any, generation_config: Any) -> N
         setattr(manager, name, _then(getattr(manager, name), manager.thinking.close))
 
 
-def _then(first: Any, second: Any) -> Any:
+def _then(first: Callable[..., Any], last: Callable[[], None]) -> Callable[..., Any]:
+    """`first`, after which `last` is called, also if it fails."""
+
+    @wraps(first)
     def both(*args: Any, **kwargs: Any) -> Any:
         try:
             return first(*args, **kwargs)
         finally:
-            second()
+            last()
 
     return both
 
