@@ -56,3 +56,13 @@ def test_as_many_thoughts_as_tokens_stand_for_the_next_token_each():
 def test_what_cannot_be_fitted_is_refused(thinking, texts, word):
     with pytest.raises(InputError, match=word):
         fit_projection(tiny_model("llama", thinking=thinking), texts)
+
+
+def test_states_are_read_under_autocast_where_training_is():
+    model = tiny_model("llama", thinking={})
+    dtypes = []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *seen: dtypes.append(seen[-1].dtype))
+    (exact,), (rounded,) = states_of(model, [[5, 6, 7]]), states_of(model, [[5, 6, 7]], bf16=True)
+    handle.remove()
+    assert dtypes == [torch.float32, torch.bfloat16] and rounded.dtype == torch.float32
+    assert 0 < (exact - rounded).norm() / exact.norm() < 0.05

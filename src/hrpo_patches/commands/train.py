@@ -117,7 +117,7 @@ def start_projection(model: Any, tokenizer: Any, prompts: list[Any], run: Run) -
         for i, row in zip(batch, rows, strict=True):
             places = [Place(len(ids[i]) + at - 1, [token], [1.0]) for at, token in enumerate(row)]
             texts.append((ids[i] + row, places))
-    left = fit_projection(model, texts)
+    left = fit_projection(model, texts, bool(run.config.bf16))
     print(f"projection: fitted to {sum(len(places) for _, places in texts)} tokens; {left:.2f} is left over")
 
 

@@ -175,7 +175,8 @@ class HRPOSFTTrainer(SavesThoughts):
             return None
         if args.start != "lstsq":
             return None
-        return fit_projection(model, places_of(self.lessons["train"][:FITTED], args.thoughts_per_step))
+        texts = places_of(self.lessons["train"][:FITTED], args.thoughts_per_step)
+        return fit_projection(model, texts, bool(args.bf16))
 
     def _enter(self, stage: int) -> None:
         """Let the model know how many forced thoughts its completions begin with."""

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from tqdm import trange
 
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
@@ -25,23 +26,25 @@ RIDGE = 1e-4  # of the states' mean square
 
 
 @torch.no_grad()
-def states_of(model: Any, rows: Sequence[list[int]], batch_size: int = 16) -> list[Tensor]:
+def states_of(model: Any, rows: Sequence[list[int]], batch_size: int = 16, bf16: bool = False) -> list[Tensor]:
     """The last hidden states (L, d), float32, of texts that a model reads without thinking.
 
     Args:
         model: a causal language model.
         rows: token ids, each of one text.
         batch_size: texts at once.
+        bf16: whether the model runs under autocast, as in training with `bf16`.
     """
     inner, kept = causal_lm(model), []
     backbone, training = thinking_backbone(model), model.training
     device = inner.get_input_embeddings().weight.device
     backend_of(inner).set_training(model, False)
-    for start in range(0, len(rows), batch_size):
+    for start in trange(0, len(rows), batch_size, desc="Reading solutions for the projection", delay=5, leave=False):
         some = rows[start : start + batch_size]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in some], batch_first=True)
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(row), dtype=torch.long) for row in some], batch_first=True)
-        hidden = backbone(input_ids=ids.to(device), attention_mask=mask.to(device), use_cache=False).last_hidden_state
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in some], batch_first=True).to(device)
+        mask = nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in some], batch_first=True).long().to(device)
+        with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+            hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         kept += [one[: len(row)].float() for one, row in zip(hidden, some, strict=True)]
     backend_of(inner).set_training(model, training)
     return kept
@@ -63,12 +66,13 @@ class Place:
 
 
 @torch.no_grad()
-def fit_projection(model: Any, texts: Sequence[tuple[list[int], Sequence[Place]]]) -> float:
+def fit_projection(model: Any, texts: Sequence[tuple[list[int], Sequence[Place]]], bf16: bool = False) -> float:
     """Let `thinking_projection` map states to embeddings, by least squares with a slight ridge.
 
     Args:
         model: that thinks; it reads the texts without thinking.
         texts: token ids, and their places.
+        bf16: whether it reads under autocast.
 
     Returns:
         What is left over: the squared error over the squared deviation of the embeddings from their mean, 0 to 1.
@@ -89,7 +93,7 @@ def fit_projection(model: Any, texts: Sequence[tuple[list[int], Sequence[Place]]
         weights = torch.tensor(place.weights, dtype=torch.float64, device=device)
         mean = weights @ embeddings(torch.tensor(place.tokens, device=device)).double() / weights.sum()
         wanted.append(mean)
-    states = states_of(model, [row for row, _ in texts])
+    states = states_of(model, [row for row, _ in texts], bf16=bf16)
     read = [state[[place.position for place in places]] for state, (_, places) in zip(states, texts, strict=True)]
     inputs, outputs = torch.cat(read).double(), torch.stack(wanted)
     square = inputs.T @ inputs
