@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.commands.console import stdout_console
 from hrpo_patches.commands.flags import Written, add_first_flags, option, parser_of, read, with_config
@@ -168,7 +168,7 @@ def opened(arguments: EvalArguments) -> tuple[Any, PreTrainedTokenizerBase, str]
     return model, tokenizer, marker
 
 
-def use_engine(arguments: EvalArguments, model: Any, longest: int) -> None:
+def use_engine(arguments: EvalArguments, model: PreTrainedModel, longest: int) -> None:
     """Put the engine that answers into `arguments`; `longest`: tokens of a prompt and its completion.
 
     Raises:

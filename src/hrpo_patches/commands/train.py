@@ -16,7 +16,7 @@ from peft import PeftConfig
 from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
-from transformers import set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from trl.models import unwrap_model_for_generation
 
 from hrpo_patches.commands.console import stdout_console
@@ -106,7 +106,7 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     return trainer, task, held_out_rows
 
 
-def start_projection(model: Any, tokenizer: Any, prompts: list[Any], run: Run) -> None:
+def start_projection(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: list[Any], run: Run) -> None:
     """Fit the projection to what the base writes: from the state before a token to its embedding."""
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     length = min(WRITTEN, run.config.max_completion_length or WRITTEN)
@@ -121,7 +121,7 @@ def start_projection(model: Any, tokenizer: Any, prompts: list[Any], run: Run) -
     print(f"projection: fitted to {sum(len(places) for _, places in texts)} tokens; {left:.2f} is left over")
 
 
-def _use_engine(engine: str, config: HRPOConfig, model: Any, longest: int) -> None:
+def _use_engine(engine: str, config: HRPOConfig, model: PreTrainedModel, longest: int) -> None:
     """Let training make its rollouts with one of `ENGINES`, of a size for prompts and completions of `longest`."""
     if engine == "continuous":
         config.use_transformers_continuous_batching = True
@@ -136,7 +136,7 @@ def _use_engine(engine: str, config: HRPOConfig, model: Any, longest: int) -> No
         config.vllm_max_model_length = config.vllm_max_model_length or longest
 
 
-def engine_of(run: Run, model: Any, longest: int) -> str:
+def engine_of(run: Run, model: PreTrainedModel, longest: int) -> str:
     """The engine of a run's completions, `longest` with their prompts; what `auto` takes is said, with the reason."""
     thinking = run.thinking()
     forced = thinking.thoughts if thinking is not None else run.config.thoughts or 0
@@ -149,7 +149,7 @@ def engine_of(run: Run, model: Any, longest: int) -> str:
     return engine
 
 
-def asker(run: Any, task: Task, tokenizer: Any) -> Callable[[str], Prompt]:
+def asker(run: Any, task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[[str], Prompt]:
     """What makes the prompt of a question, in a run of `hrpo train` or `hrpo sft`."""
     marker = run.config.answer_start
     examples = examples_of(task, marker, run.about.shots, run.about.examples)
@@ -166,7 +166,7 @@ def _check_enough(rows: int, config: Any) -> None:
         )
 
 
-def _with_adapter(model: Any, run: Run) -> tuple[Any, PeftConfig | None]:
+def _with_adapter(model: PreTrainedModel, run: Run) -> tuple[Any, PeftConfig | None]:
     """The model with its adapter, or with the config that the trainer makes one from."""
     about, config = run.about, run.config
     backend = backend_named(run.backend)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_patches.thinking.decoding import ends_of
@@ -88,7 +88,7 @@ class Engine(Protocol):
 
 
 def sampling_of(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     thinking: bool,

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.progress import track
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.engines.base import Engine, sampling_of
 from hrpo_patches.engines.choice import ENGINES
@@ -51,7 +50,7 @@ def batches_of(ids: list[list[int]], size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def complete(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     ids: list[list[int]],
     decoding: Decoding,
@@ -100,7 +99,7 @@ def complete(
 
 
 def completions(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     decoding: Decoding,

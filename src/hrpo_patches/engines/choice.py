@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.engines.base import Engine
 from hrpo_patches.engines.continuous import ContinuousEngine
@@ -56,7 +56,7 @@ class EngineKind:
     start: Callable[[Any, PreTrainedTokenizerBase, int, int], AbstractContextManager[Engine]]
 
 
-def _check_packed(model: Any, needs: Needs, title: str) -> None:
+def _check_packed(model: PreTrainedModel, needs: Needs, title: str) -> None:
     """Raise `InputError` for what no engine can do that packs requests instead of padding them."""
     if not backend_of(model).packs:
         raise InputError(f"unsloth's models do not run in {title}.")
@@ -68,7 +68,7 @@ def _check_packed(model: Any, needs: Needs, title: str) -> None:
         raise InputError(f"the control {needs.control!r} needs the rows of a padded batch.")
 
 
-def _check_vllm(model: Any, needs: Needs) -> None:
+def _check_vllm(model: PreTrainedModel, needs: Needs) -> None:
     """Raise `InputError` where vLLM would not start, or could not do what is needed."""
     check_version()
     _check_packed(model, needs, "vLLM")
@@ -90,7 +90,9 @@ def _check_vllm(model: Any, needs: Needs) -> None:
 
 
 @contextmanager
-def _start_vllm(model: Any, tokenizer: PreTrainedTokenizerBase, longest: int, rows: int) -> Iterator[Engine]:
+def _start_vllm(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, rows: int
+) -> Iterator[Engine]:
     from hrpo_patches.engines.vllm import running_engine  # imports vLLM, which not every process wants
 
     with running_engine(model, tokenizer, longest, rows) as engine:
@@ -116,7 +118,7 @@ ENGINE_HELP = (
 )
 
 
-def choose_engine(asked: str, model: Any, needs: Needs) -> tuple[str, str]:
+def choose_engine(asked: str, model: PreTrainedModel, needs: Needs) -> tuple[str, str]:
     """(the name of an engine, why it is chosen).
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch.nn.utils.rnn import pad_sequence
-from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
+from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.engines.base import Completions, Sampling, check_prompts
 from hrpo_patches.thinking.backbone import causal_lm, temporarily
@@ -23,7 +23,10 @@ class ContinuousEngine:
     """
 
     def __init__(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, config: ContinuousBatchingConfig | None = None
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        config: ContinuousBatchingConfig | None = None,
     ) -> None:
         self.model, self.tokenizer, self.config = model, tokenizer, config
 
@@ -38,8 +41,9 @@ class ContinuousEngine:
             longest = max(map(len, prompts)) + (sampling.max_new_tokens or 0)
             config = ContinuousBatchingConfig(**cache_size(self.model, longest, len(prompts)))
             keep_attention(config, self.model)
+        generate_batch: Any = self.model.generate_batch
         with temporarily(causal_lm(self.model), generation_config=sampling):
-            outputs = self.model.generate_batch(prompts, sampling, config, tokenizer=self.tokenizer)
+            outputs = generate_batch(prompts, sampling, config, tokenizer=self.tokenizer)
         ready = list(outputs.values())
         failed = [output.error for output in ready if output.error]
         if failed or len(ready) != len(prompts):

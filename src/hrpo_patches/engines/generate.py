@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
 from hrpo_patches.engines.base import Completions, Sampling, check_prompts
@@ -21,7 +21,7 @@ class GenerateEngine:
         tokenizer: with a padding token; spells the answer marker.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def refresh_weights(self) -> None:
@@ -36,9 +36,10 @@ class GenerateEngine:
         seen = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
         forced = sampling.thoughts or 0
         words = {"tokenizer": self.tokenizer} if sampling.thinking or forced else {}
+        generate: Any = self.model.generate
         # Not passed as an argument: `generate` would complete that from the model's own config (min_p, stop strings).
         with temporarily(causal_lm(self.model), generation_config=sampling):
-            out = self.model.generate(input_ids=ids, attention_mask=seen, **words)
+            out = generate(input_ids=ids, attention_mask=seen, **words)
         own = slice(ids.shape[1] + forced, None)  # without the prompt and the forced thoughts
         if not (sampling.thinking and sampling.return_dict_in_generate):
             tokens = out.sequences if sampling.return_dict_in_generate else out

@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -33,6 +33,9 @@ from hrpo_thinking.request import ThinkingRequest
 from hrpo_vllm import engine_options, take_thoughts, weights_arrived
 from hrpo_vllm.names import KEY, THINKING, THOUGHTS, check_version
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 CACHE = 4 << 30  # bytes of keys and values on a CPU; vLLM's own wish is a share of all memory
 ON_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
@@ -49,7 +52,7 @@ _ADDED: dict[str, Any] = {
 }
 
 
-def _refuse_untied(model: Any) -> None:
+def _refuse_untied(model: PreTrainedModel) -> None:
     """Raise `InputError` for an adapter that changes one of two tied weights, which vLLM holds once."""
     both = model.get_input_embeddings(), model.get_output_embeddings()
     copied = both[0].weight is not both[1].weight  # LoRA's layers hand out the weight beneath
@@ -83,7 +86,13 @@ class ThinkingVLLM(VLLMGeneration):
     """
 
     def __init__(
-        self, model: Any, accelerator: Any, processing_class: Any, *args: Any, filler: int | None = None, **kwargs: Any
+        self,
+        model: PreTrainedModel,
+        accelerator: Any,
+        processing_class: Any,
+        *args: Any,
+        filler: int | None = None,
+        **kwargs: Any,
     ) -> None:
         self.thinking, self.forced = ThinkingConfig.of(causal_lm(model).config) is not None, 0
         self.seeds: list[int] = []
@@ -244,7 +253,9 @@ class ThinkingVLLM(VLLMGeneration):
 
 
 @contextmanager
-def running_engine(model: Any, tokenizer: Any, longest: int, rows: int) -> Iterator[ThinkingVLLM]:
+def running_engine(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, rows: int
+) -> Iterator[ThinkingVLLM]:
     """Within, an engine with the weights of a model that no trainer has.
 
     Args:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.engines.batches import Decoding, complete
 from hrpo_patches.evaluation.progress import Progressed
@@ -54,7 +53,7 @@ class Questions:
 
 
 def answer_all(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     questions: Questions,
     decoding: Decoding,

@@ -10,9 +10,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
 from itertools import zip_longest
-from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.evaluation.think import Thought, cells_of, think, visible
 from hrpo_patches.models.hub import run_folder
@@ -58,7 +57,7 @@ class Run:
     """
 
     name: str
-    model: Any
+    model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     thinks: bool
 

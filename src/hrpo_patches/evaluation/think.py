@@ -12,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.extras import require
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
@@ -55,7 +55,7 @@ def check_numbers(max_new_tokens: int, temperature: float, top: int, seed: int) 
 
 @torch.no_grad()
 def think(
-    model: Any,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompt: Prompt,
     max_new_tokens: int = 64,
@@ -85,8 +85,9 @@ def think(
     inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    generate: Any = model.generate
     with by_temperature(model):
-        out = model.generate(
+        out = generate(
             **inputs,
             max_new_tokens=max_new_tokens,
             pad_token_id=tokenizer.pad_token_id,

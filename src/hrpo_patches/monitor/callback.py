@@ -96,7 +96,9 @@ class ThinkingMonitor(TrainerCallback):
         trainer.callback_handler.callbacks.insert(0, self)
         return self
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         thinking = ThinkingConfig.of(self.backbone.config) if self.thinks else None
         marker = getattr(args, "answer_start", (thinking or ThinkingConfig()).answer_start)
         self._warnings = EarlyWarnings(marker, getattr(args, "max_completion_length", None), state.global_step)
@@ -125,7 +127,9 @@ class ThinkingMonitor(TrainerCallback):
             if self._sampling and self._first is None:
                 self._first = inputs
 
-    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._inputs, self._first = {}, None
         step, every = state.global_step + 1, max(1, int(state.logging_steps or 1))
         if args.logging_strategy == "epoch":
@@ -134,12 +138,16 @@ class ThinkingMonitor(TrainerCallback):
         asked = (state.is_world_process_zero or in_units(self.model)) and not partitioned(self.model)
         self._sampling = bool(logged and self.thinks and asked)
 
-    def on_substep_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_substep_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         started = time.perf_counter()
         self._refuse_nonfinite(args, state)
         self.seconds += time.perf_counter() - started
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_pre_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         started = time.perf_counter()
         self._refuse_nonfinite(args, state)
         if self._sampling:
@@ -156,7 +164,9 @@ class ThinkingMonitor(TrainerCallback):
             values |= measure_blend(self.backbone, head_of(self.base), self._first, temperature)
         return values
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         started = time.perf_counter()
         self._check(refuse_spoilt, args, state, state.global_step)
         self.seconds += time.perf_counter() - started
@@ -199,7 +209,9 @@ class ThinkingMonitor(TrainerCallback):
         self.log.write(row)
         self.seconds += time.perf_counter() - started
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self._unhook()
         if state.is_world_process_zero:
             whole = time.perf_counter() - self._began

@@ -8,7 +8,7 @@ from inspect import signature
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from hrpo_thinking.config import ThinkingConfig
@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # transformers is importing this module
 
 
 @contextmanager
-def temporarily(thing: Any, **attributes: Any) -> Iterator[None]:
+def temporarily(thing: object, **attributes: object) -> Iterator[None]:
     """Within, `thing` has these attributes; afterwards, those that it had before."""
     before = {name: getattr(thing, name) for name in attributes}
     try:
@@ -34,11 +34,12 @@ def temporarily(thing: Any, **attributes: Any) -> Iterator[None]:
             setattr(thing, name, value)
 
 
-def causal_lm(model: Any) -> Any:
+def causal_lm(model: nn.Module) -> Any:
     """The causal language model inside of what PEFT or a data parallel wrapper put around it."""
-    while hasattr(model, "module") and not hasattr(model, "get_input_embeddings"):
-        model = model.module
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    while hasattr(inner, "module") and not hasattr(inner, "get_input_embeddings"):
+        inner = inner.module
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def runs_unsloth(kind: type) -> bool:
@@ -46,7 +47,7 @@ def runs_unsloth(kind: type) -> bool:
     return kind.forward.__module__.startswith("unsloth.")  # type: ignore[attr-defined]
 
 
-def patched_backbone(model: Any) -> ThinkingMixin:
+def patched_backbone(model: nn.Module) -> ThinkingMixin:
     """The part of `model` that holds the thinking modules, or could.
 
     Raises:
@@ -61,12 +62,12 @@ def patched_backbone(model: Any) -> ThinkingMixin:
     return backbone
 
 
-def hands_over_states(model: Any) -> bool:
+def hands_over_states(model: nn.Module) -> bool:
     """Whether the forward of a causal language model takes `output_last_hidden_state`."""
     return "output_last_hidden_state" in signature(type(model).forward).parameters
 
 
-def thinking_backbone(model: Any) -> ThinkingMixin:
+def thinking_backbone(model: nn.Module) -> ThinkingMixin:
     """The part of `model` that holds the thinking modules.
 
     Raises:
@@ -81,7 +82,7 @@ def thinking_backbone(model: Any) -> ThinkingMixin:
     return backbone
 
 
-def is_untrained(model: Any) -> bool:
+def is_untrained(model: nn.Module) -> bool:
     """Whether thinking weights that the model uses are missing, or were never trained or loaded."""
     if (thinking := ThinkingConfig.of(causal_lm(model).config)) is None:
         return True

@@ -13,7 +13,7 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import check_residual, check_room
 
 if TYPE_CHECKING:
-    from transformers import ContinuousBatchingConfig
+    from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 PAGE = 32  # tokens in a block of the cache
 MEMORY = 4 << 30  # bytes of keys and values
@@ -26,7 +26,9 @@ _NOT_READ = (
 )
 
 
-def batching_config(given: ContinuousBatchingConfig | None, model: Any, hints: Any = None) -> ContinuousBatchingConfig:
+def batching_config(
+    given: ContinuousBatchingConfig | None, model: PreTrainedModel, hints: Any = None
+) -> ContinuousBatchingConfig:
     """A copy of the engine's config with what cannot think switched off: a step must wait for the one before.
 
     A cache that nobody sized is made for the requests that `hints` (the engine's WorkloadHints) announce.
@@ -52,13 +54,15 @@ def batching_config(given: ContinuousBatchingConfig | None, model: Any, hints: A
     return config
 
 
-def keep_attention(config: ContinuousBatchingConfig, model: Any) -> None:
+def keep_attention(config: ContinuousBatchingConfig, model: PreTrainedModel) -> None:
     """Keep the engine from switching a float32 model to flash attention, which has no float32 kernels."""
     if model.dtype.itemsize > 2 and hasattr(config, "auto_switch_to_flash"):
         config.auto_switch_to_flash = False
 
 
-def cache_size(model: Any, longest: int, requests: int, device: torch.device | None = None) -> dict[str, Any]:
+def cache_size(
+    model: PreTrainedModel, longest: int, requests: int, device: torch.device | None = None
+) -> dict[str, Any]:
     """Options of the engine's config that make its cache fit so many requests of so many tokens; none on a GPU.
 
     By default the engine takes half of a CPU's memory, and fills masks of that size. `device` is where the model will
@@ -78,7 +82,7 @@ def cache_size(model: Any, longest: int, requests: int, device: torch.device | N
     return {name: PAGE, "num_blocks": blocks, "max_batch_tokens": max(1024, requests)}
 
 
-def check(model: Any, tokenizer: Any, generation_config: Any) -> None:
+def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generation_config: Any) -> None:
     """Before there is a manager, which changes the model's attention: can it think as `generation_config` asks?
 
     Raises:

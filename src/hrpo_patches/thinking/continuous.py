@@ -25,7 +25,7 @@ from hrpo_thinking.marker import thinking_table
 from hrpo_thinking.request import ThinkingRequest, check_room
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 _CHILD = "__child#"  # between the name of a request and the number of its fork
 _SHARING = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")  # from transformers 5.2x on, and before
@@ -59,7 +59,12 @@ class BatchThinking:
     """
 
     def __init__(
-        self, manager: Any, model: Any, tokenizer: PreTrainedTokenizerBase, forced: int = 0, filler: int | None = None
+        self,
+        manager: Any,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        forced: int = 0,
+        filler: int | None = None,
     ) -> None:
         self.manager, self.model = manager, model
         self.backbone = thinking_backbone(model)
@@ -309,7 +314,7 @@ def token_at(request: Any, position: int) -> int:
     return int(token)
 
 
-def begin(manager: Any, model: Any, tokenizer: Any, generation_config: Any) -> None:
+def begin(manager: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> None:
     """Let a manager that has not started think as `generation_config` asks; its end is that of the thinking."""
     forced = generation_config.thoughts or 0
     manager.thinking = BatchThinking(manager, model, tokenizer, forced, generation_config.filler_token_id)
@@ -331,7 +336,7 @@ def _then(first: Callable[..., Any], last: Callable[[], None]) -> Callable[..., 
 
 
 @contextmanager
-def thinking_batches(model: Any, tokenizer: Any) -> Iterator[None]:
+def thinking_batches(model: Any, tokenizer: PreTrainedTokenizerBase) -> Iterator[None]:
     """Within, managers that `model` makes for a generation that thinks read the marker by this tokenizer."""
     before, model._batch_tokenizer = getattr(model, "_batch_tokenizer", None), tokenizer
     try:

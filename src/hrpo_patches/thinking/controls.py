@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch import Tensor
 from hrpo_patches.thinking.backbone import temporarily, thinking_backbone
 from hrpo_thinking.blend import Control
 from hrpo_thinking.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CONTROLS = {
     "live": "the thoughts as they are",
@@ -48,7 +51,7 @@ def check_control(name: str, batches: Sequence[Sequence[Hashable]]) -> None:
 
 
 @contextmanager
-def controlled(model: Any, name: str, golds: Sequence[Hashable] = ()) -> Iterator[None]:
+def controlled(model: PreTrainedModel, name: str, golds: Sequence[Hashable] = ()) -> Iterator[None]:
     """Let `model` think under the control `name`.
 
     Args:

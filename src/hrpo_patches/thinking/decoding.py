@@ -53,7 +53,7 @@ def changed_distribution(options: Any) -> tuple[str, Any] | None:
     return None
 
 
-def by_temperature(model: Any) -> AbstractContextManager[None]:
+def by_temperature(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Within, what is sampled from `model` follows from its logits, the temperature and what `generate` is asked for.
 
     The model's own generation config may name more (`min_p`, `no_repeat_ngram_size`), of which no loss knows.
@@ -66,7 +66,7 @@ def by_temperature(model: Any) -> AbstractContextManager[None]:
     return temporarily(inner, generation_config=config)
 
 
-def ends_of(model: Any, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that end a completion, as in training: the model's, and the tokenizer's end token."""
     own = causal_lm(model).generation_config.eos_token_id
     ends = [] if own is None else list(own) if isinstance(own, list) else [own]
@@ -136,10 +136,11 @@ def check_request(
         check_thinking(backbone, tokenizer)
 
 
-def check_filler(model: Any, generation_config: Any) -> None:
+def check_filler(model: PreTrainedModel, generation_config: Any) -> None:
     """Raise `InputError` unless the filler of forced thoughts is a token of the model that ends no completion."""
     filler, ends = generation_config.filler_token_id, generation_config.eos_token_id
-    if not isinstance(filler, int) or not 0 <= filler < model.get_input_embeddings().weight.shape[0]:
+    table: Any = model.get_input_embeddings().weight  # (V, d)
+    if not isinstance(filler, int) or not 0 <= filler < len(table):
         raise InputError(f"filler_token_id must be the id of one of the model's tokens, not {filler!r}.")
     if filler in (ends if isinstance(ends, list) else [ends]):
         raise InputError(f"the filler of forced thoughts, token {filler}, ends a completion; name another one.")

@@ -7,7 +7,7 @@ gradient to the projection. How far it flows on, through the states, is `bptt`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs, depth_of
 from hrpo_thinking.parts import RESIDUALS, ResidualKind
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 class DistributionHead:
     """Makes what a residual keeps of last hidden states, with the gradient through the distribution.
@@ -30,7 +33,7 @@ class DistributionHead:
         temperature: of the rollout; its distribution is taken over the whole vocabulary.
     """
 
-    def __init__(self, model: Any, kind: ResidualKind, temperature: float = 1.0) -> None:
+    def __init__(self, model: PreTrainedModel, kind: ResidualKind, temperature: float = 1.0) -> None:
         self.kind = kind
         self.head, self.temperature = head_of(model), temperature
         self.table = model.get_input_embeddings()
@@ -42,14 +45,14 @@ class DistributionHead:
         return self.kind.observe(states, logits, weight_of(self.table))
 
 
-def distribution_head(model: Any, residual: str, temperature: float) -> Head | None:
+def distribution_head(model: PreTrainedModel, residual: str, temperature: float) -> Head | None:
     """What makes residuals of live states, where the state alone does not do."""
     kind = RESIDUALS[residual]
     return None if kind.needs_state else DistributionHead(model, kind, temperature)
 
 
 def replay_forward(
-    model: Any,
+    model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None = None,
     *,
@@ -117,7 +120,7 @@ def replay_forward(
 
 @torch.no_grad()
 def thinking_roll(
-    model: Any,
+    model: PreTrainedModel,
     input_ids: Tensor,
     attention_mask: Tensor | None,
     thinking_mask: Tensor,

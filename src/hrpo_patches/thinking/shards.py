@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, distributed, nn
 from torch.distributed import fsdp
@@ -17,6 +17,9 @@ from torch.nn.functional import linear
 
 from hrpo_patches.thinking.backbone import temporarily
 from hrpo_thinking.modules import ThinkingModule
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 
 def in_units(model: nn.Module) -> bool:
@@ -84,7 +87,7 @@ def weight_of(module: Any) -> Tensor:
     return module.weight
 
 
-def head_of(model: Any) -> Any:
+def head_of(model: PreTrainedModel) -> Any:
     """What makes logits (..., V) of states (..., d), also outside of a forward.
 
     In shards, a linear head is asked for its weight instead of called: its unit, which is also the last norm's, would
