@@ -42,6 +42,22 @@ def test_completions_come_in_batches_and_end_at_their_end_token():
     assert batch == [2] and rows == [found[2]]  # the same, though the first batch was skipped
 
 
+def test_a_control_is_off_while_the_caller_has_a_batch():
+    model, tokenizer = tiny_model("llama", thinking={"r_min": 0.5, "r_max": 0.9}), byte_tokenizer()
+    plain = completions(model, tokenizer, ["Hi"], Decoding(8, True))
+    between = []
+    for _ in complete(model, tokenizer, [[1, 2], [3]], Decoding(8, True, batch_size=1, control="zeroed")):
+        between.append(completions(model, tokenizer, ["Hi"], Decoding(8, True)))
+    assert (
+        between == [plain, plain] != [completions(model, tokenizer, ["Hi"], Decoding(8, True, control="zeroed"))] * 2
+    )
+
+
+def test_an_engine_of_another_name_is_refused():
+    with pytest.raises(InputError, match="engine must be one of generate, continuous, vllm, not 'auto'"):
+        Decoding(8, True, engine="auto")
+
+
 def test_a_conversation_needs_a_template():
     tokenizer = byte_tokenizer()
     assert not uses_chat("auto", tokenizer) and not uses_chat("plain", tokenizer)

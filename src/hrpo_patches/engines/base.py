@@ -54,7 +54,7 @@ class Completions:
         """Over the positions that think: the sums of a and of sqrt(1 - a²), and their number; (3,)."""
         assert self.thinking is not None and self.ratio is not None
         mask = self.thinking.mask
-        a = torch.where(mask, self.ratio, 0.0)
+        a = torch.where(mask, self.ratio, 0.0)  # (B, C); means are taken later, over all processes
         hidden = torch.where(mask, torch.sqrt(1 - a.square()), 0.0)
         return torch.stack([a.sum(), hidden.sum(), mask.sum().float()])
 
@@ -106,7 +106,7 @@ def sampling_of(
         temperature: over the whole vocabulary; 0 is greedy.
         thoughts: forced thoughts at the start of each completion.
     """
-    own = causal_lm(model).generation_config
+    own = causal_lm(model).generation_config  # has the filler of a model that was trained with forced thoughts
     way: dict[str, Any] = {"do_sample": False}
     if temperature:
         way = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

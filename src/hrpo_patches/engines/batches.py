@@ -15,6 +15,7 @@ from hrpo_patches.engines.choice import ENGINES
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
 from hrpo_patches.thinking.controls import check_control, controlled
+from hrpo_thinking.errors import InputError
 
 
 @dataclass
@@ -30,6 +31,9 @@ class Decoding:
         thoughts: forced thoughts at the start of each completion.
         control: what takes the place of the thoughts; see `controls.CONTROLS`.
         engine: a name of `ENGINES`.
+
+    Raises:
+        InputError: the engine has another name.
     """
 
     max_new_tokens: int
@@ -41,10 +45,16 @@ class Decoding:
     control: str = "live"
     engine: str = "generate"
 
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise InputError(
+                f"engine must be one of {', '.join(ENGINES)}, not {self.engine!r}; choose_engine picks one."
+            )
+
 
 def batches_of(ids: list[list[int]], size: int) -> list[list[int]]:
     """The numbers of prompts that are answered together: those of similar length, shortest first."""
-    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
+    order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # stable: a resumed run has the same batches
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
@@ -82,6 +92,7 @@ def complete(
     if first >= len(batches):
         return
     with ExitStack() as stack:
+        # Last in, first out: the engine ends before the model is trained on.
         stack.callback(backend_of(model).set_training, model, model.training)
         model.eval()
         if engine is None:
@@ -92,10 +103,11 @@ def complete(
         sampling = sampling_of(model, tokenizer, *how)
         for number, batch in list(enumerate(batches))[first:]:
             if decoding.temperature:
-                set_seed(decoding.seed + number)
+                set_seed(decoding.seed + number)  # of this batch alone, so that a resumed evaluation samples the same
             own = [golds[i] for i in batch]
             with nullcontext() if live else controlled(model, decoding.control, own):
-                yield batch, engine.complete([ids[i] for i in batch], sampling).tokens
+                completed = engine.complete([ids[i] for i in batch], sampling)
+            yield batch, completed.tokens  # without the control: whoever iterates may use the model
 
 
 def completions(

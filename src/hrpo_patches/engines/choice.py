@@ -70,7 +70,7 @@ def _check_packed(model: PreTrainedModel, needs: Needs, title: str) -> None:
 
 def _check_vllm(model: PreTrainedModel, needs: Needs) -> None:
     """Raise `InputError` where vLLM would not start, or could not do what is needed."""
-    check_version()
+    check_version()  # first: without vLLM no other answer is of use
     _check_packed(model, needs, "vLLM")
     if needs.residual is not None:
         check_vllm(causal_lm(model).config.model_type)
@@ -137,10 +137,11 @@ def choose_engine(asked: str, model: PreTrainedModel, needs: Needs) -> tuple[str
         except InputError as error:
             raise InputError(f"--engine {asked} cannot be used: {error}") from None
         return asked, "asked for"
+    # auto
     if (needs.device if needs.device is not None else model.device).type != "cpu":
         return "generate", "which engine is fastest on this device was not measured"
     reasons: list[str] = []
-    for name in reversed(ENGINES):
+    for name in reversed(ENGINES):  # the fastest first
         try:
             ENGINES[name].check(model, needs)
         except InputError as error:

@@ -37,20 +37,21 @@ class ContinuousEngine:
         """As `Engine.complete`."""
         check_prompts(prompts)
         config, forced = self.config, sampling.thoughts or 0
-        if config is None:
+        if config is None:  # upstream's default takes most of the machine's memory
             longest = max(map(len, prompts)) + (sampling.max_new_tokens or 0)
             config = ContinuousBatchingConfig(**cache_size(self.model, longest, len(prompts)))
             keep_attention(config, self.model)
         generate_batch: Any = self.model.generate_batch
         with temporarily(causal_lm(self.model), generation_config=sampling):
             outputs = generate_batch(prompts, sampling, config, tokenizer=self.tokenizer)
-        ready = list(outputs.values())
+        ready = list(outputs.values())  # in the order of the prompts
         failed = [output.error for output in ready if output.error]
         if failed or len(ready) != len(prompts):
             raise RuntimeError(f"continuous batching failed: {failed[0] if failed else 'requests are missing'}")
         tokens = [output.generated_tokens[forced:] for output in ready]
         if not (sampling.thinking and sampling.return_dict_in_generate):
             return Completions(tokens)
+        # Each (C of its own, d); padded on the right, as the mask says.
         states = pad_sequence([output.thinking_states for output in ready], batch_first=True)
         mask = pad_sequence([output.thinking_mask for output in ready], batch_first=True)
         ratio = pad_sequence([output.thinking_ratio for output in ready], batch_first=True, padding_value=1.0)

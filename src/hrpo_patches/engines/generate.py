@@ -32,7 +32,8 @@ class GenerateEngine:
         check_prompts(prompts)
         device, padding = self.model.device, self.tokenizer.pad_token_id
         rows = [torch.tensor(ids) for ids in prompts]
-        ids = pad(rows, padding_value=padding, padding_side="left").to(device)
+        # On the left: the first thought is made from the state at the last column, which must be a token's.
+        ids = pad(rows, padding_value=padding, padding_side="left").to(device)  # (B, P)
         seen = pad([torch.ones_like(row) for row in rows], padding_value=0, padding_side="left").to(device)
         forced = sampling.thoughts or 0
         words = {"tokenizer": self.tokenizer} if sampling.thinking or forced else {}
@@ -42,9 +43,11 @@ class GenerateEngine:
             out = generate(input_ids=ids, attention_mask=seen, **words)
         own = slice(ids.shape[1] + forced, None)  # without the prompt and the forced thoughts
         if not (sampling.thinking and sampling.return_dict_in_generate):
+            # Without a record there is no mask of what was sampled; the end tokens tell.
             tokens = out.sequences if sampling.return_dict_in_generate else out
             return Completions([_up_to_end(row, sampling.eos_token_id) for row in tokens[:, own].tolist()])
         tokens, kept = out.sequences[:, own].cpu(), out.attention_mask[:, own].cpu().bool()
+        # The states keep the forced thoughts: they are columns of the replay, though no text.
         completions = [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
         thinking = ThinkingInputs(out.thinking_states, out.thinking_mask, out.thinking_residual)
         return Completions(completions, thinking=thinking, ratio=out.thinking_ratio)

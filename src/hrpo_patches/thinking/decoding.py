@@ -188,9 +188,10 @@ def start_thinking(
         stopping_criteria[:] = [_over_text(criterion, input_ids.shape[1], forced) for criterion in stopping_criteria]
     if not generation_config.thinking:
         return ForcedThoughts(forced, generation_config.filler_token_id) if forced else None
+    # Without a cache every forward reads all positions again, and needs all their states.
     record = generation_config.return_dict_in_generate or not model_kwargs["use_cache"]
     seen = model_kwargs.get("attention_mask")
-    seen = seen if isinstance(seen, Tensor) and seen.shape == input_ids.shape else None
+    seen = seen if isinstance(seen, Tensor) and seen.shape == input_ids.shape else None  # or a dict, or 4-D
     if seen is not None and not seen[:, -1].all():
         raise InputError(
             "generate(thinking=True) requires prompts that are padded on the left: the first thought is made from the "
@@ -290,6 +291,7 @@ class ThinkingDecoder:
     def model_inputs(self, model_inputs: dict[str, Any]) -> dict[str, Any]:
         """The next forward's inputs with the thinking of the positions that it reads: one, or all without a cache."""
         input_ids = model_inputs["input_ids"]
+        # Column j of the states is that of completion token j, which this forward reads: the last `width` positions.
         width = min(input_ids.shape[1], len(self.states))
         states, mask = torch.stack(self.states[-width:], dim=1), torch.stack(self.masks[-width:], dim=1)
         return model_inputs | {"thinking_inputs": ThinkingInputs(states, mask, self.residual)}
@@ -306,12 +308,13 @@ class ThinkingDecoder:
         hidden: Tensor | None = getattr(outputs, "last_hidden_state", None)
         if RESIDUALS[self.residual].needs_state and hidden is None:
             self._fall_back()
-        last = hidden[:, -1] if hidden is not None else None
+        last = hidden[:, -1] if hidden is not None else None  # (B, d), that `scores` were computed from
         state = RESIDUALS[self.residual].observe(last, scores, self.embeddings)
         next_tokens = self.forced.observe(outputs, scores, next_tokens, unfinished)
         if self.forced.steps > self.forced.count:  # a filler is no text
+            # One look-up per row, on the device: nothing waits for the host. The last state is absorbing.
             self.progress = self.table[next_tokens.to(self.table.device), self.progress]
-        mask = (self.progress != self.answering) & unfinished.bool()
+        mask = (self.progress != self.answering) & unfinished.bool()  # padding behind an end is no thought
         if not self.record and len(self.states) == 1:
             self.states.clear()
             self.masks.clear()
@@ -350,6 +353,7 @@ class ThinkingDecoder:
         with torch.inference_mode(False), torch.no_grad():
             states, mask = torch.stack(self.states, dim=1), torch.stack(self.masks, dim=1)
         tokens = sequences[:, self.prompt_length :]
+        # The gates of all columns at once would hold several (B, C, d) in float32.
         chunks = [
             self.backbone.thinking_decay(embedding(chunk, self.embeddings)).mean(-1)
             for chunk in tokens.split(_RATIO_CHUNK, dim=1)
