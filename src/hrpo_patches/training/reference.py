@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
-from hrpo_patches.thinking.backbone import temporarily
 from hrpo_patches.thinking.shards import give_back, like
 from hrpo_thinking.errors import InputError
 
@@ -77,8 +76,3 @@ class StartReference(TrainerCallback):
         if {name: weight.shape for name, weight in weights.items()} != shapes:
             raise InputError(f"{file} holds other weights than this run trains: it belongs to another run.")
         self.weights = {name: weight.to(self.weights[name]) for name, weight in weights.items()}
-
-
-def without_reference(args: Any) -> AbstractContextManager[None]:
-    """Keeps a trainer's constructor from making a reference of its own: for a while, `args.beta` is 0."""
-    return temporarily(args, beta=0.0)

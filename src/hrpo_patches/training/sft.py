@@ -21,11 +21,12 @@ from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.replay import distribution_head
+from hrpo_patches.training.checks import check_model, choose_bptt
 from hrpo_patches.training.curriculum import Curriculum
 from hrpo_patches.training.lessons import IGNORED, Classroom, Lesson, LessonBatch
 from hrpo_patches.training.logprobs import forward_scores
 from hrpo_patches.training.optim import regroup
-from hrpo_patches.training.prepare import check_model, freeze_unused, thinking_policy, with_thinking_modules
+from hrpo_patches.training.prepare import freeze_unused, thinking_policy, with_thinking_modules
 from hrpo_patches.training.saving import SavesThoughts
 from hrpo_patches.training.sft_config import HRPOSFTConfig
 from hrpo_patches.training.start import fit_projection, places_of
@@ -115,7 +116,9 @@ class HRPOSFTTrainer(SavesThoughts):
         self.add_callback(self.curriculum)
         self._enter(self.curriculum.stage)
         if args.residual is not None:
-            check_model(self.model, self._base_model(), processing_class, args, None)
+            choose_bptt(self._base_model(), args)
+            check_model(self.model, self._base_model(), processing_class, args, rollout=None)
+            thinking_backbone(self._base_model()).residual_norm()  # measured before training can change the embeddings
         self._batch, self._at = 0, -1  # of this step, and the step
         self._losses: list[Tensor] = []
         self._seen: dict[str, list[float | Tensor]] = {}

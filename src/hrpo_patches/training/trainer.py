@@ -7,8 +7,10 @@ them), the optimizer (its groups), the order of the data and the save (two more 
 
 from __future__ import annotations
 
+import logging
 import sys
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
@@ -17,7 +19,8 @@ from typing import Any
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn, optim
-from transformers import GenerationConfig
+from torch.utils.data import Dataset, Sampler
+from transformers import GenerationConfig, PreTrainedModel
 from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import pad
@@ -32,24 +35,22 @@ from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_back
 from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.replay import distribution_head
 from hrpo_patches.thinking.shards import whole
+from hrpo_patches.training.checks import check_model, choose_bptt
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.data_order import DataOrder
 from hrpo_patches.training.distributed import as_long_as_any
 from hrpo_patches.training.logprobs import forward_scores
 from hrpo_patches.training.optim import regroup
 from hrpo_patches.training.prepare import (
-    ALREADY,
-    check_model,
+    Model,
     float32_copies,
     freeze_unused,
-    only_for_the_policy,
     policy,
     restore_float32,
-    unsaid,
     with_thinking_modules,
 )
-from hrpo_patches.training.reference import StartReference, without_reference
-from hrpo_patches.training.rewards import checked_rewards
+from hrpo_patches.training.reference import StartReference
+from hrpo_patches.training.rewards import RewardFuncs, checked_rewards
 from hrpo_patches.training.saving import SavesThoughts
 from hrpo_patches.training.trl_classes import trl_class
 from hrpo_thinking.config import ThinkingConfig
@@ -59,6 +60,39 @@ from hrpo_thinking.request import check_room
 
 GRPOTrainer: Any = trl_class("trl.trainer.grpo_trainer", "GRPOTrainer")
 POSITIONAL = [*signature(GRPOTrainer.__init__).parameters][4:]  # after self, model, reward_funcs and args
+TURNS = ("tools", "rollout_func", "environment_factory")  # TRL's own generation, of several turns
+
+
+@contextmanager
+def trl_constructor(args: HRPOConfig, named: bool) -> Iterator[None]:
+    """Within, TRL's constructor finds four things changed; afterwards they are as they were.
+
+    - `args.model_init_kwargs` lack `thinking`: TRL also loads reward models and the reference with them, and those do
+      not think.
+    - `args.beta` is 0 with `reference="start"`: otherwise TRL loads a second model for its own reference. It copies
+      beta, so the trainer must set `self.beta` afterwards.
+    - The warning that `model_init_kwargs` are ignored is silent where the policy is `named`: `policy` loaded it, and
+      has used them.
+    - The class of vLLM's engine is `ThinkingVLLM`: the constructor starts the engine, and takes no class for it.
+    """
+    init: Any = args.model_init_kwargs or {}  # TRL has read it
+    others = {name: value for name, value in init.items() if name != "thinking"}
+    trl_logger = logging.getLogger(GRPOTrainer.__module__)
+
+    def is_true(record: logging.LogRecord) -> bool:
+        return not named or "your model is already instantiated" not in record.getMessage()
+
+    with ExitStack() as stack:
+        stack.enter_context(
+            temporarily(args, model_init_kwargs=others or None, beta=0.0 if args.from_start else args.beta)
+        )
+        trl_logger.addFilter(is_true)
+        stack.callback(trl_logger.removeFilter, is_true)
+        if args.use_vllm and args.vllm_mode == "colocate":
+            from hrpo_patches.engines.vllm import engines_that_think  # imports vLLM
+
+            stack.enter_context(engines_that_think(sys.modules[GRPOTrainer.__module__]))
+        yield
 
 
 class HRPOTrainer(SavesThoughts, GRPOTrainer):
@@ -75,6 +109,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
 
     _tag_names = ["trl", "grpo", "hrpo"]  # noqa: RUF012 - TRL's own type
     _name, method = "HRPO", "GRPO with thinking rollouts"
+    generation_config: Any  # TRL's `GenerationConfig`, with the fields that the patches add
     # Of a trainer that was made without its constructor, as tests of other libraries do.
     _fillers: list[int] = []  # noqa: RUF012
     _thinking: ThinkingInputs | None = None  # of the batch at hand
@@ -82,79 +117,86 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
     monitor: ThinkingMonitor | None = None
 
     def __init__(
-        self, model: Any, reward_funcs: Any = None, args: HRPOConfig | None = None, *positional: Any, **kwargs: Any
+        self,
+        model: str | Model,
+        reward_funcs: RewardFuncs = None,
+        args: HRPOConfig | None = None,
+        *positional: Any,
+        **kwargs: Any,
     ) -> None:
         args = args if args is not None else HRPOConfig(output_dir="HRPO")
         if not isinstance(args, HRPOConfig):
             raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
         args.check_generation_kwargs()
         kwargs |= dict(zip(POSITIONAL, positional, strict=False))
-        self._data_order = DataOrder()
-        turns = [name for name in ("tools", "rollout_func", "environment_factory") if kwargs.get(name)]
-        if args.residual is not None and turns:
-            raise InputError(f"{turns[0]} generates outside of one thinking turn; remove it, or set residual=None.")
+        turns = [name for name in TURNS if kwargs.get(name)]
         if args.residual is not None:
+            if turns:
+                raise InputError(
+                    f"{turns[0]} generates outside of one thinking turn; remove it, or set residual=None."
+                )
             kwargs["peft_config"] = with_thinking_modules(model, kwargs.get("peft_config"), args)
-        named = isinstance(model, str)
-        model = policy(model, args, kwargs.get("quantization_config"))
-        before = float32_copies(model) if args.residual is not None else {}
-        from_start = args.from_start
-        with ExitStack() as stack:
-            stack.enter_context(only_for_the_policy(args))
-            if from_start:
-                stack.enter_context(without_reference(args))
-            if named and not isinstance(model, str):
-                stack.enter_context(unsaid(ALREADY))
-            if args.use_vllm and args.vllm_mode == "colocate":
-                from hrpo_patches.engines.vllm import engines_that_think  # imports vLLM
-
-                stack.enter_context(engines_that_think(sys.modules[GRPOTrainer.__module__]))
-            super().__init__(model, checked_rewards(reward_funcs), args, **kwargs)
-        self.add_callback(self._data_order)
+        loaded = policy(model, args, kwargs.get("quantization_config"))
+        drawn = float32_copies(loaded) if args.residual is not None else {}
+        with trl_constructor(args, named=isinstance(model, str)):
+            super().__init__(loaded, checked_rewards(reward_funcs), args, **kwargs)
         freeze_unused(self.model, args)
         if args.residual is not None:
-            restore_float32(self.model, before)
-            if is_peft_model(self.model) and "ref" in self.model.peft_config:
-                self.model.delete_adapter("ref")  # TRL's own, a copy of the adapter
-            asked: Any = getattr(self, "generation_config", None) or GenerationConfig()  # vLLM takes none
-            self.generation_config = asked
-            check_model(self.model, self._base_model(), self._tokenizer, args, self.generation_config)
-            self.generation_config.update(thinking=True, return_dict_in_generate=True)
+            restore_float32(self.model, drawn)  # TRL casts all trainable weights of a quantized model
+            self._make_thinking(args)
         self._force_thoughts(bool(turns))
-        if from_start:
-            self.beta = args.beta
-            self.ref_model = StartReference(self.accelerator.unwrap_model(self.model))
+        self._add_callbacks(args)
+
+    def _make_thinking(self, args: HRPOConfig) -> None:
+        """Check what TRL constructed, and let its rollouts think."""
+        base = self._base_model()
+        if is_peft_model(self.model) and "ref" in self.model.peft_config:
+            self.model.delete_adapter("ref")  # TRL's copy of the adapter; our references need none
+        self.generation_config = getattr(self, "generation_config", None) or GenerationConfig()  # TRL's vLLM has none
+        choose_bptt(base, args)
+        check_model(self.model, base, self._tokenizer, args, self.generation_config)
+        thinking_backbone(base).residual_norm()  # measured before training can change the embeddings
+        self.generation_config.update(thinking=True, return_dict_in_generate=True)
+
+    def _add_callbacks(self, args: HRPOConfig) -> None:
+        """Add the data's order, the reference that keeps the weights of now, and the monitor."""
+        self._data_order = DataOrder()
+        self.add_callback(self._data_order)
+        unwrapped = self.accelerator.unwrap_model(self.model)
+        if args.from_start:
+            self.beta = args.beta  # TRL was told 0
+            self.ref_model = StartReference(unwrapped)
             self.add_callback(self.ref_model)
         if args.monitor:
-            model = self.accelerator.unwrap_model(self.model)
-            self.monitor = ThinkingMonitor(model, args, estimate_marker=False).first_in(self)
+            self.monitor = ThinkingMonitor(unwrapped, args, estimate_marker=False).first_in(self)
 
     def _force_thoughts(self, several_turns: bool) -> None:
         """Let every completion begin with the run's forced thoughts, also where nothing is blended."""
-        own = self._base_model().generation_config
-        thinking, known = ThinkingConfig.of(self._base_model().config) or ThinkingConfig(), None
-        if self.args.residual is None:
-            count = self.args.thoughts if self.args.thoughts is not None else own.thoughts or 0
-            known = own.filler_token_id if self.args.filler is None else None
-            thinking = ThinkingConfig(thoughts=count, filler=self.args.filler or thinking.filler)
-        self.args.thoughts, self.args.filler = thinking.thoughts, thinking.filler
-        self._fillers = []
-        if self.args.residual is not None and thinking.span == "thoughts" and not thinking.thoughts:
+        args, base = self.args, self._base_model()
+        saved: Any = base.generation_config  # with the fields that the patches add
+        thinking, filler = ThinkingConfig.of(base.config) or ThinkingConfig(), None
+        if args.residual is None:  # pauses: as the run says, or else as the model was saved
+            thoughts = args.thoughts if args.thoughts is not None else saved.thoughts or 0
+            filler = saved.filler_token_id if args.filler is None else None
+            thinking = ThinkingConfig(thoughts=thoughts, filler=args.filler or thinking.filler)
+        elif thinking.span == "thoughts" and not thinking.thoughts:
             raise InputError("span='thoughts' lets forced thoughts alone think, and there are none; set thoughts.")
-        own.thoughts = thinking.thoughts or None
+        args.thoughts, args.filler = thinking.thoughts, thinking.filler
+        self._fillers = []
+        saved.thoughts = thinking.thoughts or None
         if not thinking.thoughts:
             return
-        self.generation_config.thoughts = thinking.thoughts
         if several_turns:
             raise InputError("forced thoughts begin a completion of one turn; leave tools out, or set thoughts=0.")
-        check_room(thinking.thoughts, self.args.max_completion_length, tokens="max_completion_length")
-        known = known if known is not None else filler_id(self._tokenizer, thinking)
-        self._fillers = [known] * thinking.thoughts
-        self.generation_config.filler_token_id = own.filler_token_id = known
-        if self.args.use_vllm:
+        check_room(thinking.thoughts, args.max_completion_length, tokens="max_completion_length")
+        filler = filler if filler is not None else filler_id(self._tokenizer, thinking)
+        self._fillers = [filler] * thinking.thoughts
+        for config in (self.generation_config, saved):
+            config.thoughts, config.filler_token_id = thinking.thoughts, filler
+        if args.use_vllm:
             self.vllm_generation.forced = thinking.thoughts
 
-    def _base_model(self) -> Any:
+    def _base_model(self) -> PreTrainedModel:
         return causal_lm(self.accelerator.unwrap_model(self.model))
 
     # --- rollout ---------------------------------------------------------------------------------------------------
@@ -187,7 +229,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         self._record_length(thinking, completions.tokens)
         return completions.tokens, completions.logprobs
 
-    def engine(self, model: Any) -> Engine:
+    def engine(self, model: Model) -> Engine:
         """What makes this run's thinking rollouts with `model`, unless vLLM does, which TRL starts."""
         if self.args.use_transformers_continuous_batching:
             return ContinuousEngine(model, self._tokenizer, self.continuous_batching_config)
@@ -357,7 +399,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         optimizer = super().create_optimizer(model)
         return regroup(self, optimizer, self.args.learning_rates) if fresh and self.args.residual else optimizer
 
-    def _get_train_sampler(self, dataset: Any = None) -> Any:
+    def _get_train_sampler(self, dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         self._data_order.sampler = super()._get_train_sampler(dataset)
         return self._data_order.sampler
 
