@@ -1,4 +1,4 @@
-"""The libraries that load and run a model, behind one class, and which of them a run takes; nobody else asks.
+"""The libraries that load and run a model, behind one class each, and which of them a run takes.
 
 unsloth must be imported before transformers, so a command asks here first, and this imports neither.
 """
@@ -6,7 +6,9 @@ unsloth must be imported before transformers, so a command asks here first, and 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hrpo_patches.patching.overlay import check, installed_version
@@ -15,8 +17,12 @@ from hrpo_thinking.inputs import Depth
 
 if TYPE_CHECKING:
     import torch
-    from peft import PeftConfig
+    from peft import PeftConfig, PeftModel
+    from transformers import PreTrainedModel
 
+# Where the `BACKEND` of each library is. A model may run on any of them that is imported; on transformers, if on no
+# other, so that it is the last.
+_HOMES = {"unsloth": "hrpo_patches.models.unsloth_backend", "transformers": "hrpo_patches.models.backends"}
 BACKENDS = ("auto", "transformers", "unsloth")
 NO_BPTT = (
     "unsloth's backward overwrites what its forward saved, so that a gradient cannot flow through the thoughts; use "
@@ -25,7 +31,7 @@ NO_BPTT = (
 
 
 class Backend:
-    """How a library loads a model, gives it an adapter, and runs it: transformers; others say what differs.
+    """How a library loads a model, gives it an adapter, and runs it: transformers; others override what differs.
 
     Attributes:
         fused_head: whether TRL's fused LM head can call the backbone of its models.
@@ -41,48 +47,60 @@ class Backend:
     own_adapters = False
     packs = True
 
-    def load(self, source: Any, dtype: torch.dtype, max_seq_length: int, **options: Any) -> Any:
+    def runs(self, model: PreTrainedModel | PeftModel) -> bool:
+        """Whether `model` runs this library's forward."""
+        return True
+
+    def refuse_stranger(self, model: str | PreTrainedModel | PeftModel) -> None:
+        """Raise `InputError` for a model, or the name of one, that the library's changes keep from running."""
+
+    def load(self, source: str | Path, dtype: torch.dtype, max_seq_length: int, **options: Any) -> PreTrainedModel:
         """The base model, loaded with these `options` (`thinking`); `max_seq_length` is prompt and completion."""
         from transformers import AutoModelForCausalLM
 
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        return model
 
     def add_adapter(
-        self, model: Any, lora: dict[str, Any], modules_to_save: list[str], seed: int
-    ) -> tuple[Any, PeftConfig | None]:
+        self, model: PreTrainedModel, lora: dict[str, Any], modules_to_save: list[str], seed: int
+    ) -> tuple[PreTrainedModel | PeftModel, PeftConfig | None]:
         """A model with a fresh adapter (`lora` as peft.LoraConfig's), or the config that a trainer makes it from."""
         from peft import LoraConfig
 
         return model, LoraConfig(**lora, task_type="CAUSAL_LM")
 
-    def finish_adapter(self, model: Any, is_trainable: bool) -> Any:
+    def finish_adapter(self, model: PeftModel, is_trainable: bool) -> PeftModel:
         """Make a model whose adapter PEFT has built ready, to be trained or to be used."""
         return model if is_trainable else model.eval()
 
-    def set_training(self, model: Any, training: bool) -> None:
+    def set_training(self, model: PreTrainedModel | PeftModel, training: bool) -> None:
         """Put a model into training or evaluation mode, with all that this means in the library."""
         model.train(training)
 
 
+BACKEND = Backend()
+
+
 def backend_named(name: str) -> Backend:
     """The backend of that name; the library must be importable."""
-    if name == "transformers":
-        return Backend()
-    backend: Backend = import_module(f"hrpo_patches.models.{name}_backend").BACKEND
+    backend: Backend = import_module(_HOMES[name]).BACKEND
     return backend
 
 
-def backend_of(model: Any) -> Backend:
+def _imported() -> Iterator[Backend]:
+    """The backends whose libraries this process has imported, transformers always and last."""
+    return (backend_named(name) for name in _HOMES if name in sys.modules or name == "transformers")
+
+
+def backend_of(model: PreTrainedModel | PeftModel) -> Backend:
     """The backend whose forward `model` runs (a causal language model, or PEFT around one)."""
-    if "unsloth" in sys.modules and import_module("hrpo_patches.models.unsloth_backend").is_unsloth(model):
-        return backend_named("unsloth")
-    return backend_named("transformers")
+    return next(backend for backend in _imported() if backend.runs(model))
 
 
-def refuse_stranger(model: Any) -> None:
+def refuse_stranger(model: str | PreTrainedModel | PeftModel) -> None:
     """Raise `InputError` for a model, or the name of one, that another library's changes keep from running."""
-    if "unsloth" in sys.modules:
-        import_module("hrpo_patches.models.unsloth_backend").refuse_stranger(model)
+    for backend in _imported():
+        backend.refuse_stranger(model)
 
 
 def choose_backend(wanted: str) -> tuple[str, str]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+
 from hrpo_patches.models.backends import NO_BPTT
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import NAMES
@@ -11,7 +13,7 @@ from hrpo_thinking.inputs import LOOSE, LOOSE_KEYWORDS, ThinkingInputs
 from hrpo_thinking.parts import MODULES
 
 
-def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> ThinkingInputs | None:
+def take_thinking(backbone: nn.Module, kwargs: dict[str, Any], length: int) -> ThinkingInputs | None:
     """The `ThinkingInputs` of this forward, taken out of `kwargs`; None when thinking was not asked for.
 
     Args:
@@ -28,20 +30,22 @@ def take_thinking(backbone: Any, kwargs: dict[str, Any], length: int) -> Thinkin
         raise InputError(LOOSE)
     if thinking is None:
         return None
+    longest, problem = getattr(backbone, "max_seq_length", length), None
     if thinking.bptt is not None or thinking.states is None:
-        raise InputError(NO_BPTT)
-    if not hasattr(backbone, "blend_thinking"):
-        raise InputError(f"{type(backbone).__name__} cannot think: hrpo_patches has patches for {NAMES} only.")
-    longest = getattr(backbone, "max_seq_length", length)
-    if length > longest:
-        raise InputError(
+        problem = NO_BPTT
+    elif not hasattr(backbone, "blend_thinking"):
+        problem = f"{type(backbone).__name__} cannot think: hrpo_patches has patches for {NAMES} only."
+    elif length > longest:
+        problem = (
             f"the input has {length} positions, but the model was loaded with max_seq_length={longest}; load it with "
             f"FastLanguageModel.from_pretrained(..., max_seq_length={length})."
         )
+    if problem is not None:
+        raise InputError(problem)
     return thinking
 
 
-def is_thinking_module(name: Any, model: Any = None) -> bool:
+def is_thinking_module(name: object, model: nn.Module | None = None) -> bool:
     """Whether an entry of `modules_to_save` names one of the four thinking modules, and one that `model` has."""
     if not isinstance(name, str) or name.rpartition(".")[2] not in MODULES:
         return False

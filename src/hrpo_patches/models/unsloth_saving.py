@@ -6,11 +6,13 @@ OpenVINO, compressed or 4-bit models, uploads of a merge) cannot hold them and i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from types import MethodType
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hrpo_patches.models.checkpoint import add_thinking
 from hrpo_patches.models.record import save_thinking
@@ -29,7 +31,8 @@ _REFUSED = (
     "save_pretrained_ggml",
     "push_to_hub_ggml",
 )
-_ORIGINAL = "_unsloth_original_"
+_ORIGINAL = "_unsloth_original_"  # prefix of the name of a method that a guard replaced
+_GUARD = "keeps_thinking"  # attribute of a guard
 _MERGE_OPTIONS = {
     "dtype",
     "max_shard_size",
@@ -41,7 +44,7 @@ _MERGE_OPTIONS = {
 }
 
 
-def trained_thinking(model: Any) -> dict[str, Tensor]:
+def trained_thinking(model: nn.Module) -> dict[str, Tensor]:
     """The thinking weights that a save must keep, by the base model's names; none where all are as they were drawn.
 
     Raises:
@@ -63,28 +66,34 @@ def trained_thinking(model: Any) -> dict[str, Tensor]:
     return found if trained else {}
 
 
-def guard_saving(model: Any) -> None:
+def guard_saving(model: object) -> None:
     """Called by unsloth whenever it has given `model` (also a PEFT model, also a tokenizer) its saving methods."""
-    if not hasattr(model, "named_parameters"):
+    if not isinstance(model, nn.Module):
         return
     if not any(is_thinking_parameter(name) for name, _ in model.named_parameters()):
         return
-    for name in (*_REFUSED, "save_pretrained_merged", "save_pretrained"):
+    guards = {name: _refusing(name) for name in _REFUSED}
+    guards |= {"save_pretrained_merged": save_pretrained_merged, "save_pretrained": unsloth_model_save_pretrained}
+    for name, guard in guards.items():
         method = getattr(model, name, None)
-        if method is None or hasattr(method, "keeps_thinking"):
+        if method is None or hasattr(method, _GUARD):
             continue
         # Kept on the model, where a deep copy finds its own; a closure would save the model that was copied.
         setattr(model, _ORIGINAL + name, method)
-        function = {"save_pretrained_merged": _merged, "save_pretrained": _adapter}.get(name) or _refusing(name)
-        setattr(model, name, MethodType(function, model))
+        setattr(guard, _GUARD, True)
+        setattr(model, name, MethodType(guard, model))
 
 
-def _original(model: Any, name: str) -> Any:
-    return getattr(model, _ORIGINAL + name)
+def _original(model: nn.Module, name: str) -> Callable[..., Any]:
+    """unsloth's method that a guard replaced."""
+    method: Callable[..., Any] = getattr(model, _ORIGINAL + name)
+    return method
 
 
-def _refusing(name: str) -> Any:
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+def _refusing(name: str) -> Callable[..., Any]:
+    """The guard of a method that cannot keep thinking weights."""
+
+    def refuse(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         if trained_thinking(self):
             raise InputError(
                 f"{name} cannot keep the thinking weights, so nothing was written. Use save_pretrained for the "
@@ -92,13 +101,22 @@ def _refusing(name: str) -> Any:
             )
         return _original(self, name)(*args, **kwargs)
 
-    refuse.keeps_thinking = True  # type: ignore[attr-defined]
     return refuse
 
 
-def _merged(
-    self: Any, save_directory: Any, tokenizer: Any = None, save_method: str = "merged_16bit", *args: Any, **kwargs: Any
+def save_pretrained_merged(
+    self: PreTrainedModel,
+    save_directory: str | Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    save_method: str = "merged_16bit",
+    *args: Any,
+    **kwargs: Any,
 ) -> Any:
+    """unsloth's, which merges the adapter; the thinking weights are added to what it wrote.
+
+    Raises:
+        InputError: before anything is written, if the options cannot keep the thinking weights.
+    """
     weights = trained_thinking(self)
     kind = save_method.lower().replace(" ", "_")
     others = any(args) or {name for name, value in kwargs.items() if value} - _MERGE_OPTIONS
@@ -117,15 +135,17 @@ def _merged(
     return result
 
 
-def _adapter(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+# By this name unsloth knows that it has wrapped a `save_pretrained`; it wraps again what has another.
+def unsloth_model_save_pretrained(self: PreTrainedModel, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """unsloth's, with the thinking record beside an adapter.
+
+    Raises:
+        InputError: before anything is written, if the adapter was to be pickled.
+    """
     adapted = hasattr(self, "get_base_model") and trained_thinking(self)
     if adapted and (kwargs.get("safe_serialization", True) is False or (args and args[0] is False)):
-        raise InputError("a pickled adapter is not read again, so nothing was written; leave safe_serialization out.")
+        raise InputError("a pickled adapter is not read again, so nothing was written; remove safe_serialization.")
     result = _original(self, "save_pretrained")(save_directory, *args, **kwargs)
     if adapted:
         save_thinking(self, save_directory)
     return result
-
-
-_merged.keeps_thinking = _adapter.keeps_thinking = True  # type: ignore[attr-defined]
-_adapter.__name__ = "unsloth_model_save_pretrained"  # unsloth wraps again whatever has another name
