@@ -15,6 +15,7 @@ from tiny import byte_tokenizer, tiny_model
 from transformers import GenerationConfig
 
 from hrpo_patches import load_adapter
+from hrpo_patches.models.adapter import load_plain_adapter
 from hrpo_thinking.errors import InputError
 
 LOAD = """
@@ -180,7 +181,7 @@ def test_peft_loading_gates_without_a_projection_refuses_to_think_with_one(base,
 def test_a_missing_thinking_weight_is_an_error(base, tmp_path, key):
     trained(base, tmp_path / "run")
     edit(tmp_path / "run", lambda weights: [weights.pop(name) for name in list(weights) if name.endswith(key)])
-    with pytest.raises(InputError, match="thinking_projection|lacks"):
+    with pytest.raises(InputError, match="thinking_projection|is missing"):
         load_adapter(str(base), tmp_path / "run")
 
 
@@ -190,8 +191,46 @@ def test_lora_that_is_missing_or_that_does_not_fit_is_an_error(base, tmp_path):
     with pytest.raises(InputError, match="extra.weight, which this base model has no place for"):
         load_adapter(str(base), tmp_path / "run")
     edit(tmp_path / "run", lambda weights: [weights.pop(k) for k in list(weights) if "lora_B" in k or "extra" in k])
-    with pytest.raises(InputError, match="lacks .*lora_B"):
+    with pytest.raises(InputError, match="lora_B.* is missing.*the adapter was trained on .*; load that one"):
         load_adapter(str(base), tmp_path / "run")
+
+
+def state_of(model):
+    """All that loading an adapter could change of a base model."""
+    parts = {name: type(module) for name, module in model.named_modules()}
+    weights = {name: (p.requires_grad, p.data_ptr()) for name, p in model.named_parameters()}
+    attributes = {name: sorted(vars(module)) for name, module in model.named_modules()}
+    return parts, weights, attributes, model.config.to_dict(), model.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["thinking", "plain"])
+@pytest.mark.parametrize("thinking", [False, {}], ids=["plain base", "thinking base"])
+def test_an_adapter_that_does_not_load_leaves_the_base_as_it_was(base, tmp_path, plain, thinking):
+    trained(base, tmp_path / "run", **({"residual": None} if plain else {"thinking": {"projection_layers": 2}}))
+    load = load_plain_adapter if plain else load_adapter
+    model = tiny_model("llama", thinking=thinking)
+    before = state_of(model)
+    damages = [lambda weights: weights.update({"base_model.model.extra.weight": torch.ones(1)})]
+    damages += [lambda weights: [weights.pop(k) for k in list(weights) if "lora_B" in k or "extra" in k]]
+    if not plain:
+        damages += [lambda weights: [weights.pop(k) for k in list(weights) if "Lambda" in k]]
+    saved = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    for damage in damages:
+        edit(tmp_path / "run", damage)
+        with pytest.raises(InputError):
+            load(model, tmp_path / "run")
+        assert state_of(model) == before
+    save_file(saved, tmp_path / "run" / "adapter_model.safetensors", {"format": "pt"})
+    assert isinstance(load(model, tmp_path / "run"), PeftModel)
+
+
+def test_a_plain_adapter_with_pauses_ends_where_it_ended_in_training(base, tmp_path):
+    other = byte_tokenizer()
+    other.eos_token = "!"
+    ends = trained(base, tmp_path / "run", residual=None, thoughts=2, tokenizer=other).generation_config.eos_token_id
+    model = load_plain_adapter(tiny_model("llama", thinking=False), tmp_path / "run")
+    assert model.generation_config.eos_token_id == ends and model.generation_config.thoughts == 2
+    assert ends != GenerationConfig.from_pretrained(base).eos_token_id
 
 
 def test_a_damaged_thinking_config_is_an_error(base, tmp_path):

@@ -6,6 +6,9 @@ An adapter folder holds PEFT's `adapter_config.json` and `adapter_model.safetens
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any
 
@@ -41,52 +44,89 @@ def config_of(folder: Path) -> Any:
         raise InputError(f"{folder / CONFIG} is damaged: {error}.") from None
 
 
-def _check_complete(folder: Path, weights: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    """Every expected thinking weight must be there, in its shape."""
+def _check_fit(problem: str | None, folder: Path, model: PreTrainedModel) -> None:
+    """Raise `InputError` if there is a problem with an adapter on this base model."""
+    if problem is not None:
+        raise InputError(
+            f"{folder} is damaged, or belongs to another base model: {problem}. This base model is a "
+            f"{type(model).__name__} ({model.name_or_path!r}), and the adapter was trained on "
+            f"{config_of(folder).base_model_name_or_path!r}; load that one."
+        )
+
+
+def _misfit(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str | None:
+    """Which expected thinking weight is missing or has another shape."""
     for key, parameter in expected.items():
         if key not in weights:
-            raise InputError(
-                f"{folder} lacks {key}: the adapter is damaged or was saved without its thinking weights."
-            )
+            return f"{key} is missing"
         if weights[key].shape != parameter.shape:
-            raise InputError(
-                f"{key} in {folder} is {tuple(weights[key].shape)}, but this base model needs "
-                f"{tuple(parameter.shape)}: the adapter belongs to another base model."
-            )
+            return f"{key} is {tuple(weights[key].shape)} in it, and {tuple(parameter.shape)} in this base model"
+    return None
 
 
 def check_same_base(folder: Path, model: PreTrainedModel) -> None:
     """Raise `InputError` if PEFT's config says that an adapter belongs to a model of another class."""
     config = config_of(folder)
-    wanted = (config.auto_mapping or {}).get("base_model_class")
-    if wanted is not None and wanted not in {kind.__name__ for kind in type(model).__mro__}:
-        raise InputError(f"{folder} is an adapter for {wanted}, not for {type(model).__name__}.")
+    kind = (config.auto_mapping or {}).get("base_model_class")
+    same = kind is None or kind in {base.__name__ for base in type(model).__mro__}
+    _check_fit(None if same else f"it is an adapter for {kind}, not for {type(model).__name__}", folder, model)
+
+
+@contextmanager
+def _restored_on_failure(model: PreTrainedModel) -> Iterator[None]:
+    """Within, an error leaves `model` as it was: its modules, its configs, and what requires a gradient.
+
+    PEFT puts its layers into a model before it looks at weights, and `unload` does not take all of that back.
+    """
+    changeable = [vars(part) for part in (*model.modules(), model.config, model.generation_config) if part is not None]
+    # Each attribute, and of tables (modules, parameters, hooks) what is in them: they stay the same objects.
+    before = [
+        {name: (value, copy(value) if isinstance(value, (dict, set)) else None) for name, value in attributes.items()}
+        for attributes in changeable
+    ]
+    trainable = {parameter: parameter.requires_grad for parameter in model.parameters()}
+    try:
+        yield
+    except BaseException:
+        for attributes, saved in zip(changeable, before, strict=True):
+            attributes.clear()
+            for name, (value, content) in saved.items():
+                attributes[name] = value
+                if content is not None:
+                    value.clear()
+                    value.update(content)
+        for parameter, requires_grad in trainable.items():
+            parameter.requires_grad_(requires_grad)
+        raise
 
 
 def load_plain_adapter(model: PreTrainedModel, folder: str | Path) -> PeftModel:
-    """Load an adapter without thinking weights (`--residual none`).
+    """Load an adapter without thinking weights (`--residual none`); where that fails, `model` is as before.
 
     Raises:
         InputError: it belongs to another base model.
     """
     folder = Path(folder)
     check_same_base(folder, model)
-    try:
-        peft_model = PeftModel.from_pretrained(model, str(folder)).eval()
-    except RuntimeError as error:
-        raise InputError(f"{folder} belongs to another base model: {' '.join(str(error).split())}") from None
-    held = set(weights_of(folder))
-    if other := sorted(held ^ set(get_peft_model_state_dict(peft_model))):
-        where = "that this base model has no place for" if other[0] in held else "missing"
-        raise InputError(f"{folder} belongs to another base model: {other[0]} is {where}.")
+    with _restored_on_failure(model):
+        try:
+            peft_model, problem = PeftModel.from_pretrained(model, str(folder)).eval(), None
+        except RuntimeError as error:  # sizes differ
+            problem = " ".join(str(error).split())
+        _check_fit(problem, folder, model)
+        weights, own = set(weights_of(folder)), set(get_peft_model_state_dict(peft_model))
+        if other := sorted(weights ^ own):
+            where = "that this base model has no place for" if other[0] in weights else "missing"
+            _check_fit(f"{other[0]} is {where}", folder, model)
     if (folder / GENERATION_FILE).is_file():
         pauses = GenerationConfig.from_pretrained(folder)
         for name in ("thoughts", "filler_token_id"):
             setattr(peft_model.generation_config, name, getattr(pauses, name))
+    _take_ends(peft_model, folder)
     return peft_model
 
 
-def _take_ends(model: Any, folder: Path) -> None:
+def _take_ends(model: PeftModel, folder: Path) -> None:
     """Let completions end where they ended in training, which the adapter's own file says."""
     if (folder / GENERATION_FILE).is_file():
         ends = GenerationConfig.from_pretrained(folder).eos_token_id
@@ -108,7 +148,7 @@ def load_adapter(
     init_projection: bool = False,
     is_trainable: bool = False,
 ) -> PeftModel:
-    """Load a trained adapter so that the model thinks as it did in training.
+    """Load a trained adapter so that the model thinks as it did in training; where that fails, `model` is as before.
 
     Args:
         model: the base model, or where to load it from. A plain one gains thinking modules; its `config.thinking` is
@@ -144,22 +184,23 @@ def load_adapter(
         weights = {key: value for key, value in weights.items() if f".{PROJECTION}." not in key}
     thinking = ThinkingConfig.from_dict(options | {"residual": residual})
     backbone = patched_backbone(base)
-    backbone.begin_thinking(thinking, record)
-    modules = sorted(held | set(parts_of(residual)))
-    expected = {
-        f"base_model.model.{base.base_model_prefix}.{module}.{name}": parameter
-        for module in modules
-        for name, parameter in getattr(backbone, module).named_parameters()
-    }
-    if init_projection and PROJECTION not in held:
-        weights |= {key: value.detach().clone() for key, value in expected.items() if f".{PROJECTION}." in key}
-    _check_complete(folder, weights, expected)
-    peft_model = _attach(base, folder, modules, weights, is_trainable)
-    peft_model.generation_config.thinking = True
-    peft_model.generation_config.thoughts = thinking.thoughts or None
-    peft_model.generation_config.filler_token_id = None  # the adapter's is known by name
-    _take_ends(peft_model, folder)
-    return backend_of(base).finish_adapter(peft_model, is_trainable)
+    with _restored_on_failure(base):
+        backbone.begin_thinking(thinking, record)
+        modules = sorted(held | set(parts_of(residual)))
+        expected = {
+            f"base_model.model.{base.base_model_prefix}.{module}.{name}": parameter
+            for module in modules
+            for name, parameter in getattr(backbone, module).named_parameters()
+        }
+        if init_projection and PROJECTION not in held:
+            weights |= {key: value.detach().clone() for key, value in expected.items() if f".{PROJECTION}." in key}
+        _check_fit(_misfit(weights, expected), folder, base)
+        peft_model = _attach(base, folder, modules, weights, is_trainable)
+        peft_model.generation_config.thinking = True
+        peft_model.generation_config.thoughts = thinking.thoughts or None
+        peft_model.generation_config.filler_token_id = None  # the adapter's is known by name
+        _take_ends(peft_model, folder)
+        return backend_of(base).finish_adapter(peft_model, is_trainable)
 
 
 def _read_weights(folder: Path) -> tuple[dict[str, Tensor], set[str]]:
@@ -168,14 +209,18 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], set[str]]:
     Raises:
         InputError: it is no adapter, or holds no thinking weights.
     """
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise InputError(f"{folder} holds no adapter: adapter_model.safetensors is missing.")
+    file = folder / "adapter_model.safetensors"
     # LoRA's bias="all" writes the biases of modules_to_save twice more, under PEFT's inner names.
     inner = {"modules_to_save", "original_module"}
-    weights = {key: value for key, value in weights_of(folder).items() if not inner & set(key.split("."))}
+    read = weights_of(folder) if file.is_file() else {}
+    weights = {key: value for key, value in read.items() if not inner & set(key.split("."))}
     held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
     if not held:
-        raise InputError(f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter.")
+        raise InputError(
+            f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter."
+            if file.is_file()
+            else f"{folder} holds no adapter: {file.name} is missing."
+        )
     return weights, held
 
 
@@ -189,11 +234,8 @@ def _base_model(model: str | PreTrainedModel, folder: Path, record: dict[str, An
     base: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model) if isinstance(model, str) else model
     check_same_base(folder, base)
     size = record.get("hidden_size", base.config.hidden_size)
-    if size != base.config.hidden_size:
-        raise InputError(
-            f"{folder} was trained on a base model of hidden size {size}, not {base.config.hidden_size}: it belongs "
-            f"to another base model."
-        )
+    same = size == base.config.hidden_size
+    _check_fit(None if same else f"it has hidden size {size}, not {base.config.hidden_size}", folder, base)
     return base
 
 
@@ -209,14 +251,17 @@ def _attach(
     config.modules_to_save = sorted((set(config.modules_to_save or []) - {PROJECTION}) | set(modules))
     config.inference_mode = not is_trainable
     peft_model = get_peft_model(base, config)
+    problem = None
     try:
         result: Any = set_peft_model_state_dict(peft_model, weights)
-    except RuntimeError as error:
-        raise InputError(f"{folder} belongs to another base model: {' '.join(str(error).split())}") from None
-    if result.unexpected_keys:
-        raise InputError(f"{folder} holds {result.unexpected_keys[0]}, which this base model has no place for.")
-    if lost := [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]:
-        raise InputError(f"{folder} lacks {lost[0]}: it is damaged, or belongs to another base model.")
+        lost = [key for key in result.missing_keys if "lora_" in key or ".modules_to_save." in key]
+        if result.unexpected_keys:
+            problem = f"it holds {result.unexpected_keys[0]}, which this base model has no place for"
+        elif lost:
+            problem = f"{lost[0]} is missing"
+    except RuntimeError as error:  # sizes differ
+        problem = " ".join(str(error).split())
+    _check_fit(problem, folder, base)
     return peft_model
 
 

@@ -41,9 +41,10 @@ def write_thinking(thinking: dict[str, Any], hidden_size: int, generation_config
     generation.save_pretrained(folder)
 
 
-def save_pauses(thoughts: int, filler: int, folder: str | Path) -> None:
-    """Write the forced thoughts of an adapter that does not think, where `load_plain_adapter` finds them."""
-    GenerationConfig(thoughts=thoughts, filler_token_id=filler).save_pretrained(folder)
+def save_pauses(fillers: list[int], ends: int | list[int] | None, folder: str | Path) -> None:
+    """Write the forced thoughts and the end tokens of an adapter that does not think, for `load_plain_adapter`."""
+    pauses = GenerationConfig(thoughts=len(fillers), filler_token_id=fillers[0], eos_token_id=ends)
+    pauses.save_pretrained(folder)
 
 
 def check_same_pauses(folder: Path, wanted: int) -> None:

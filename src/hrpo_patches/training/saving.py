@@ -66,7 +66,8 @@ class SavesThoughts(InShards):
             save_thinking(self.accelerator.unwrap_model(self.model), folder)
             self.write_card(folder)
         elif fillers and is_peft_model(self.model):  # a full model's own file says so already
-            save_pauses(len(fillers), fillers[0], folder)
+            base = causal_lm(self.accelerator.unwrap_model(self.model))
+            save_pauses(fillers, base.generation_config.eos_token_id, folder)
 
     def write_card(self, folder: str | Path) -> None:
         """Write the model card of what was saved in `folder`, if it thinks."""
