@@ -45,9 +45,20 @@ def find_adapter(name: str | Path) -> Path | None:
 
 def adapter_folder(name: str | Path) -> Path:
     """As `find_adapter`; an `InputError` if it is missing."""
-    if absent := missing(str(name), "model"):
-        raise InputError(f"the adapter {absent}")
-    folder = find_adapter(name)
+    absent, folder = missing(str(name), "model"), None
+    if absent is not None:
+        problem = f"the adapter {absent}"  # with the nearest name that exists
+    elif (folder := find_adapter(name)) is None and Path(name).exists():
+        problem = (
+            f"{name} holds no adapter: {CONFIG} is missing. Give the folder that a run saved its adapter to, or one "
+            f"of its checkpoints."
+        )
+    else:
+        problem = (
+            f"{name} holds no adapter: it is not a folder here, and {CONFIG} could not be downloaded from a "
+            f"repository of this name. Check the name and the connection; a private repository requires a token "
+            f"(HF_TOKEN)."
+        )
     if folder is None:
-        raise InputError(f"{name} holds no adapter: {CONFIG} is missing, and it is no hub id that can be reached.")
+        raise InputError(problem)
     return folder

@@ -82,7 +82,10 @@ def merged_for(name: str, base: str | None) -> str:
         config = read_config(name)
         held, thinking = config.thinking if isinstance(config.thinking, dict) else {}, ThinkingConfig.of(config)
         if thinking is None or not held.get("in_checkpoint"):
-            raise InputError(f"{name} was not trained to think; vLLM serves it without us.")
+            raise InputError(
+                f"{name} was not trained to think: its config.json has no thinking weights. Give an adapter or a full "
+                f"model that hrpo_patches trained, or serve this model by `vllm serve {name}`."
+            )
         check_residual(thinking.residual, "vLLM")
         check_vllm(config.model_type)
         return name
