@@ -13,6 +13,7 @@ from hrpo_patches.commands.main import main, train
 from hrpo_patches.models.card import CARD, PAPER
 from hrpo_patches.models.hub import CONFIG
 from hrpo_patches.models.push import files_of
+from hrpo_patches.training import saving
 from hrpo_thinking.errors import InputError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -157,6 +158,78 @@ def test_a_report_is_pushed_with_its_prompt_and_without_paths(saved, tmp_path):
     pushed = json.loads(files_of(tmp_path / "run", "someone/run", "someone/base")["report.json"])
     assert pushed.pop("arguments") == {"task": "gsm8k", "seed": 1}
     assert pushed == {"prompt": "{q}/", "after": report["after"]}
+
+
+def test_a_report_is_pushed_with_what_is_known_of_it_alone(saved, tmp_path):
+    shutil.copytree(saved / "run", tmp_path / "run")
+    report = {"arguments": {"seed": 1}, "seconds": 1.0, "log": [], "notes": "secret", "environment": {"USER": "me"}}
+    (tmp_path / "run" / "report.json").write_text(json.dumps(report))
+    pushed = json.loads(files_of(tmp_path / "run", "someone/run", "someone/base")["report.json"])
+    assert pushed.keys() == {"arguments", "seconds", "log"}
+
+
+@pytest.mark.parametrize("card", [True, False], ids=["named in our card", "beside the run"])
+def test_a_base_in_a_relative_folder_is_refused_from_any_working_directory(saved, tmp_path, monkeypatch, card):
+    project, elsewhere = tmp_path / "project", tmp_path / "elsewhere"
+    run = shutil.copytree(saved / "run", project / "runs" / "run")
+    (run / CONFIG).write_text(
+        json.dumps(json.loads((run / CONFIG).read_text()) | {"base_model_name_or_path": "our/base"})
+    )
+    if not card:  # what the trainer wrote says that the base was a folder
+        (run / CARD).unlink()
+        shutil.copytree(saved / "base", project / "our" / "base")
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    with pytest.raises(InputError, match="was trained on 'our/base', which is not a hub id"):
+        files_of(run, "someone/run")
+    assert json.loads(files_of(run, "someone/run", "our/base")[CONFIG])["base_model_name_or_path"] == "our/base"
+
+
+@pytest.mark.parametrize("head", ["", "---\nlicense: mit\n---\n"], ids=["text alone", "with metadata"])
+def test_a_card_that_a_user_wrote_is_pushed_with_its_text_and_the_base(saved, tmp_path, head):
+    run = shutil.copytree(saved / "run", tmp_path / "run")
+    text = "# My model\n\nBase of it all: see THE_BASE_MODEL.\n"
+    (run / CARD).write_text(head + text)
+    pushed = bytes(files_of(run, "someone/run", "someone/base")[CARD]).decode()
+    assert pushed.endswith(text) and "base_model: someone/base\n" in pushed
+    assert ("license: mit" in pushed) == bool(head)
+    assert (run / CARD).read_text() == head + text
+
+
+def test_shards_that_are_not_loaded_are_not_pushed(saved, tmp_path):
+    model = tmp_path / "model"
+    tiny_model("llama").save_pretrained(model)
+    old = {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}
+    save_file({}, model / "model-00001-of-00002.safetensors")
+    assert not old & files_of(model, "someone/model").keys()
+    (model / "model.safetensors").rename(model / "model-00001-of-00001.safetensors")
+    index = {
+        "weight_map": dict.fromkeys(
+            load_file(model / "model-00001-of-00001.safetensors"), "model-00001-of-00001.safetensors"
+        )
+    }
+    (model / "model.safetensors.index.json").write_text(json.dumps(index))
+    pushed = {name for name in files_of(model, "someone/model") if name.startswith("model")}
+    assert pushed == {"model-00001-of-00001.safetensors", "model.safetensors.index.json"}
+    (model / "model.safetensors.index.json").unlink()
+    with pytest.raises(InputError, match="holds neither an adapter"):
+        files_of(model, "someone/model")
+
+
+def test_a_run_that_its_trainer_refuses_leaves_no_repository(tmp_path, monkeypatch):
+    created = []
+    monkeypatch.setenv("HF_TOKEN", "hf_token")
+    monkeypatch.setattr(saving, "open_repository", lambda api, name, private: created.append(name) or name)
+    options = {"push_to_hub": True, "hub_model_id": "someone/run"}
+    model = tiny_model("llama")
+    model.config._name_or_path = "someone/base"
+    with pytest.raises(InputError, match="thoughts=10 must be smaller"):
+        small_trainer(tmp_path / "run", model=model, thoughts=10, **options)
+    assert not created
+    model = tiny_model("llama")
+    model.config._name_or_path = "someone/base"
+    trainer = small_trainer(tmp_path / "run", model=model, **options)
+    assert created == [trainer.hub_model_id] == ["someone/run"]
 
 
 @pytest.mark.parametrize(

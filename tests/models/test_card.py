@@ -5,7 +5,7 @@ from huggingface_hub import ModelCard
 from runs import small_trainer
 from tiny import tiny_model
 
-from hrpo_patches.models.card import PAPER, public_name
+from hrpo_patches.models.card import PAPER, public_name, write_card
 from hrpo_patches.models.smollm2 import SMOLLM2, cache_folder
 
 
@@ -24,6 +24,18 @@ def test_a_card_names_the_paper_the_marker_and_how_to_load_it_and_no_path(tmp_pa
         assert ("load_adapter(" in text) == peft and ("AutoModelForCausalLM.from_pretrained" in text) != peft
         assert str(tmp_path) not in text and "None" not in text and "More Information" not in text
         assert card.data.library_name == ("peft" if peft else "transformers") and "hrpo" in card.data.tags
+
+
+def test_a_card_that_a_user_wrote_is_kept_and_one_of_a_library_is_not(tmp_path):
+    model = tiny_model("llama")
+    (tmp_path / "config.json").write_text(model.config.to_json_string())
+    own = f"# My model\n\nAfter {PAPER}, trained with hrpo_patches.\n"
+    for before, kept in ((own, True), ("# Model Card for Model ID\n", False), ("", False)):
+        (tmp_path / "README.md").write_text(before)
+        write_card(tmp_path, None, None, ["hrpo"])
+        assert ((tmp_path / "README.md").read_text() == own) == kept
+    write_card(tmp_path, "someone/base", None, ["hrpo"])
+    assert "base_model: someone/base" in (tmp_path / "README.md").read_text()  # ours, which is written again
 
 
 def test_only_a_hub_id_is_public():

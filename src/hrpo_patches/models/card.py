@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from huggingface_hub import ModelCard, ModelCardData
 
@@ -19,6 +19,13 @@ PACKAGES = ("hrpo_patches", "transformers", "trl", "peft", "torch")
 SMOLLM2_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PAPER = "https://arxiv.org/abs/2505.18454"
 HERE, BASE = "THIS_REPOSITORY_OR_FOLDER", "THE_BASE_MODEL"  # in a card, until it is pushed
+TITLES = ("A model that thinks", "A model that does not think")
+# What PEFT, TRL and transformers write into cards that nobody has edited.
+GENERATED = (
+    "# Model Card for Model ID",
+    "It has been trained using [TRL](https://github.com/huggingface/trl).",
+    "This model card has been generated automatically according to the information the Trainer had access to.",
+)
 _USE = """import hrpo_patches  # before transformers
 from transformers import {imports}
 
@@ -28,18 +35,38 @@ prompt = tokenizer(["What is 3 + 4?"], return_tensors="pt")
 out = model.generate(**prompt, tokenizer=tokenizer, max_new_tokens=256)"""
 
 
-def public_name(base: str | None) -> str | None:
-    """The hub id of a base model, or None for a folder: a card names nothing of a machine."""
+def public_name(base: str | None, folder: Path | None = None) -> str | None:
+    """The hub id of a base model, or None for a folder: a card names nothing of a machine.
+
+    Args:
+        base: as it is named.
+        folder: of a run that names it. Training may have begun in any of the folders above, from which a relative path
+            leads to a base in a folder; by default only the working directory is looked at.
+    """
     if not base:
         return None
     if base == SMOLLM2 or Path(base).resolve() == (cache_folder() / SMOLLM2).resolve():
         return SMOLLM2_ID
-    is_path = Path(base).exists() or base.startswith((".", "/", "~")) or base.count("/") != 1
-    return None if is_path else base
+    if base.startswith((".", "/", "~")) or base.count("/") != 1:
+        return None
+    above = folder.resolve().parents if folder is not None else ()
+    return None if any((place / base).exists() for place in (Path.cwd(), *above)) else base
+
+
+def author_of(card: str) -> Literal["us", "a library", "the user"]:
+    """Who wrote the text of a card; an empty one is a library's, for it says nothing."""
+    if any(line.startswith(tuple(f"# {title}" for title in TITLES)) for line in card.splitlines()):
+        return "us"
+    return "a library" if not card.strip() or any(text in card for text in GENERATED) else "the user"
+
+
+def read_card(folder: Path) -> str:
+    """The text of the card in a folder; empty if there is none."""
+    return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
 
 
 def write_card(folder: str | Path, base: str | None, trained_by: str | None, tags: list[str]) -> None:
-    """Write `README.md` into a folder that a trainer saved a model or an adapter to.
+    """Write `README.md` into a folder that a trainer saved a model or an adapter to; one of the user's own is kept.
 
     Args:
         folder: with `thinking_config.json` or a model's `config.json`, and `report.json` if the run has ended.
@@ -47,7 +74,9 @@ def write_card(folder: str | Path, base: str | None, trained_by: str | None, tag
         trained_by: the method, for the text; None where it is not known.
         tags: for the hub.
     """
-    ModelCard(card_of(Path(folder), base, trained_by, tags), ignore_metadata_errors=True).save(Path(folder) / CARD)
+    folder = Path(folder)
+    if author_of(read_card(folder)) != "the user":
+        ModelCard(card_of(folder, base, trained_by, tags), ignore_metadata_errors=True).save(folder / CARD)
 
 
 def card_of(folder: Path, base: str | None, trained_by: str | None, tags: list[str]) -> str:
@@ -64,7 +93,7 @@ def card_of(folder: Path, base: str | None, trained_by: str | None, tags: list[s
     use = _USE.format(imports=imports, model=f"model = {loads}", here=HERE)
     by = f" Trained by {trained_by} with hrpo_patches." if trained_by else " Trained with hrpo_patches."
     hrpo = f"(HRPO, [arXiv 2505.18454]({PAPER}))"
-    title = "A model that thinks" if record else "A model that does not think"
+    title = TITLES[0] if record else TITLES[1]
     what = (
         f"While it thinks, the input of each step blends the sampled token's embedding with a vector that a learned "
         f"layer makes from the model's own last hidden state {hrpo}."

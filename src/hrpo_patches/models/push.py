@@ -19,7 +19,7 @@ from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 
 from hrpo_patches.files import missing
-from hrpo_patches.models.card import BASE, CARD, HERE, PAPER, card_of, public_name
+from hrpo_patches.models.card import BASE, CARD, HERE, author_of, card_of, public_name, read_card
 from hrpo_patches.models.hub import CONFIG
 from hrpo_patches.models.record import GENERATION_FILE, THINKING_FILE, read_thinking
 from hrpo_thinking.errors import InputError, SaveError
@@ -27,7 +27,7 @@ from hrpo_thinking.parts import is_thinking_parameter, parts_of
 
 REPORT = "report.json"
 ADAPTER = ("adapter_model.safetensors", CONFIG, THINKING_FILE)
-MODEL = ("model.safetensors", "model-*.safetensors", "model.safetensors.index.json", "config.json")
+MODEL, INDEX = "model.safetensors", "model.safetensors.index.json"
 TOKENIZER = (
     "tokenizer.json",
     "tokenizer.model",
@@ -41,6 +41,8 @@ TOKENIZER = (
 )
 SHARED = (*TOKENIZER, GENERATION_FILE, REPORT, CARD, "LICENSE*")
 VOCABULARIES = TOKENIZER[:-2]  # where a word may look like a path
+# Of a run's report: what may be pushed. Its title names the data, which may be in a folder.
+REPORTED = ("arguments", "prompt", "before", "after", "stage", "last_stage", "thoughts", "seconds", "log")
 
 Files = dict[str, Path | bytes]  # what is pushed, by name: a file as it is, or the bytes of one that is rewritten
 
@@ -60,22 +62,26 @@ def files_of(folder: Path, repo_id: str, base: str | None = None) -> Files:
     if base is not None and public_name(base) is None:
         raise InputError(f"the base model must be named by its hub id, owner/name, not {base!r}.")
     adapter = _kind_of(folder) == "adapter"
-    names = {path.name for one in (*(ADAPTER if adapter else MODEL), *SHARED) for path in folder.glob(one)}
+    weights = list(ADAPTER) if adapter else [*_weights(folder), "config.json"]
+    names = {path.name for pattern in (*weights, *SHARED) for path in folder.glob(pattern)}
     files: Files = {name: folder / name for name in sorted(names)}
-    held = _read(folder / CONFIG) if adapter else {}
-    own = held.get("base_model_name_or_path")
-    base = base or public_name(own)
+    config = _read(folder / CONFIG) if adapter else {}
+    trained_on, card = config.get("base_model_name_or_path"), read_card(folder)
+    # Our card leaves the base's place open where training loaded it from a folder.
+    in_a_folder = author_of(card) == "us" and BASE in card
+    base = base or (None if in_a_folder else public_name(trained_on, folder))
     if adapter and base is None:
         raise InputError(
-            f"{folder} was trained on {own!r}, which is not a hub id, so nobody else can load it. Name the same model "
-            f"on the hub (--base owner/model), or push the full model that hrpo merge makes."
+            f"{folder} was trained on {trained_on!r}, which is not a hub id, so nobody else can load it. Name the "
+            f"same model on the hub (--base owner/model), or push the full model that hrpo merge makes."
         )
     if adapter:
-        files[CONFIG] = _json(held | {"base_model_name_or_path": base})
+        files[CONFIG] = _json(config | {"base_model_name_or_path": base})
     if REPORT in files:
         files[REPORT] = _json(_public_report(_read(folder / REPORT)))
-    files[CARD] = _card(folder, repo_id, base).encode()
-    _refuse_paths(files, [own or "", *map(str, (folder.absolute(), folder.resolve(), Path.cwd(), Path.home()))])
+    files[CARD] = _card(folder, card, repo_id, base).encode()
+    here = (folder.absolute(), folder.resolve(), Path.cwd(), Path.home())
+    _refuse_paths(files, [trained_on or "", *map(str, here)])
     return dict(sorted(files.items()))
 
 
@@ -91,39 +97,65 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _kind_of(folder: Path) -> Literal["adapter", "model"]:
-    """What a folder holds; an `InputError` where it is nothing whole."""
-    if not folder.is_dir():
-        raise InputError(missing(str(folder)) or f"{folder} is not a folder.")
+    """What a folder holds; an `InputError` where it is neither, or not complete."""
     try:
-        if (folder / CONFIG).is_file() and (folder / ADAPTER[0]).is_file():
-            record, keys = read_thinking(folder), _keys(folder / ADAPTER[0])
-            if record is None and any(map(is_thinking_parameter, keys)):
-                raise InputError(f"{folder} does not say how it thinks; hrpo convert makes an adapter that does.")
-            for part in parts_of(record["residual"]) if record else ():
-                if not any(f".{part}." in key for key in keys):
-                    raise InputError(f"{folder} lacks {part}: it was saved without its thinking weights.")
-            return "adapter"
-        if (folder / "config.json").is_file() and (weights := sorted(folder.glob("model*.safetensors"))):
-            index = folder / MODEL[2]
-            shards = set(json.loads(index.read_text())["weight_map"].values()) if index.is_file() else set()
-            if lost := sorted(shards - {path.name for path in weights}):
-                raise InputError(f"{folder} lacks {lost[0]}: it is damaged.")
-            for path in weights:
-                _keys(path)
-            if json.loads((folder / "config.json").read_text()).get("thinking") or (folder / REPORT).is_file():
-                return "model"
-            raise InputError(f"{folder} holds a full model that was not trained to think.")
+        adapter = (folder / CONFIG).is_file() and (folder / ADAPTER[0]).is_file()
+        if adapter:
+            problem = _problem_of_adapter(folder)
+        elif (folder / "config.json").is_file() and (weights := _weights(folder)):
+            problem = _problem_of_model(folder, weights)
+        else:
+            problem = _problem_of_folder(folder)
+    except InputError:
+        raise
     except (SafetensorError, ValueError, KeyError, OSError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{folder} holds a file that is damaged or cannot be read: {error}.") from None
+        problem = f"{folder} holds a file that is damaged or cannot be read: {error}."
+    if problem is not None:
+        raise InputError(problem)
+    return "adapter" if adapter else "model"
+
+
+def _problem_of_adapter(folder: Path) -> str | None:
+    """Why an adapter would not load again as it was trained."""
+    record, keys = read_thinking(folder), _keys(folder / ADAPTER[0])
+    if record is None and any(map(is_thinking_parameter, keys)):
+        return f"{folder} does not say how it thinks; hrpo convert makes an adapter that does."
+    for part in parts_of(record["residual"]) if record else ():
+        if not any(f".{part}." in key for key in keys):
+            return f"{folder} lacks {part}: it was saved without its thinking weights."
+    return None
+
+
+def _weights(folder: Path) -> list[str]:
+    """The files that a full model's weights are loaded from, as transformers does: one, or else an index and shards.
+
+    A save that leaves other shards in the folder does not load them.
+    """
+    if (folder / MODEL).is_file():
+        return [MODEL]
+    shards = set(_read(folder / INDEX)["weight_map"].values()) if (folder / INDEX).is_file() else set()
+    return [INDEX, *sorted(shards)] if shards else []
+
+
+def _problem_of_model(folder: Path, weights: list[str]) -> str | None:
+    """Why a full model is not pushed."""
+    for name in weights:
+        if not (folder / name).is_file():
+            return f"{folder} lacks {name}: it is damaged."
+        if name != INDEX:
+            _keys(folder / name)  # raises where the file is damaged
+    if not (_read(folder / "config.json").get("thinking") or (folder / REPORT).is_file()):
+        return f"{folder} holds a full model that was not trained to think."
+    return None
+
+
+def _problem_of_folder(folder: Path) -> str:
+    """What to say of a folder that holds neither an adapter nor a model."""
+    if not folder.is_dir():
+        return missing(str(folder)) or f"{folder} is not a folder."
     if checkpoints := sorted(folder.glob("checkpoint-*"), key=lambda path: path.stat().st_mtime):
-        raise InputError(
-            f"{folder} is a run that has not finished. Resume it, or push its last checkpoint, {checkpoints[-1]}."
-        )
-    raise InputError(
-        f"{folder} holds neither an adapter ({CONFIG}, {ADAPTER[0]}) nor a full model (config.json, {MODEL[0]})."
-    )
+        return f"{folder} is a run that has not finished. Resume it, or push its last checkpoint, {checkpoints[-1]}."
+    return f"{folder} holds neither an adapter ({CONFIG}, {ADAPTER[0]}) nor a full model (config.json, {MODEL})."
 
 
 def _keys(file: Path) -> list[str]:
@@ -131,27 +163,32 @@ def _keys(file: Path) -> list[str]:
         return list(weights.keys())
 
 
-def _json(content: Any) -> bytes:
+def _json(content: object) -> bytes:
     return (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _public_report(report: dict[str, Any]) -> dict[str, Any]:
-    """A run's report without its title, and of its arguments only those without a slash, so that no path is left."""
-    arguments = report.get("arguments", {})
-    kept = {name: value for name, value in arguments.items() if not set("/\\") & set(str(value))}
-    kept.pop("output_dir", None)
-    return {name: value for name, value in report.items() if name != "title"} | {"arguments": kept}
+    """A run's report as it is pushed (`REPORTED`), with only those arguments that have no slash: no path is left."""
+    public = {name: report[name] for name in REPORTED if name in report}
+    arguments = {n: value for n, value in report.get("arguments", {}).items() if not set("/\\") & set(str(value))}
+    arguments.pop("output_dir", None)
+    return public | {"arguments": arguments}
 
 
-def _card(folder: Path, repo_id: str, base: str | None) -> str:
-    """The folder's own card where it is one of ours, else a fresh one; it names the repository and the base."""
-    file, tags = folder / CARD, ["hrpo"]
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    card = ModelCard(text if PAPER in text else card_of(folder, base, None, tags), ignore_metadata_errors=True)
-    before = card.data.get("base_model") or BASE
+def _card(folder: Path, text: str, repo_id: str, base: str | None) -> str:
+    """The card that is pushed, which names the base: the folder's, or a fresh one where a library wrote that.
+
+    Ours also names the repository. The text of a user's card stays as it is.
+    """
+    author = author_of(text)
+    if author == "the user" and base is None:
+        return text
+    text = card_of(folder, base, None, ["hrpo"]) if author == "a library" else text
+    card = ModelCard(text, ignore_metadata_errors=True)
+    named = card.data.get("base_model") or BASE
     if base is not None:
         card.data["base_model"] = base
-    return str(card).replace(before, base or before).replace(HERE, repo_id)
+    return str(card) if author == "the user" else str(card).replace(named, base or named).replace(HERE, repo_id)
 
 
 def _refuse_paths(files: Files, paths: list[str]) -> None:

@@ -54,6 +54,7 @@ class SavesThoughts(InShards):
     """
 
     method = ""
+    _constructed = False
     _tag_names: list[str] = []  # noqa: RUF012 - TRL's own type
     _fillers: list[int] = []  # noqa: RUF012 - the ids of the forced thoughts that a completion begins with
 
@@ -82,8 +83,17 @@ class SavesThoughts(InShards):
         elif self.is_world_process_zero():
             self.write_card(self.args.output_dir)
 
+    def finish_construction(self) -> None:
+        """Called by a constructor at its end: create the repository that the run is pushed to, if it is."""
+        self._constructed = True
+        if self.args.push_to_hub:
+            self.init_hf_repo()
+
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """As transformers': create the repository that the run is pushed to.
+
+        transformers calls it while it constructs a trainer, which may be refused later: then it only checks, so that a
+        run that does not begin leaves no repository.
 
         Raises:
             InputError: the run cannot be pushed (`check_push`), or the repository is public and was to be private.
@@ -93,11 +103,13 @@ class SavesThoughts(InShards):
             return
         model, args = self.accelerator.unwrap_model(self.model), self.args
         check_push(args, causal_lm(model).config._name_or_path if is_peft_model(model) else None)
+        self.push_in_progress = None
+        if not self._constructed:
+            return
         name = args.hub_model_id or Path(args.output_dir).resolve().name
         with asking_the_hub(f"creating {name} on the hub"):
             api = HfApi(token=token or args.hub_token)
             self.hub_model_id = open_repository(api, name, args.hub_private_repo if private is None else private)
-        self.push_in_progress = None
 
     def push_to_hub(
         self,
@@ -126,8 +138,8 @@ class SavesThoughts(InShards):
             self.init_hf_repo(token, private)
         self.save_model(_internal_call=True)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        given = (str(self.args.output_dir), str(commit_message), token, revision)
-        return self.push_saved(*given) if blocking else HfApi().run_as_future(self.push_saved, *given)
+        push = (str(self.args.output_dir), str(commit_message), token, revision)
+        return self.push_saved(*push) if blocking else HfApi().run_as_future(self.push_saved, *push)
 
     def push_saved(
         self, folder: str, message: str = "End of training", token: str | None = None, revision: str | None = None

@@ -126,6 +126,7 @@ class HRPOSFTTrainer(SavesThoughts):
         if args.monitor:
             unwrapped = self.accelerator.unwrap_model(self.model)
             self.monitor = ThinkingMonitor(unwrapped, args, estimate_marker=False).first_in(self)
+        self.finish_construction()
 
     # --- before training -------------------------------------------------------------------------------------------
 

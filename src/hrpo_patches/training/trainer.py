@@ -146,6 +146,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
             self._make_thinking(args)
         self._force_thoughts(bool(turns))
         self._add_callbacks(args)
+        self.finish_construction()
 
     def _make_thinking(self, args: HRPOConfig) -> None:
         """Check what TRL constructed, and let its rollouts think."""
