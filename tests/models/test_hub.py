@@ -33,6 +33,8 @@ def assert_same(weights, file):
 # Training pushes, and the first of its pushes fails.
 hrpo("train", *train, "--output_dir", folder / "run", "--hub_model_id", "someone/run")
 hrpo("sft", *sft, "--output_dir", folder / "full", "--hub_model_id", "someone/full", "--hub_strategy", "end")
+words = ["--advance", "loss", "--output_dir", folder / "refused", "--hub_model_id", "someone/refused"]
+hrpo("sft", *sft, *words, status=2)
 
 # What it pushed is loaded from an empty cache.
 held = os.listdir(Path(os.environ["HF_HOME"]) / "hub")
@@ -66,6 +68,7 @@ hrpo("push", folder / "run", "someone/new", status=2)
 hrpo("train", *train, "--output_dir", folder / "again", status=2)
 """
 REFUSED = (
+    "the last of 1 stages begins after ",
     "someone/nothing holds no adapter",
     "someone/run already holds files (README.md, adapter_config.json, ",
     "someone/run exists and is public",
@@ -108,6 +111,7 @@ def test_what_is_pushed_is_loaded_as_it_was_saved_and_thinks(pushed):
 
 def test_a_push_that_cannot_be_is_refused_in_a_sentence(pushed):
     _, said, _ = pushed
+    assert "someone/refused" not in pushed[0].repositories
     for text in REFUSED:
         assert f"error: {text}" in said, text
     assert said.count("no Hugging Face token") == 2 and "Traceback" not in said
