@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_patches.thinking.decoding import ends_of
@@ -19,6 +19,7 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
 
 if TYPE_CHECKING:
+    from hrpo_patches.thinking.backbone import Model
 
     class Sampling(GenerationConfig):
         """`GenerationConfig` with the fields that the patches add."""
@@ -88,7 +89,7 @@ class Engine(Protocol):
 
 
 def sampling_of(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     max_new_tokens: int,
     thinking: bool,

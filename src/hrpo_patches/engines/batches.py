@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from rich.progress import track
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedTokenizerBase, set_seed
 
 from hrpo_patches.engines.base import Engine, sampling_of
 from hrpo_patches.engines.choice import ENGINES
@@ -16,6 +17,9 @@ from hrpo_patches.models.backends import backend_of
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
 from hrpo_patches.thinking.controls import check_control, controlled
 from hrpo_thinking.errors import InputError
+
+if TYPE_CHECKING:
+    from hrpo_patches.thinking.backbone import Model
 
 
 @dataclass
@@ -60,7 +64,7 @@ def batches_of(ids: list[list[int]], size: int) -> list[list[int]]:
 
 @torch.no_grad()
 def complete(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     ids: list[list[int]],
     decoding: Decoding,
@@ -111,7 +115,7 @@ def complete(
 
 
 def completions(
-    model: PreTrainedModel,
+    model: Model,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[Prompt],
     decoding: Decoding,

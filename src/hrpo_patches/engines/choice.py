@@ -6,10 +6,10 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from hrpo_patches.engines.base import Engine
 from hrpo_patches.engines.continuous import ContinuousEngine
@@ -21,6 +21,9 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import check_vllm
 from hrpo_thinking.request import FORCED_ALONE, check_residual
 from hrpo_vllm.names import check_version
+
+if TYPE_CHECKING:
+    from hrpo_patches.thinking.backbone import Model
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class EngineKind:
     start: Callable[[Any, PreTrainedTokenizerBase, int, int], AbstractContextManager[Engine]]
 
 
-def _check_packed(model: PreTrainedModel, needs: Needs, title: str) -> None:
+def _check_packed(model: Model, needs: Needs, title: str) -> None:
     """Raise `InputError` for what no engine can do that packs requests instead of padding them."""
     if not backend_of(model).packs:
         raise InputError(f"unsloth's models do not run in {title}.")
@@ -68,7 +71,7 @@ def _check_packed(model: PreTrainedModel, needs: Needs, title: str) -> None:
         raise InputError(f"the control {needs.control!r} needs the rows of a padded batch.")
 
 
-def _check_vllm(model: PreTrainedModel, needs: Needs) -> None:
+def _check_vllm(model: Model, needs: Needs) -> None:
     """Raise `InputError` where vLLM would not start, or could not do what is needed."""
     check_version()  # first: without vLLM no other answer is of use
     _check_packed(model, needs, "vLLM")
@@ -90,9 +93,7 @@ def _check_vllm(model: PreTrainedModel, needs: Needs) -> None:
 
 
 @contextmanager
-def _start_vllm(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, rows: int
-) -> Iterator[Engine]:
+def _start_vllm(model: Model, tokenizer: PreTrainedTokenizerBase, longest: int, rows: int) -> Iterator[Engine]:
     from hrpo_patches.engines.vllm import running_engine  # imports vLLM, which not every process wants
 
     with running_engine(model, tokenizer, longest, rows) as engine:
@@ -118,7 +119,7 @@ ENGINE_HELP = (
 )
 
 
-def choose_engine(asked: str, model: PreTrainedModel, needs: Needs) -> tuple[str, str]:
+def choose_engine(asked: str, model: Model, needs: Needs) -> tuple[str, str]:
     """(the name of an engine, why it is chosen).
 
     Args:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch.nn.utils.rnn import pad_sequence
-from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
 
 from hrpo_patches.engines.base import Completions, Sampling, check_prompts
 from hrpo_patches.thinking.backbone import causal_lm, temporarily
 from hrpo_patches.thinking.batching import cache_size, keep_attention
 from hrpo_thinking.inputs import ThinkingInputs
+
+if TYPE_CHECKING:
+    from hrpo_patches.thinking.backbone import Model
 
 
 class ContinuousEngine:
@@ -24,7 +27,7 @@ class ContinuousEngine:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Model,
         tokenizer: PreTrainedTokenizerBase,
         config: ContinuousBatchingConfig | None = None,
     ) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 from trl.trainer.utils import pad
 
 from hrpo_patches.engines.base import Completions, Sampling, check_prompts
 from hrpo_patches.thinking.backbone import causal_lm, temporarily
 from hrpo_thinking.inputs import ThinkingInputs
+
+if TYPE_CHECKING:
+    from hrpo_patches.thinking.backbone import Model
 
 
 class GenerateEngine:
@@ -21,7 +24,7 @@ class GenerateEngine:
         tokenizer: with a padding token; spells the answer marker.
     """
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, model: Model, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model, self.tokenizer = model, tokenizer
 
     def refresh_weights(self) -> None:

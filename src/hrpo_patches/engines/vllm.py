@@ -34,7 +34,9 @@ from hrpo_vllm import engine_options, take_thoughts, weights_arrived
 from hrpo_vllm.names import KEY, THINKING, THOUGHTS, check_version
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
+
+    from hrpo_patches.thinking.backbone import Model
 
 CACHE = 4 << 30  # bytes of keys and values on a CPU; vLLM's own wish is a share of all memory
 ON_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
@@ -52,7 +54,7 @@ _ADDED: dict[str, Any] = {
 }
 
 
-def _refuse_untied(model: PreTrainedModel) -> None:
+def _refuse_untied(model: Model) -> None:
     """Raise `InputError` for an adapter that changes one of two tied weights, which vLLM holds once."""
     both = model.get_input_embeddings(), model.get_output_embeddings()
     copied = both[0].weight is not both[1].weight  # LoRA's layers hand out the weight beneath
@@ -87,7 +89,7 @@ class ThinkingVLLM(VLLMGeneration):
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Model,
         accelerator: Any,
         processing_class: Any,
         *args: Any,
@@ -254,7 +256,7 @@ class ThinkingVLLM(VLLMGeneration):
 
 @contextmanager
 def running_engine(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, longest: int, rows: int
+    model: Model, tokenizer: PreTrainedTokenizerBase, longest: int, rows: int
 ) -> Iterator[ThinkingVLLM]:
     """Within, an engine with the weights of a model that no trainer has.
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig, PeftModel
     from transformers import PreTrainedModel
 
+    from hrpo_patches.thinking.backbone import Model
+
 # Where the `BACKEND` of each library is. A model may run on any of them that is imported; on transformers, if on no
 # other, so that it is the last.
 _HOMES = {"unsloth": "hrpo_patches.models.unsloth_backend", "transformers": "hrpo_patches.models.backends"}
@@ -47,11 +49,11 @@ class Backend:
     own_adapters = False
     packs = True
 
-    def runs(self, model: PreTrainedModel | PeftModel) -> bool:
+    def runs(self, model: Model) -> bool:
         """Whether `model` runs this library's forward."""
         return True
 
-    def refuse_stranger(self, model: str | PreTrainedModel | PeftModel) -> None:
+    def refuse_stranger(self, model: str | Model) -> None:
         """Raise `InputError` for a model, or the name of one, that the library's changes keep from running."""
 
     def load(self, source: str | Path, dtype: torch.dtype, max_seq_length: int, **options: Any) -> PreTrainedModel:
@@ -73,7 +75,7 @@ class Backend:
         """Make a model whose adapter PEFT has built ready, to be trained or to be used."""
         return model if is_trainable else model.eval()
 
-    def set_training(self, model: PreTrainedModel | PeftModel, training: bool) -> None:
+    def set_training(self, model: Model, training: bool) -> None:
         """Put a model into training or evaluation mode, with all that this means in the library."""
         model.train(training)
 
@@ -92,12 +94,12 @@ def _imported() -> Iterator[Backend]:
     return (backend_named(name) for name in _HOMES if name in sys.modules or name == "transformers")
 
 
-def backend_of(model: PreTrainedModel | PeftModel) -> Backend:
+def backend_of(model: Model) -> Backend:
     """The backend whose forward `model` runs (a causal language model, or PEFT around one)."""
     return next(backend for backend in _imported() if backend.runs(model))
 
 
-def refuse_stranger(model: str | PreTrainedModel | PeftModel) -> None:
+def refuse_stranger(model: str | Model) -> None:
     """Raise `InputError` for a model, or the name of one, that another library's changes keep from running."""
     for backend in _imported():
         backend.refuse_stranger(model)

@@ -18,7 +18,12 @@ from hrpo_thinking.modules import ThinkingModule
 from hrpo_thinking.parts import parts_of
 
 if TYPE_CHECKING:  # transformers is importing this module
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
     from hrpo_patches.thinking.mixin import ThinkingMixin
+
+    Model = PreTrainedModel | PeftModel  # a causal language model, with or without an adapter
 
 
 @contextmanager

@@ -13,7 +13,9 @@ from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import check_residual, check_room
 
 if TYPE_CHECKING:
-    from transformers import ContinuousBatchingConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
+
+    from hrpo_patches.thinking.backbone import Model
 
 PAGE = 32  # tokens in a block of the cache
 MEMORY = 4 << 30  # bytes of keys and values
@@ -27,7 +29,7 @@ _NOT_READ = (
 
 
 def batching_config(
-    given: ContinuousBatchingConfig | None, model: PreTrainedModel, hints: Any = None
+    given: ContinuousBatchingConfig | None, model: Model, hints: Any = None
 ) -> ContinuousBatchingConfig:
     """A copy of the engine's config with what cannot think switched off: a step must wait for the one before.
 
@@ -54,15 +56,13 @@ def batching_config(
     return config
 
 
-def keep_attention(config: ContinuousBatchingConfig, model: PreTrainedModel) -> None:
+def keep_attention(config: ContinuousBatchingConfig, model: Model) -> None:
     """Keep the engine from switching a float32 model to flash attention, which has no float32 kernels."""
     if model.dtype.itemsize > 2 and hasattr(config, "auto_switch_to_flash"):
         config.auto_switch_to_flash = False
 
 
-def cache_size(
-    model: PreTrainedModel, longest: int, requests: int, device: torch.device | None = None
-) -> dict[str, Any]:
+def cache_size(model: Model, longest: int, requests: int, device: torch.device | None = None) -> dict[str, Any]:
     """Options of the engine's config that make its cache fit so many requests of so many tokens; none on a GPU.
 
     By default the engine takes half of a CPU's memory, and fills masks of that size. `device` is where the model will
@@ -82,7 +82,7 @@ def cache_size(
     return {name: PAGE, "num_blocks": blocks, "max_batch_tokens": max(1024, requests)}
 
 
-def check(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, generation_config: Any) -> None:
+def check(model: Model, tokenizer: PreTrainedTokenizerBase | None, generation_config: Any) -> None:
     """Before there is a manager, which changes the model's attention: can it think as `generation_config` asks?
 
     Raises:

@@ -18,7 +18,7 @@ from hrpo_thinking.blend import Control
 from hrpo_thinking.errors import InputError
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from hrpo_patches.thinking.backbone import Model
 
 CONTROLS = {
     "live": "the thoughts as they are",
@@ -51,7 +51,7 @@ def check_control(name: str, batches: Sequence[Sequence[Hashable]]) -> None:
 
 
 @contextmanager
-def controlled(model: PreTrainedModel, name: str, golds: Sequence[Hashable] = ()) -> Iterator[None]:
+def controlled(model: Model, name: str, golds: Sequence[Hashable] = ()) -> Iterator[None]:
     """Let `model` think under the control `name`.
 
     Args:

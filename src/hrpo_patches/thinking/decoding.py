@@ -25,7 +25,9 @@ from hrpo_thinking.parts import FALLBACK, RESIDUALS, parts_of
 from hrpo_thinking.request import check_room
 
 if TYPE_CHECKING:  # transformers is importing this module
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteriaList
+    from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
+
+    from hrpo_patches.thinking.backbone import Model
 
 # What changes the distribution that a rollout samples from, beside the temperature, and the values that do not; the
 # last names are vLLM's.
@@ -53,7 +55,7 @@ def changed_distribution(options: Any) -> tuple[str, Any] | None:
     return None
 
 
-def by_temperature(model: PreTrainedModel) -> AbstractContextManager[None]:
+def by_temperature(model: Model) -> AbstractContextManager[None]:
     """Within, what is sampled from `model` follows from its logits, the temperature and what `generate` is asked for.
 
     The model's own generation config may name more (`min_p`, `no_repeat_ngram_size`), of which no loss knows.
@@ -66,7 +68,7 @@ def by_temperature(model: PreTrainedModel) -> AbstractContextManager[None]:
     return temporarily(inner, generation_config=config)
 
 
-def ends_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def ends_of(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that end a completion, as in training: the model's, and the tokenizer's end token."""
     own = causal_lm(model).generation_config.eos_token_id
     ends = [] if own is None else list(own) if isinstance(own, list) else [own]
@@ -101,7 +103,7 @@ def filler_id(tokenizer: PreTrainedTokenizerBase | None, thinking: ThinkingConfi
 
 
 def check_request(
-    model: PreTrainedModel,
+    model: Model,
     generation_config: Any,
     generation_mode: str,
     tokenizer: PreTrainedTokenizerBase | None,
@@ -136,7 +138,7 @@ def check_request(
         check_thinking(backbone, tokenizer)
 
 
-def check_filler(model: PreTrainedModel, generation_config: Any) -> None:
+def check_filler(model: Model, generation_config: Any) -> None:
     """Raise `InputError` unless the filler of forced thoughts is a token of the model that ends no completion."""
     filler, ends = generation_config.filler_token_id, generation_config.eos_token_id
     table: Any = model.get_input_embeddings().weight  # (V, d)
@@ -168,7 +170,7 @@ def check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase |
 
 
 def start_thinking(
-    model: PreTrainedModel,
+    model: Model,
     input_ids: Tensor,
     generation_config: Any,
     model_kwargs: dict[str, Any],
@@ -266,7 +268,7 @@ class ThinkingDecoder:
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Model,
         input_ids: Tensor,
         tokenizer: PreTrainedTokenizerBase,
         record: bool,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 from dataclasses import asdict
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from packaging.version import Version
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig
 from torch import Tensor, nn
 from transformers import PreTrainedModel, set_seed
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -23,7 +23,8 @@ from hrpo_thinking.config import ThinkingConfig, check_same_kind, record_of
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import canonical, is_thinking_parameter, parts_of
 
-Model = PreTrainedModel | PeftModel
+if TYPE_CHECKING:
+    from hrpo_patches.thinking.backbone import Model
 
 
 def policy(

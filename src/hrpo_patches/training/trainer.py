@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -42,7 +42,6 @@ from hrpo_patches.training.distributed import as_long_as_any
 from hrpo_patches.training.logprobs import forward_scores
 from hrpo_patches.training.optim import regroup
 from hrpo_patches.training.prepare import (
-    Model,
     float32_copies,
     freeze_unused,
     policy,
@@ -57,6 +56,9 @@ from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, NonFiniteError
 from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
 from hrpo_thinking.request import check_room
+
+if TYPE_CHECKING:
+    from hrpo_patches.thinking.backbone import Model
 
 GRPOTrainer: Any = trl_class("trl.trainer.grpo_trainer", "GRPOTrainer")
 POSITIONAL = [*signature(GRPOTrainer.__init__).parameters][4:]  # after self, model, reward_funcs and args
