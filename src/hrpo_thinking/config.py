@@ -63,7 +63,7 @@ class Option(NamedTuple):
 _NOUNS = {str: "a non-empty text", bool: "True or False", int: "a whole number", float: "a finite number"}
 
 
-def _option(default: Any, help: str, kind: type | None = None, **facts: Any) -> Any:
+def _option(default: object, help: str, kind: type | None = None, **facts: Any) -> Any:
     option = Option(help, kind or type(default), default is None, **facts)
     return field(default=default, metadata={"option": option})
 
@@ -148,7 +148,7 @@ class ThinkingConfig:
         return cls(**{name: value for name, value in values.items() if name in OPTIONS})
 
     @classmethod
-    def of(cls, model_config: Any) -> ThinkingConfig | None:
+    def of(cls, model_config: object) -> ThinkingConfig | None:
         """The thinking config of a model's config: the defaults for `True` and `{}`, None for None and `False`.
 
         None also for a value that is somebody else's: no dict, or one in which no key is or resembles an option.
@@ -181,14 +181,14 @@ RECORD: dict[str, Any] = {"embedding_norm": None, "in_checkpoint": False}
 _NORM = Option("", float, optional=True, above=0)
 
 
-def _is_strangers(value: Any) -> bool:
+def _is_strangers(value: object) -> bool:
     """Whether a config's `thinking` is another library's, which means something else by the word."""
     if not isinstance(value, dict):
         return not isinstance(value, (bool, ThinkingConfig))
     return bool(value) and not any(get_close_matches(str(name), [*OPTIONS, *RECORD]) for name in value)
 
 
-def record_of(thinking: ThinkingConfig, held: Any = None) -> dict[str, Any]:
+def record_of(thinking: ThinkingConfig, held: object = None) -> dict[str, Any]:
     """What `config.thinking` holds for `thinking`; what is no option is taken from `held`, the record before."""
     before = held if isinstance(held, dict) else {}
     return asdict(thinking) | {name: before.get(name, value) for name, value in RECORD.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from transformers import initialization as init
 
 from hrpo_thinking.config import ThinkingConfig, check_r_range
 from hrpo_thinking.parts import GATE_I, GATE_R, LAMBDA, MODULES, PROJECTION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 DECAY_SCALE = 8.0  # c in a = exp(-c * softplus(-Lambda) * r)
 
@@ -67,7 +71,7 @@ class ThinkingModule(nn.Module):
         named = self.named_parameters(recurse=False)
         return all(torch.equal(self.fresh[name], _sample(parameter.detach())) for name, parameter in named)
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         # `model.to(torch.bfloat16)` must not round these weights: AdamW's steps on them are smaller than a bf16 ulp.
         def keep_float32(tensor: Tensor) -> Tensor:
             out = fn(tensor)
@@ -173,7 +177,7 @@ class ThinkingLambda(ThinkingModule):
         return torch.exp(-DECAY_SCALE * nn.functional.softplus(-wide(self.Lambda)))
 
 
-def thinking_modules(config: Any, thinking: ThinkingConfig) -> dict[str, nn.Module]:
+def thinking_modules(config: PreTrainedConfig, thinking: ThinkingConfig) -> dict[str, nn.Module]:
     """The modules of a backbone that thinks, by the name that each has on it.
 
     Args:

@@ -14,9 +14,11 @@ from hrpo_vllm.names import architecture
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from transformers import PreTrainedConfig
+    from vllm import LLM
 
 
-def engine_options(config: Any, thinking: dict[str, Any] | None = None) -> dict[str, Any]:
+def engine_options(config: PreTrainedConfig, thinking: dict[str, Any] | None = None) -> dict[str, Any]:
     """Keyword arguments for `vllm.LLM` on a folder whose own files do not say that it thinks.
 
     Args:
@@ -28,10 +30,11 @@ def engine_options(config: Any, thinking: dict[str, Any] | None = None) -> dict[
     """
     check_vllm(config.model_type)
     record = thinking if thinking is not None else config.thinking
+    assert config.architectures  # check_vllm has found the family
     return {"hf_overrides": {"architectures": [architecture(config.architectures[0])], "thinking": record}}
 
 
-def take_thoughts(llm: Any, keys: list[str]) -> dict[str, Tensor]:
+def take_thoughts(llm: LLM, keys: list[str]) -> dict[str, Tensor]:
     """What completions were sampled from, by the `thinking_key` of their requests; each is handed out once.
 
     Args:
@@ -57,7 +60,7 @@ def take_thoughts(llm: Any, keys: list[str]) -> dict[str, Tensor]:
     }
 
 
-def weights_arrived(llm: Any) -> None:
+def weights_arrived(llm: LLM) -> None:
     """Let the requests of an engine think whose folder lacks thinking weights, once these have been sent to it.
 
     Args:

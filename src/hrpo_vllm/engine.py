@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import transformers
 from transformers import AutoTokenizer
@@ -25,6 +25,11 @@ from hrpo_vllm.names import (
     check_version,
     is_thinking,
 )
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+    from vllm import SamplingParams
+    from vllm.config import ModelConfig, VllmConfig
 
 CPU_WORKER, GPU_WORKER = "hrpo_vllm.cpu_workers.ThinkingCPUWorker", "hrpo_vllm.workers.ThinkingGPUWorker"
 
@@ -56,11 +61,11 @@ class ThinkingEngine:
     """vLLM asks this class what the configuration of an engine on a model that thinks must be."""
 
     @staticmethod
-    def verify_and_update_model_config(model_config: Any) -> None:
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
         """Nothing: all is said of the whole engine, below."""
 
     @staticmethod
-    def verify_and_update_config(vllm_config: Any) -> None:
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Choose the worker and the scheduler that think.
 
         Raises:
@@ -74,7 +79,7 @@ class ThinkingEngine:
         vllm_config.scheduler_config.scheduler_cls = "hrpo_vllm.workers.thinking_scheduler"
 
 
-def check_engine(vllm_config: Any) -> None:
+def check_engine(vllm_config: VllmConfig) -> None:
     """Raise `InputError` for an engine that cannot think as its model does."""
     thinking = ThinkingConfig.of(vllm_config.model_config.hf_config)
     if thinking is None:
@@ -110,7 +115,7 @@ _READS_FILLERS: dict[str, Any] = {
 }
 
 
-def check_request(params: Any, room: int, record: dict[str, Any], filler: Callable[[], int | None]) -> None:
+def check_request(params: SamplingParams, room: int, record: dict[str, Any], filler: Callable[[], int | None]) -> None:
     """Raise `InputError` for a request that cannot be thought as it asks.
 
     Args:
@@ -149,7 +154,7 @@ def check_request(params: Any, room: int, record: dict[str, Any], filler: Callab
         _check_forced(params, forced, room, filler())
 
 
-def _check_forced(params: Any, forced: int, room: int, filler: int | None) -> None:
+def _check_forced(params: SamplingParams, forced: int, room: int, filler: int | None) -> None:
     check_room(forced, room, THOUGHTS, "the smaller of max_tokens and what the prompt leaves of the context")
     if filler is None:
         raise InputError(NO_FILLER)
@@ -159,7 +164,7 @@ def _check_forced(params: Any, forced: int, room: int, filler: int | None) -> No
         raise InputError(f"{wrong[0]} cannot be combined with forced thoughts, which are no text; say {THOUGHTS}=0.")
 
 
-def tokenizer_of(model_config: Any) -> Any:
+def tokenizer_of(model_config: ModelConfig) -> PreTrainedTokenizerBase:
     """The tokenizer that an engine is to read by, from vLLM's config of the model."""
     more = {"revision": model_config.tokenizer_revision, "trust_remote_code": model_config.trust_remote_code}
     return AutoTokenizer.from_pretrained(model_config.tokenizer, **more)

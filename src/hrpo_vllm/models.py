@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from importlib import import_module
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hrpo_thinking.blend import Blend
 from hrpo_thinking.config import ThinkingConfig
@@ -22,13 +22,17 @@ from hrpo_vllm.engine import tokenizer_of
 from hrpo_vllm.names import architecture
 from hrpo_vllm.requests import EngineThoughts
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+    from vllm.config import VllmConfig
+
 
 class _Reader(Blend):
     """The library's blend over the modules of a backbone that is vLLM's."""
 
     training = False
 
-    def __init__(self, backbone: Any, config: Any) -> None:
+    def __init__(self, backbone: nn.Module, config: PreTrainedConfig) -> None:
         self.config = config
         for name in MODULES:
             setattr(self, name, getattr(backbone, name))
@@ -48,7 +52,7 @@ class ThinkingModel:
 
     model: Any
 
-    def __init__(self, *, vllm_config: Any, prefix: str = "", **kwargs: Any) -> None:
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "", **kwargs: Any) -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix, **kwargs)  # type: ignore[call-arg]
         config, scheduler = vllm_config.model_config.hf_config, vllm_config.scheduler_config
         thinking = ThinkingConfig.of(config)
@@ -73,7 +77,11 @@ class ThinkingModel:
         self._loaded = self.warming_up = False
 
     def forward(
-        self, input_ids: Any, positions: Tensor, intermediate_tensors: Any = None, inputs_embeds: Any = None
+        self,
+        input_ids: Tensor | None,
+        positions: Tensor,
+        intermediate_tensors: Any = None,
+        inputs_embeds: Tensor | None = None,
     ) -> Any:
         rows, thoughts = positions.shape[-1], self.thoughts
         embeds = self.model.embed_input_ids(input_ids)[None]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any
+from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
 from hrpo_thinking.errors import InputError
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig
 
 OLDEST, BEFORE = "0.24", "0.34"  # what has the seams and was read or run
 PREFIX = "Thinking"
@@ -34,7 +37,7 @@ def architecture(stock: str) -> str:
     return stock if stock.startswith(PREFIX) else PREFIX + stock
 
 
-def is_thinking(model_config: Any) -> bool:
+def is_thinking(model_config: ModelConfig) -> bool:
     """Whether vLLM's config of a model is that of one that thinks."""
     return any(name.startswith(PREFIX) for name in model_config.hf_config.architectures or ())
 

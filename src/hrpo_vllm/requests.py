@@ -250,7 +250,7 @@ class EngineThoughts(nn.Module):
 
     # --- between host and device -----------------------------------------------------------------------------------
 
-    def _moved(self, columns: Any) -> Tensor:
+    def _moved(self, columns: object) -> Tensor:
         host = torch.tensor(columns, dtype=torch.long, device="cpu", pin_memory=self.last.is_cuda)
         return host.to(self.last.device, non_blocking=True)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -11,6 +11,12 @@ from vllm.v1.worker.gpu_worker import Worker
 from hrpo_thinking.errors import InputError
 from hrpo_vllm.names import THINKING, THOUGHTS
 from hrpo_vllm.requests import EngineThoughts, Scheduled
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.core.sched.output import SchedulerOutput
+
+    from hrpo_vllm.models import ThinkingModel
 
 
 class ThinkingWorker:
@@ -34,7 +40,7 @@ class ThinkingWorker:
         finally:
             model.warming_up = False
 
-    def execute_model(self, scheduler_output: Any, *args: Any) -> Any:
+    def execute_model(self, scheduler_output: SchedulerOutput, *args: Any) -> Any:
         follow_scheduler(self.thoughts, scheduler_output)
         self.model_runner.num_scheduled = scheduler_output.num_scheduled_tokens
         return super().execute_model(scheduler_output, *args)  # type: ignore[misc]
@@ -72,7 +78,7 @@ def packed(states: Tensor) -> tuple[bytes, str, list[int]]:
 class ThinkingGPUWorker(ThinkingWorker, Worker): ...
 
 
-def follow_scheduler(thoughts: EngineThoughts, output: Any) -> None:
+def follow_scheduler(thoughts: EngineThoughts, output: SchedulerOutput) -> None:
     """Tell the thoughts which requests a step (vLLM's SchedulerOutput) ends, pauses, begins and brings back."""
     thoughts.finish(output.finished_req_ids)
     thoughts.pause(output.preempted_req_ids or ())
@@ -124,13 +130,13 @@ def model_state_class() -> type[Any]:
     return ThinkingModelState
 
 
-def prepare(model: Any, step: list[Scheduled], input_ids: Tensor) -> None:
+def prepare(model: ThinkingModel, step: list[Scheduled], input_ids: Tensor) -> None:
     """`EngineThoughts.prepare`, for a model whose weights are there."""
     if model.thoughts.prepare(step, input_ids) and not model.warming_up:
         model.check_arrived()
 
 
-def thinking_scheduler(*args: Any, vllm_config: Any, **kwargs: Any) -> Any:
+def thinking_scheduler(*args: Any, vllm_config: VllmConfig, **kwargs: Any) -> Any:
     """vLLM's own scheduler, whose thinking requests share cached keys with requests of the same prompt only.
 
     Thoughts are not in the tokens that name a cached block, so each request names, beside them, where its thinking
