@@ -31,12 +31,12 @@ TRACKERS = {
 }
 
 
-def option(default: Any, text: str, **metadata: Any) -> Any:
+def option(default: object, text: str, **metadata: Any) -> Any:
     """A dataclass field that is a flag, with its help and whatever argparse takes (`choices`, `aliases`)."""
     return field(default=default, metadata={"help": text} | metadata)
 
 
-def published(kind: type, name: str, default: Any, *aliases: str) -> Any:
+def published(kind: type, name: str, default: object, *aliases: str) -> Any:
     """A field of the dataclass `kind` with another default, and the names that the published scripts have for it."""
     (one,) = [one for one in fields(kind) if one.name == name]
     text = str(one.metadata["help"]).replace(" (default)", "")  # which is another one here

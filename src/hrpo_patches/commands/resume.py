@@ -125,7 +125,7 @@ def _is_leftover(path: Path) -> bool:
     return path.name in (LOCK, RUN_FILE, "monitor_start.safetensors")
 
 
-def _same(kept: Any, asked: Any) -> bool:
+def _same(kept: object, asked: object) -> bool:
     """Whether two values are equal, or two paths of the same file."""
     if kept == asked or not (isinstance(kept, str) and isinstance(asked, str)):
         return bool(kept == asked)

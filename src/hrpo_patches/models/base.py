@@ -22,7 +22,7 @@ from hrpo_thinking.families import NAMES
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
-def _config(source: Any) -> Any:
+def _config(source: str | Path) -> Any:
     place = found(source)
     if absent := missing(str(place), "model", (SMOLLM2,)):
         raise InputError(f"the model {absent}")
@@ -32,7 +32,7 @@ def _config(source: Any) -> Any:
         raise InputError(f"the model {str(source)!r} could not be loaded: {str(error).splitlines()[0]}") from None
 
 
-def read_config(source: Any) -> Any:
+def read_config(source: str | Path) -> Any:
     """The config of a model that can think; an `InputError` if it is missing, or its family has no patches."""
     config = _config(source)
     if not hasattr(config, "thinking"):
@@ -40,7 +40,7 @@ def read_config(source: Any) -> Any:
     return config
 
 
-def thinking_options(source: Any, wanted: dict[str, Any]) -> dict[str, Any]:
+def thinking_options(source: str | Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """What to pass as `thinking` to `from_pretrained(source)`: `wanted`, over what the checkpoint's config says.
 
     Raises:
@@ -102,14 +102,14 @@ def base_of(adapter: Path, base: str | None = None) -> Any:
     Raises:
         InputError: no adapter there, it names no base, or the base cannot be loaded.
     """
-    source: Any = base or config_of(adapter).base_model_name_or_path
+    source: str | Path = base or config_of(adapter).base_model_name_or_path
     if not source:
         raise InputError(f"{adapter} does not say which base model it belongs to; name it with --base.")
     thinking_options(source, {})  # says what is wrong with the base
     return found(source)
 
 
-def tokenizer_of(adapter: Path, base: Any) -> PreTrainedTokenizerBase:
+def tokenizer_of(adapter: Path, base: str | Path) -> PreTrainedTokenizerBase:
     """The adapter's tokenizer, else the base's. For a folder without one, transformers may make an empty one up."""
     for place in (adapter, base):
         if not Path(place).is_dir() or any((Path(place) / name).is_file() for name in _VOCABULARIES):

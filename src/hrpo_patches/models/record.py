@@ -69,13 +69,13 @@ def read_thinking(folder: Path) -> dict[str, Any] | None:
     return record
 
 
-def _record_at(source: Any, **hub: Any) -> dict[str, Any] | None:
+def _record_at(source: str | Path, **hub: Any) -> dict[str, Any] | None:
     """How the adapter at `source`, a folder or a hub id, says that it thinks; None where it does not."""
     file = find_file(source, THINKING_FILE, **hub) if isinstance(source, (str, Path)) else None
     return read_thinking(file.parent) if file is not None else None
 
 
-def check_thinking_adapter(model: Any, source: Any, hub: dict[str, Any] | None = None) -> None:
+def check_thinking_adapter(model: Any, source: str | Path, hub: dict[str, Any] | None = None) -> None:
     """Called by PEFT before it loads an adapter's weights into `model`; looks at nothing unless that model thinks.
 
     Args:
@@ -98,7 +98,7 @@ def check_thinking_adapter(model: Any, source: Any, hub: dict[str, Any] | None =
         )
 
 
-def refuse_thinking_adapter(source: Any) -> None:
+def refuse_thinking_adapter(source: str | Path) -> None:
     """Called by transformers' own `load_adapter`, which cannot build a model as an adapter needs it.
 
     Raises:

@@ -121,7 +121,7 @@ class ThinkingMonitor(TrainerCallback):
         elif step:
             self.start = load_file(file) if file.is_file() else {}
 
-    def _see(self, module: nn.Module, args: Any, inputs: dict[str, Any]) -> None:
+    def _see(self, module: nn.Module, args: tuple[object, ...], inputs: dict[str, Any]) -> None:
         if torch.is_grad_enabled():
             self._inputs = inputs
             if self._sampling and self._first is None:

@@ -32,7 +32,7 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: object) -> Any:
     value = value.item() if hasattr(value, "item") else value  # of torch or numpy
     return None if isinstance(value, float) and not math.isfinite(value) else value  # JSON has no NaN
 

@@ -6,12 +6,15 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hrpo_patches.extras import require
 from hrpo_patches.files import missing, replace
 from hrpo_patches.monitor.log import LOG_FILE, Row, read_rows
 from hrpo_thinking.errors import InputError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PANELS = {
     "reward": ("Reward", "mean reward over completions"),
@@ -149,7 +152,7 @@ def draw(runs: list[Run], path: Path) -> Path:
     return path
 
 
-def _draw_one(axes: Any, run: Run, key: str, color: str) -> list[float]:
+def _draw_one(axes: Axes, run: Run, key: str, color: str) -> list[float]:
     """One run's single steps, faint, and their running mean; returns the values."""
     steps, values = run.series(key)
     if values:

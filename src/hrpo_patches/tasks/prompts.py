@@ -99,7 +99,7 @@ def fix_template(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], ch
     tokenizer.chat_template = template
 
 
-def _with_variable(template: str, name: str, value: Any) -> str:
+def _with_variable(template: str, name: str, value: object) -> str:
     """A template in which a variable has this value, whatever it is rendered with or was fixed to before."""
     before = re.compile(rf"\A((?:{{%- set \w+ = .*? %}}\n)*?){{%- set {name} = .*? %}}\n")
     # The line break is trimmed when it is rendered, so that the template itself begins at a line's start, as it did.

@@ -15,7 +15,7 @@ from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hrpo_patches.thinking.backbone import ratio_of, thinking_backbone
 from hrpo_thinking.config import ThinkingConfig
@@ -26,6 +26,7 @@ from hrpo_thinking.request import ThinkingRequest, check_room
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
 _CHILD = "__child#"  # between the name of a request and the number of its fork
 _SHARING = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")  # from transformers 5.2x on, and before
@@ -133,7 +134,9 @@ class BatchThinking:
         processor = self.manager.batch_processor
         return processor is not None and kwargs.get("cache") is processor.cache
 
-    def _before(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _before(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Any, dict[str, Any]] | None:
         """Give every packed row that thinks its state, and note the rows that tokens are sampled from."""
         if not self._runs(kwargs):
             return None
@@ -170,7 +173,7 @@ class BatchThinking:
         packed[0, at] = stacked
         return ThinkingInputs(packed, mask, self.residual)
 
-    def _after(self, module: Any, args: Any, kwargs: dict[str, Any], output: Any) -> None:
+    def _after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Keep the state that each new token is sampled from, and let forced thoughts be sampled as the filler."""
         if not self._runs(kwargs):
             return
@@ -188,7 +191,7 @@ class BatchThinking:
                 logits.fill_(-torch.inf)
                 logits[self.filler] = 0.0
 
-    def _record(self, request: Any) -> ThinkingRequest | None:
+    def _record(self, request: RequestState) -> ThinkingRequest | None:
         """The record of an engine's request, made at its first step; None for a plain one."""
         name, parent = request.request_id, request.request_id.rpartition(_CHILD)[0]
         if name not in self.records and parent in self.plain:
@@ -239,7 +242,7 @@ class BatchThinking:
         router = self.manager.output_router
         deliver, deliver_batch = router.deliver, router.deliver_batch
 
-        def completed(output: Any) -> Any:
+        def completed(output: GenerationOutput) -> Any:
             return self.take(output) if output.is_finished() else output
 
         router.deliver = lambda output: deliver(completed(output))
@@ -289,7 +292,7 @@ class BatchThinking:
         name = next(name for name in _SHARING if hasattr(cache, name))
         mark, search = getattr(cache, name), cache.search_prefix_match
 
-        def mark_complete(request: Any, count: Any) -> None:
+        def mark_complete(request: RequestState, count: int) -> None:
             if request.request_id in self.plain or request.position_offset <= prompt_length(request):
                 mark(request, count)
 
@@ -302,12 +305,12 @@ class BatchThinking:
         cache.search_prefix_match, cache._thinks = search_prefix_match, True
 
 
-def prompt_length(request: Any) -> int:
+def prompt_length(request: RequestState) -> int:
     """The number of prompt tokens of an engine's request, also of one that it computes again."""
     return int(request._true_initial_tokens or len(request.initial_tokens))
 
 
-def token_at(request: Any, position: int) -> int:
+def token_at(request: RequestState, position: int) -> int:
     """The token at a position of an engine's request."""
     first = len(request.initial_tokens)
     token = request.initial_tokens[position] if position < first else request.generated_tokens[position - first]

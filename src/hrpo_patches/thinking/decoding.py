@@ -26,6 +26,7 @@ from hrpo_thinking.request import check_room
 
 if TYPE_CHECKING:  # transformers is importing this module
     from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
+    from transformers.utils import ModelOutput
 
     from hrpo_patches.thinking.backbone import Model
 
@@ -219,7 +220,7 @@ def _over_text(criterion: Any, start: int, forced: int) -> Any:
     if isinstance(criterion, (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria)):
         return criterion  # they look at the length, the clock, and the last token
 
-    def without_fillers(input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+    def without_fillers(input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         if input_ids.shape[1] <= start + forced:
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
         text = torch.cat([input_ids[:, :start], input_ids[:, start + forced :]], dim=1)
@@ -234,7 +235,7 @@ class ForcedThoughts:
     def __init__(self, count: int, filler: int | None) -> None:
         self.count, self.filler, self.steps = count, filler or 0, 0
 
-    def observe(self, outputs: Any, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> Tensor:
+    def observe(self, outputs: ModelOutput, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> Tensor:
         """The next tokens: the sampled ones, or fillers."""
         self.steps += 1
         return torch.full_like(next_tokens, self.filler) if self.steps <= self.count else next_tokens
@@ -298,7 +299,7 @@ class ThinkingDecoder:
         states, mask = torch.stack(self.states[-width:], dim=1), torch.stack(self.masks[-width:], dim=1)
         return model_inputs | {"thinking_inputs": ThinkingInputs(states, mask, self.residual)}
 
-    def observe(self, outputs: Any, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> Tensor:
+    def observe(self, outputs: ModelOutput, scores: Tensor, next_tokens: Tensor, unfinished: Tensor) -> Tensor:
         """Take the state that the next tokens came from; returns these: `next_tokens`, or fillers.
 
         Args:

@@ -9,10 +9,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sympy
 from math_verify import parse, verify
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 _LIMIT = 0.6  # seconds
 _DECIMAL = re.compile(r"\d{1,3}(?:,\d{3})+\.\d+|\d*\.\d+")
@@ -44,7 +47,7 @@ def _time_limit() -> Iterator[None]:
     """
     started = time.thread_time()
 
-    def stop(_: int, frame: Any) -> None:
+    def stop(_: int, frame: FrameType | None) -> None:
         package = frame.f_globals.get("__name__", "").partition(".")[0] if frame is not None else ""
         if package in _INTERRUPTED and time.thread_time() - started > _LIMIT:
             raise TimeoutError
