@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
@@ -14,6 +15,8 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from hrpo_thinking.errors import InputError
+
+logger = logging.getLogger(__name__)
 
 LOCK = ".lock"  # of the folder that a run writes to
 
@@ -71,7 +74,7 @@ def alone(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise InputError(f"{folder} cannot be written to: {error.strerror}.") from None
     except NotImplementedError:  # some network file systems
-        print(f"{folder} is on a file system without locks: a second run there would not be noticed.")
+        logger.warning(f"{folder} is on a file system without locks: a second run there would not be noticed.")
     try:
         yield
     finally:

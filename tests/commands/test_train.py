@@ -400,11 +400,11 @@ def test_options_that_do_not_go_together_are_one_sentence(base, data, tmp_path, 
     assert not (tmp_path / "run").exists()
 
 
-def test_prompts_that_are_too_long_are_left_out_and_counted(base, data, tmp_path, capsys):
+def test_prompts_that_are_too_long_are_left_out_and_counted(base, data, tmp_path, caplog):
     arguments = ["--model_name", base, "--dataset", data, "--output_dir", str(tmp_path / "run"), *TINY]
     example = ["--examples", "1 + 1 = 2 #### 2", "--prompt", "plain"]
     main([*arguments, *example, "--max_prompt_length", "34"])
-    assert "20 of 30 problems have prompts over 34 tokens: left out." in capsys.readouterr().out
+    assert "20 of 30 problems have prompts over 34 tokens: left out." in caplog.text
     with pytest.raises(InputError, match="every prompt is longer"):
         main([*arguments, *example, "--max_prompt_length", "5", "--output_dir", str(tmp_path / "other")])
 

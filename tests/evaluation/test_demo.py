@@ -5,6 +5,7 @@ from tiny import byte_tokenizer, tiny_model
 
 from hrpo_patches.evaluation.demo import Asking, Run, answer, answers
 from hrpo_patches.evaluation.think import think
+from hrpo_thinking.errors import InputError
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +54,7 @@ def test_a_partner_that_goes_on_adds_no_tokens(run, monkeypatch):
         ({"conditions": ["swapped"], "second": "Hi "}, "which must differ from the first"),
         ({"seed": None}, "seed must be numbers"),
         ({"temperature": -1.0}, "temperature must be 0"),
+        ({"max_new_tokens": 4096}, "max_new_tokens must be at most 2048 here, not 4096"),
     ],
 )
 def test_what_cannot_be_asked_is_a_sentence_on_the_page(run, changed, sentence):
@@ -65,3 +67,14 @@ def test_the_page_says_from_which_token_on_a_control_differs(run):
     live, off = (answer(run, asking(), name) for name in ("live", "off"))
     first = next(n for n, (one, other) in enumerate(zip(live, off, strict=True), 1) if one.token != other.token)
     assert f"differs from live from token {first} on" in shown
+
+
+def test_completions_that_are_shown_stay_when_the_next_one_fails(run, monkeypatch):
+    def failing(run, asking, condition):
+        if condition == "zeroed":
+            raise InputError("no more")
+        return answer(run, asking, condition)
+
+    monkeypatch.setattr("hrpo_patches.evaluation.demo.answer", failing)
+    first, last = answers([run], asking(conditions=["live", "zeroed"]))
+    assert first.count('data-thoughts="live"') == last.count('data-thoughts="live"') == 1 and "no more" in last

@@ -41,12 +41,14 @@ def main(argv: Written) -> None:
     given = parser.parse_args(argv)
     require("gradio", "hrpo demo")
     listening = _listen(given.host, given.port)
-    from hrpo_patches.evaluation.demo import Run
+    from hrpo_patches.evaluation.demo import LONGEST, Run
     from hrpo_patches.evaluation.think import check_numbers
     from hrpo_patches.models.base import open_model
     from hrpo_patches.thinking.backbone import is_untrained
 
     check_numbers(given.max_new_tokens, given.temperature, given.top, given.seed)
+    if given.max_new_tokens > LONGEST:
+        raise InputError(f"--max_new_tokens must be at most {LONGEST}, not {given.max_new_tokens}.")
     place = _device(given.device)
     runs = []
     for name in dict.fromkeys(given.runs):
@@ -81,7 +83,7 @@ def _page(runs: list[Any], given: Any) -> Any:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
 
-    from hrpo_patches.evaluation.demo import CONDITIONS, Asking, answers
+    from hrpo_patches.evaluation.demo import CONDITIONS, LONGEST, Asking, answers
 
     def ask(
         question: str, second: str, names: list[str], chosen: list[str], longest: int, temperature: float, seed: int
@@ -98,7 +100,9 @@ def _page(runs: list[Any], given: Any) -> Any:
             names = [run.name for run in runs]
             chosen = gr.CheckboxGroup(names, value=names, label="Runs", visible=len(runs) > 1)
             conditions = gr.CheckboxGroup(list(CONDITIONS), value=["live", "off"], label="Thoughts")
-            longest = gr.Number(given.max_new_tokens, label="max_new_tokens", precision=0, min_width=80)
+            longest = gr.Number(
+                given.max_new_tokens, label="max_new_tokens", precision=0, maximum=LONGEST, min_width=80
+            )
             temperature = gr.Number(given.temperature, label="temperature", min_width=80)
             seed = gr.Number(given.seed, label="seed", precision=0, min_width=80)
             button = gr.Button("Ask", variant="primary", min_width=80)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from html import escape
 from itertools import zip_longest
 
@@ -43,6 +44,7 @@ CSS = """
 .hrpo pre {white-space: pre-wrap; font-size: .8rem}
 .hrpo .problem {color: rgb(220 38 38)}
 """
+LONGEST = 2048  # tokens of a completion on the page, each of which keeps its logits
 _HEADS = ("token", "a", "√(1 − a²)", "the residual's nearest words", "entropy, nats")
 
 
@@ -60,6 +62,11 @@ class Run:
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
     thinks: bool
+
+    @cached_property
+    def folder(self) -> str:
+        """Where the run's files are; the hub is asked once."""
+        return run_folder(self.name)
 
 
 @dataclass
@@ -90,15 +97,17 @@ def check(runs: Sequence[Run], asking: Asking) -> None:
         raise InputError("choose at least one run and one kind of thoughts.")
     if None in (asking.max_new_tokens, asking.temperature, asking.seed):
         raise InputError("max_new_tokens, temperature and seed must be numbers.")
+    if asking.max_new_tokens > LONGEST:
+        raise InputError(
+            f"max_new_tokens must be at most {LONGEST} here, not {asking.max_new_tokens}; hrpo think takes more."
+        )
     if "swapped" in asking.conditions and asking.second.strip() in ("", asking.question.strip()):
         raise InputError("swapped thoughts need a second question, which must differ from the first.")
 
 
 def answer(run: Run, asking: Asking, condition: str) -> list[Thought]:
     """One completion of a run, token by token, under one of `CONDITIONS`."""
-    prompt, partner = (
-        prompt_for(run_folder(run.name), run.tokenizer, text)[0] for text in (asking.question, asking.second)
-    )
+    prompt, partner = (prompt_for(run.folder, run.tokenizer, text)[0] for text in (asking.question, asking.second))
     with controlled(run.model, condition, ("question", "second")):
         return think(
             run.model,
@@ -113,8 +122,8 @@ def answer(run: Run, asking: Asking, condition: str) -> list[Thought]:
 
 
 def answers(runs: Sequence[Run], asking: Asking) -> Iterator[str]:
-    """The HTML of all completions, again after each of them; a sentence in their place if they cannot be made."""
-    done = ""
+    """The HTML of all completions, again after each of them; a sentence before them if the next cannot be made."""
+    done = shown = ""
     try:
         check(runs, asking)
         for run in runs:
@@ -126,14 +135,14 @@ def answers(runs: Sequence[Run], asking: Asking) -> Iterator[str]:
                 columns += _column(run, condition, thoughts, live)
                 shown = f'<section class="run">{head}<div class="columns">{columns}</div></section>'
                 yield f'<div class="hrpo">{LEGEND}{done}{shown}</div>'
-            done += shown
+            done, shown = done + shown, ""
     except InputError as error:
-        yield f'<div class="hrpo"><p class="problem">{escape(str(error))}</p>{done}</div>'
+        yield f'<div class="hrpo"><p class="problem">{escape(str(error))}</p>{done}{shown}</div>'
 
 
 def _head_of(run: Run, question: str) -> str:
     """A run's name, whether it thinks, and the prompt as it was asked."""
-    prompt, trained = prompt_for(run_folder(run.name), run.tokenizer, question)
+    prompt, trained = prompt_for(run.folder, run.tokenizer, question)
     asked = str(run.tokenizer.decode(prompt_ids(run.tokenizer, prompt)))
     how = "the instruction of the run's report.json" if trained else "the question alone"
     plain = "" if run.thinks else f'<p class="plain">{PLAIN}</p>'

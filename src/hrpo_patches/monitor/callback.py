@@ -218,7 +218,7 @@ class ThinkingMonitor(TrainerCallback):
             cost = {"monitor_seconds": round(self.seconds, 3), "train_seconds": round(whole, 3)}
             self.log.write({"step": state.global_step} | cost)
             share = self.seconds / whole
-            print(f"monitor: {self.seconds:.1f} s of {whole:.0f} s of training ({share:.2%}), {self.log.path}")
+            logger.info(f"monitor: {self.seconds:.1f} s of {whole:.0f} s of training ({share:.2%}), {self.log.path}")
 
     def _unhook(self) -> None:
         hook = getattr(self.backbone, "_monitor_hook", None)

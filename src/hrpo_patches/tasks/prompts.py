@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import re
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from hrpo_thinking.errors import InputError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+logger = logging.getLogger(__name__)
 
 Prompt = str | list[dict[str, str]]
 MARKER = "{marker}"  # where the answer marker goes in a task's texts
@@ -183,5 +186,7 @@ def with_prompts(
     if rows and not fitting:
         raise InputError(f"every prompt is longer than --max_prompt_length {longest} tokens.")
     if len(fitting) < len(rows):
-        print(f"{len(rows) - len(fitting)} of {len(rows)} problems have prompts over {longest} tokens: left out.")
+        logger.warning(
+            f"{len(rows) - len(fitting)} of {len(rows)} problems have prompts over {longest} tokens: left out."
+        )
     return fitting
