@@ -264,6 +264,16 @@ def test_a_generator_is_evaluated_on_draws_of_its_own(folder, tmp_path):
     assert not any(prompt.strip().rpartition("\n")[2] in trained for prompt in prompts["test"])
 
 
+def test_problems_of_the_runs_own_training_are_announced(command, folder, tmp_path, capsys):
+    adapter = shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    (adapter / "run.json").write_text(json.dumps({"task": "gsm8k", "dataset": str(folder / "problems.jsonl")}))
+    other = shutil.copy(folder / "problems.jsonl", tmp_path / "other.jsonl")
+    for number, (data, announced) in enumerate(((folder / "problems.jsonl", True), (other, False))):
+        flags = ("--adapter", str(adapter), "--dataset", str(data), "--limit", "2")
+        main(command(*flags, out=f"{number}.json"))
+        assert ("the model may have been trained on these problems" in capsys.readouterr().out) == announced
+
+
 def test_a_repetition_penalty_in_the_models_file_is_not_greedy_decoding(command, folder, tmp_path):
     plain = main(command(out="plain.json"))
     base = AutoModelForCausalLM.from_pretrained(folder / "base")

@@ -24,7 +24,7 @@ from hrpo_patches.models.base import base_of, open_model
 from hrpo_patches.models.hub import adapter_folder
 from hrpo_patches.tasks.base import Problem
 from hrpo_patches.tasks.problems import find_task, load_problems
-from hrpo_patches.tasks.prompts import PROMPTS, examples_of, prompt_ids, prompt_of, uses_chat
+from hrpo_patches.tasks.prompts import PROMPTS, RUN_FILE, examples_of, prompt_ids, prompt_of, uses_chat
 from hrpo_patches.thinking.backbone import causal_lm, is_untrained
 from hrpo_patches.thinking.controls import CONTROLS, check_control
 from hrpo_patches.thinking.decoding import check_filler, filler_id
@@ -206,6 +206,8 @@ def main(argv: Written) -> dict[str, Any]:
     seed = arguments.seed + (UNSEEN if arguments.split == "test" else 0)
     task = find_task(arguments.task, arguments.dataset, arguments.limit or 1000, seed)
     problems = load_problems(task, arguments.dataset, arguments.split, arguments.corpus)[: arguments.limit]
+    if _may_be_trained_on(arguments):
+        print("warning: the model may have been trained on these problems; --split and --dataset name others.")
     model, tokenizer, marker = opened(arguments)
     examples = examples_of(task, marker, arguments.shots, arguments.examples)
     chat = uses_chat(arguments.prompt, tokenizer)
@@ -236,6 +238,15 @@ def main(argv: Written) -> dict[str, Any]:
     else:
         show(written["scores"], title, out)
     return written
+
+
+def _may_be_trained_on(arguments: EvalArguments) -> bool:
+    """Whether a run's own training data is evaluated: its split, or a file of it, which has one split."""
+    file = Path(arguments.adapter or arguments.model or "") / RUN_FILE
+    asked = json.loads(file.read_text()) if file.is_file() else {}
+    if asked.get("task") != arguments.task or asked.get("dataset") != arguments.dataset:
+        return False
+    return arguments.split == "train" or Path(arguments.dataset or "").is_file()
 
 
 def graded(questions: Questions, prompts: list[Any], done: Progressed) -> dict[str, Any]:
