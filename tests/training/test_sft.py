@@ -145,7 +145,7 @@ def test_a_stage_is_not_learned_while_what_follows_the_thoughts_is_not(tmp_path,
 
 def test_no_stage_begins_after_the_last_step(tmp_path, monkeypatch):
     trainer, seen = trainer_of(tmp_path), []
-    monkeypatch.setattr(trainer.curriculum, "learned", seen.append)
+    monkeypatch.setattr(trainer.curriculum, "add_losses", seen.append)
     trainer.train()
     assert len(seen) == DEFAULTS["max_steps"] - 1
 

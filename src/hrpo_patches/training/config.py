@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
+from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.decoding import changed_distribution
 from hrpo_patches.training.trl_classes import trl_class
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import Bptt, Depth, depth_of
 from hrpo_thinking.parts import NONE, RATES, RESIDUALS, residual_of
-from hrpo_thinking.request import check_residual
+from hrpo_thinking.request import FORCED_ALONE, check_residual
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments as _Arguments
@@ -31,6 +32,18 @@ REFERENCES = ("base", "start")
 SHARED = ("residual", "answer_start", "thoughts", "filler")  # options of ThinkingConfig that are fields here, too
 
 
+def require_least(args: object, least: float, *names: str) -> None:
+    """Raise `InputError` unless each of these options is a number of at least `least`."""
+    for name in names:
+        value = getattr(args, name)
+        require(value is not None and not value < least, f"{name} must be at least {least}, not {value}.")
+
+
+def require_steps(args: _Arguments) -> None:
+    """Raise `InputError` for a run of no steps, which transformers would take for one of some epochs."""
+    require(args.max_steps != 0, "max_steps must be at least 1, or -1 for num_train_epochs, not 0.")
+
+
 class _Spellings:
     """How a command line spells a residual: those that are registered by the time it asks, and "none"."""
 
@@ -38,7 +51,7 @@ class _Spellings:
         return iter((*RESIDUALS, NONE))
 
 
-def _thinking(name: str, default: Any) -> Any:
+def _thinking(name: str, default: object) -> Any:
     """A field for an option of ThinkingConfig, with its help."""
     return field(default=default, metadata={"help": OPTIONS[name].help})
 
@@ -101,21 +114,18 @@ class ThinkingArguments(_Arguments):
         self.residual = residual_of(self.residual)
         self._read_thinking()
         self._read_bptt()
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must be from 0 to 2**32 - 1, not {self.seed}.")
-        if self.fp16 and (self.use_cpu or not torch.accelerator.is_available()):
-            raise InputError("fp16=True needs a GPU: on a CPU accelerate neither casts nor scales; use bf16=True.")
-        if self.residual is not None and self.neftune_noise_alpha is not None:
-            raise InputError(
-                "neftune_noise_alpha adds noise to every embedding in training mode, also to what thoughts are made "
-                "from; remove it, or train plain GRPO with residual='none'."
-            )
-        for name in ("learning_rate", "lr_residual_gate", "lr_residual_Lambda", "lr_thinking_projection"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name} must be at least 0, not {getattr(self, name)}.")
+        require_least(self, 1, "per_device_train_batch_size", "gradient_accumulation_steps")
+        require_least(self, 0, "learning_rate", "lr_residual_gate", "lr_residual_Lambda", "lr_thinking_projection")
+        require(0 <= self.seed < 2**32, f"seed must be from 0 to 2**32 - 1, not {self.seed}.")
+        require(
+            not self.fp16 or (not self.use_cpu and torch.accelerator.is_available()),
+            "fp16=True needs a GPU: on a CPU accelerate neither casts nor scales; use bf16=True.",
+        )
+        require(
+            self.residual is None or self.neftune_noise_alpha is None,
+            "neftune_noise_alpha adds noise to every embedding in training mode, also to what thoughts are made from; "
+            "remove it, or train plain GRPO with residual='none'.",
+        )
 
     @property
     def from_start(self) -> bool:
@@ -123,14 +133,18 @@ class ThinkingArguments(_Arguments):
         return False
 
     def _read_bptt(self) -> None:
-        """Read how far the gradient flows, also as it was said before version 0.3."""
+        """Read how far the gradient flows, also by the name that the option had before version 0.3."""
         if self.replay_passes is not None:
             passes = str(self.replay_passes)
-            if passes != "all" and not (passes.isdecimal() and int(passes)):
-                raise InputError(f"replay_passes must be a whole number from 1, or 'all', not {self.replay_passes!r}.")
+            require(
+                passes == "all" or (passes.isdecimal() and int(passes)),
+                f"replay_passes must be a whole number from 1, or 'all', not {self.replay_passes!r}.",
+            )
             depth = "exact" if passes == "all" else str(int(passes) - 1)
-            if self.bptt is not None and depth_of(self.bptt) != depth_of(depth):
-                raise InputError(f"bptt={self.bptt} and replay_passes={passes} differ; remove replay_passes.")
+            require(
+                self.bptt is None or depth_of(self.bptt) == depth_of(depth),
+                f"bptt={self.bptt} and replay_passes={passes} differ; remove replay_passes.",
+            )
             text = f"replay_passes={passes} is deprecated and will be removed in 0.4; use bptt={depth}."
             warnings.warn(text, FutureWarning, stacklevel=4)
             self.bptt, self.replay_passes = depth, None
@@ -140,23 +154,27 @@ class ThinkingArguments(_Arguments):
 
     def _read_thinking(self) -> None:
         """Read `thinking` into a dict, and into the fields that say the same."""
-        given = self.thinking
-        if isinstance(given, str):
+        thinking = self.thinking
+        if isinstance(thinking, str):
             try:
-                given = json.loads(given)
+                thinking = json.loads(thinking)
             except ValueError as error:
                 raise InputError(f"thinking is no JSON: {error}.") from None
-        if not isinstance(given, (ThinkingConfig, dict, type(None))):
-            raise InputError(f"thinking must be a ThinkingConfig or a dict of its options, not {given!r}.")
-        options: dict[str, Any] = asdict(given) if isinstance(given, ThinkingConfig) else given or {}
-        if options and self.residual is None:
-            raise InputError(
-                "thinking cannot be combined with residual='none', which is plain GRPO; remove one of them."
-            )
+        require(
+            isinstance(thinking, (ThinkingConfig, dict, type(None))),
+            f"thinking must be a ThinkingConfig or a dict of its options, not {thinking!r}.",
+        )
+        options: dict[str, Any] = asdict(thinking) if isinstance(thinking, ThinkingConfig) else thinking or {}
+        require(
+            not options or self.residual is not None,
+            "thinking cannot be combined with residual='none', which is plain GRPO; remove one of them.",
+        )
         for name in [name for name in SHARED if name in options]:
             own, default = getattr(self, name), type(self).__dataclass_fields__[name].default
-            if own not in (default, options[name]):
-                raise InputError(f"{name} is {own!r}, and thinking says {options[name]!r}; remove one of them.")
+            require(
+                own in (default, options[name]),
+                f"{name} is {own!r}, and thinking says {options[name]!r}; remove one of them.",
+            )
             setattr(self, name, options[name])
         self.thinking = options or None
         ThinkingConfig.from_dict(self._options())  # also where nothing is blended, and thoughts are pauses
@@ -205,36 +223,34 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
 
     def __post_init__(self) -> None:
         self.read_thinking()
-        if self.reference not in REFERENCES:
-            raise InputError(f"reference must be one of {REFERENCES}, not {self.reference!r}.")
+        require(self.reference in REFERENCES, f"reference must be one of {REFERENCES}, not {self.reference!r}.")
         if self.residual is not None or self.thoughts:
             self._refuse_what_cannot_think()
-        if self.residual is None and (self.bptt or self.reference != "base"):
-            raise InputError("bptt and reference are about thinking; they cannot be combined with residual='none'.")
-        if self.reference == "start" and self.sync_ref_model:
-            raise InputError("sync_ref_model moves the reference, and reference='start' keeps it; remove one of them.")
-        if self.residual is not None and self.sync_ref_model:
-            raise InputError(
-                "sync_ref_model mixes this model's weights into a reference that lacks thinking modules; remove it."
-            )
-        if self.num_generations is not None and self.num_generations < 2:
-            raise InputError(f"num_generations must be at least 2, not {self.num_generations}: rewards are compared.")
-        super().__post_init__()
+        require(
+            self.residual is not None or not (self.bptt or self.reference != "base"),
+            "bptt and reference are about thinking; they cannot be combined with residual='none'.",
+        )
+        require(
+            self.reference != "start" or not self.sync_ref_model,
+            "sync_ref_model moves the reference, and reference='start' keeps it; remove one of them.",
+        )
+        require(
+            self.residual is None or not self.sync_ref_model,
+            "sync_ref_model mixes this model's weights into a reference that lacks thinking modules; remove it.",
+        )
+        require(
+            self.num_generations is None or self.num_generations >= 2,
+            f"num_generations must be at least 2, not {self.num_generations}: rewards are compared.",
+        )
+        super().__post_init__()  # TRL reads JSON, and derives num_generations and batch sizes
         for name in ("generation_kwargs", "model_init_kwargs", "chat_template_kwargs"):
-            if not isinstance(getattr(self, name), (dict, type(None))):
-                raise InputError(f"{name} must be a dict, on a command line as JSON, not {getattr(self, name)!r}.")
-        self._refuse_what_does_nothing()
+            value = getattr(self, name)
+            text = f"{name} must be a dict, on a command line as JSON, not {value!r}."
+            require(isinstance(value, (dict, type(None))), text)
+        require_least(self, 1, "num_iterations", "max_completion_length")
+        require_steps(self)
         if self.residual is not None:
             self.check_distribution()
-
-    def _refuse_what_does_nothing(self) -> None:
-        """Raise `InputError` for values that train nothing, or uphill."""
-        for name in ("num_iterations", "max_completion_length"):
-            value = getattr(self, name)
-            if value is None or value < 1:
-                raise InputError(f"{name} must be at least 1, not {value}.")
-        if self.max_steps == 0:
-            raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, not 0.")
 
     def check_distribution(self) -> None:
         """Raise `InputError` for completions whose log-probabilities the loss would misread.
@@ -244,11 +260,11 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
         """
         kwargs: dict[str, Any] = self.generation_kwargs or {}  # type: ignore[assignment]  # TRL has read it
         temperature = kwargs.get("temperature", self.temperature)
-        if temperature != self.temperature:
-            raise InputError(
-                f"generation_kwargs say temperature={temperature}, and the loss takes {self.temperature}; set "
-                f"temperature itself."
-            )
+        require(
+            temperature == self.temperature,
+            f"generation_kwargs say temperature={temperature}, and the loss takes {self.temperature}; set temperature "
+            f"itself.",
+        )
         if not (self.use_vllm and self.vllm_importance_sampling_correction):
             return
         own = {name: getattr(self, name) for name in ("top_p", "top_k", "min_p", "repetition_penalty")}
@@ -273,37 +289,39 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
 
     def _refuse_what_cannot_think(self) -> None:
         if self.use_transformers_continuous_batching:
-            if self.residual is None:
-                raise InputError("forced thoughts of a run that does not think need generate; leave thoughts out.")
-            check_residual(self.residual, "continuous batching")
+            self._check_states_of("continuous batching")
         if self.use_vllm:
             self.check_vllm()
         kwargs = self.generation_kwargs if isinstance(self.generation_kwargs, dict) else {}
-        refused = {
+        options = {
             "use_transformers_paged=True": self.use_transformers_paged,
             "cache_implementation='paged'": "paged" in (self.cache_implementation, kwargs.get("cache_implementation")),
             f"num_beams={kwargs.get('num_beams')}": (kwargs.get("num_beams") or 1) > 1,
         }
-        if wrong := [option for option, given in refused.items() if given]:
-            raise InputError(
-                f"{wrong[0]} cannot think: its decoding hands no hidden state from step to step. Remove it, or "
-                f"train plain GRPO with residual='none'."
+        for option, chosen in options.items():
+            require(
+                not chosen,
+                f"{option} cannot think: its decoding hands no hidden state from step to step. Remove it, or train "
+                f"plain GRPO with residual='none'.",
             )
+
+    def _check_states_of(self, engine: str) -> None:
+        """Raise `InputError` for an engine that does not return what this run's thoughts are made from."""
+        if self.residual is None:
+            raise InputError(FORCED_ALONE)
+        check_residual(self.residual, engine)
 
     def check_vllm(self) -> None:
         """Raise `InputError` for rollouts in vLLM that cannot think."""
-        if self.residual is None:
-            raise InputError("forced thoughts of a run that does not think need generate; leave thoughts out.")
-        check_residual(self.residual, "vLLM")
-        refused = {
+        self._check_states_of("vLLM")
+        options = {
             "vllm_mode='server'": self.vllm_mode != "colocate",
             f"vllm_tensor_parallel_size={self.vllm_tensor_parallel_size}": self.vllm_tensor_parallel_size != 1,
             f"vllm_model_impl={self.vllm_model_impl!r}": self.vllm_model_impl not in ("auto", "vllm"),
         }
-        if wrong := [option for option, given in refused.items() if given]:
-            raise InputError(
-                f"{wrong[0]} cannot think; rollouts in vLLM need vllm_mode='colocate', one GPU an engine."
-            )
+        for option, chosen in options.items():
+            why = "rollouts in vLLM need vllm_mode='colocate', one GPU an engine."
+            require(not chosen, f"{option} cannot think; {why}")
 
     @property
     def from_start(self) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from torch.utils.data import Sampler
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 
 class DataOrder(TrainerCallback):
@@ -14,15 +15,19 @@ class DataOrder(TrainerCallback):
     after its first epoch would see the first epoch's order again. The order of a run that is not resumed is TRL's.
     """
 
-    sampler: Any = None
+    sampler: Sampler[Any] | None = None
     drawn = 0  # orders that this process has drawn
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         self.drawn = 0
 
-    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         epoch = int((state.epoch or 0.0) + 1e-6)  # a resumed run is in the middle of one
-        if getattr(self.sampler, "generator", None) is not None:
+        if self.sampler is not None and getattr(self.sampler, "generator", None) is not None:
             for _ in range(self.drawn, epoch):
                 next(iter(self.sampler), None)
         self.drawn = epoch + 1

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
@@ -19,13 +19,19 @@ from accelerate.utils.operations import recursively_apply
 from peft import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Trainer
 
+from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.backbone import temporarily
 from hrpo_patches.thinking.shards import give_back, in_shards, in_units, largest, like, plain, thinking_stays_float32
 from hrpo_thinking.errors import InputError, SaveError
+
+if TYPE_CHECKING:
+    from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin
+
+    from hrpo_patches.training.config import ThinkingArguments
 
 logger = logging.getLogger(__name__)
 
@@ -73,8 +79,8 @@ class InShards(_Trainer):
         if not in_units(self.model):
             return super().save_model(output_dir, _internal_call)
         weights = self.model.state_dict(keep_vars=True)
-        made = {id(weight): plain(weight.detach()).cpu() for weight in weights.values()}  # those that are tied, once
-        state = {name: made[id(weight)] for name, weight in weights.items()}
+        ordinary = {id(weight): plain(weight.detach()).cpu() for weight in weights.values()}  # tied ones once
+        state = {name: ordinary[id(weight)] for name, weight in weights.items()}
         if self.args.should_save:
             self._save(output_dir, state_dict=state)
         self.accelerator.wait_for_everyone()
@@ -96,10 +102,10 @@ class InShards(_Trainer):
         load = self.optimizer.load_state_dict
 
         def load_in_shards(state: dict[str, Any]) -> None:
-            for index, kept in state["state"].items():
-                for name, value in kept.items():
-                    if value.shape == parameters[index].shape:
-                        kept[name] = like(value, parameters[index].detach())
+            for index, moments in state["state"].items():
+                for name, value in moments.items():
+                    if value.shape == parameters[index].shape:  # not the step, which is a number
+                        moments[name] = like(value, parameters[index].detach())
             load(state)
 
         stock = temporarily(self, is_fsdp_enabled=False), temporarily(self.optimizer, load_state_dict=load_in_shards)
@@ -115,7 +121,7 @@ class InShards(_Trainer):
             return super()._load_best_model()
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         if not in_units(self.model):
             with _whole_files(resume_from_checkpoint):
                 return super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -127,8 +133,8 @@ class InShards(_Trainer):
             held = {name: value for file in files for name, value in load_file(file).items()}
         own = get_peft_model_state_dict(self.model) if peft else self.model.state_dict(keep_vars=True)
         tied = {name for name in own.keys() - held.keys() if any(own[name] is own.get(other) for other in held)}
-        if other := sorted(held.keys() ^ (own.keys() - tied)):
-            raise InputError(f"{resume_from_checkpoint} is not of this model: {other[0]} is in one of them only.")
+        other = ", ".join(sorted(held.keys() ^ (own.keys() - tied))[:1])
+        require(not other, f"{resume_from_checkpoint} is not of this model: {other} is in one of them only.")
         with torch.no_grad():
             for name, value in held.items():
                 own[name].copy_(like(value, own[name].detach()))
@@ -148,31 +154,40 @@ def _whole_files(checkpoint: str | None) -> Iterator[None]:
         ) from error
 
 
-def check_sharding(args: Any, fsdp: Any, deepspeed: Any) -> None:
+def check_sharding(
+    args: ThinkingArguments, fsdp: FullyShardedDataParallelPlugin | None, deepspeed: DeepSpeedPlugin | None
+) -> None:
     """Raise `InputError` for a run that cannot be done in shards as accelerate's two plug-ins say, None each."""
-    if args.residual is not None and fsdp is not None and fsdp.fsdp_version != 2:
-        raise InputError(
-            f"FSDP's version {fsdp.fsdp_version} was asked for, and thinking modules are sharded by FSDP2; set "
-            f"fsdp_version: 2, as in configs/accelerate/fsdp2.yaml."
-        )
-    if deepspeed is not None and deepspeed.zero_stage == 3 and args.from_start:
-        raise InputError(
-            "reference='start' puts other weights in place of today's for a while, which ZeRO-3 does not allow; use "
-            "ZeRO-2 or FSDP2, or reference='base'."
-        )
-    if deepspeed is not None and deepspeed.zero_stage == 3 and args.residual is not None:
-        if args.bptt not in (None, 0, "exact", "sequential"):
-            raise InputError(f"bptt={args.bptt} is not supported by ZeRO-3; use bptt=exact, bptt=0, ZeRO-2 or FSDP2.")
-        if args.bptt in (None, "exact"):
-            args.bptt = "sequential"
-            logger.warning("ZeRO-3: bptt=exact is computed by decoding the thoughts one by one (bptt=sequential).")
+    thinks, zero3 = args.residual is not None, deepspeed is not None and deepspeed.zero_stage == 3
+    version = fsdp.fsdp_version if fsdp is not None else 2
+    require(
+        not thinks or version == 2,
+        f"FSDP's version {version} was asked for, and thinking modules are sharded by FSDP2; set fsdp_version: 2, as "
+        f"in configs/accelerate/fsdp2.yaml.",
+    )
+    require(
+        not zero3 or not args.from_start,
+        "reference='start' puts other weights in place of today's for a while, which ZeRO-3 does not allow; use "
+        "ZeRO-2 or FSDP2, or reference='base'.",
+    )
+    if not (zero3 and thinks):
+        return
+    require(
+        args.bptt in (None, 0, "exact", "sequential"),
+        f"bptt={args.bptt} is not supported by ZeRO-3; use bptt=exact, bptt=0, ZeRO-2 or FSDP2.",
+    )
+    if args.bptt in (None, "exact"):  # the series runs layers outside of the forward that gathers their weights
+        args.bptt = "sequential"
+        logger.warning("ZeRO-3: bptt=exact is computed by decoding the thoughts one by one (bptt=sequential).")
 
 
-def as_long_as_any(model: Any, input_ids: Tensor, attention_mask: Tensor, width: int) -> tuple[Tensor, Tensor, int]:
+def as_long_as_any(
+    model: nn.Module, input_ids: Tensor, attention_mask: Tensor, width: int
+) -> tuple[Tensor, Tensor, int]:
     """A batch (B, L) and its mask, padded to the longest prompt and the longest completion of any process's.
 
     Args:
-        model: in shards, or what is given comes back.
+        model: the batch comes back as it is unless the model is in shards.
         input_ids, attention_mask: (B, L), completions in the last `width` columns.
         width: of the completions.
     """

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.request import ThinkingRequest
@@ -34,7 +34,9 @@ class Lesson:
     answer: list[int]
 
 
-def lesson_of(tokenizer: Any, prompt: list[int], steps: Sequence[str], answer: str, marker: str) -> Lesson:
+def lesson_of(
+    tokenizer: PreTrainedTokenizerBase, prompt: list[int], steps: Sequence[str], answer: str, marker: str
+) -> Lesson:
     """The lesson of a solution; `prompt` as token ids, the rest as text.
 
     Raises:
@@ -44,11 +46,9 @@ def lesson_of(tokenizer: Any, prompt: list[int], steps: Sequence[str], answer: s
         raise InputError("the tokenizer has no end token, which every completion ends with; set tokenizer.eos_token.")
 
     def ids(text: str) -> list[int]:
-        made: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-        return made
+        return tokenizer.encode(text, add_special_tokens=False)
 
-    written = [ids(f"{step}\n") for step in steps]
-    return Lesson(prompt, written, [*ids(f"{marker} {answer}"), tokenizer.eos_token_id])
+    return Lesson(prompt, [ids(f"{step}\n") for step in steps], [*ids(f"{marker} {answer}"), tokenizer.eos_token_id])
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,7 @@ class Classroom:
         completions = [self.completion(lesson, stage) for lesson in lessons]
         forced, before = self.thoughts(stage), max(len(lesson.prompt) for lesson in lessons)
         width = max(map(len, completions))
+        # Prompts end, and completions begin, at column `before`.
         ids = torch.full((len(lessons), before + width), self.padding)
         seen, labels = torch.zeros_like(ids), torch.full((len(lessons), width), IGNORED)
         thinking = torch.zeros(len(lessons), width, dtype=torch.bool)
@@ -117,7 +118,9 @@ class Classroom:
             start, end = before - len(lesson.prompt), before + len(completion)
             ids[row, start:end] = torch.tensor(lesson.prompt + completion)
             seen[row, start:end] = 1
+            # Labels stand at the tokens themselves; forced thoughts are given, not learned.
             labels[row, forced : len(completion)] = torch.tensor(completion[forced:])
             thinking[row, : len(completion)] = torch.tensor(self.thinks(completion, stage))
+            # The step that the last thought leads to; it alone shows whether the thoughts are read.
             following[row, forced : forced + len((*lesson.steps[stage:], lesson.answer)[0])] = True
         return LessonBatch(ids, seen, labels, thinking, following)

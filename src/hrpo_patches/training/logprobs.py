@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
 from trl.trainer.utils import entropy_from_logits, selective_log_softmax
 
 from hrpo_patches.thinking.backbone import hands_over_states
 from hrpo_patches.thinking.shards import head_of, partitioned
+from hrpo_thinking.inputs import ThinkingInputs
 
 LOGITS = 2**24  # that exist at once, whatever the vocabulary; in float32 64 MiB, of which a softmax holds several
 
@@ -34,19 +35,26 @@ def scores(
         vocabulary: V.
     """
 
-    def some(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        logits = head(states).float() / temperature
+    def scores_of(states: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        logits = head(states).float() / temperature  # (n, V), n * V at most LOGITS
         return selective_log_softmax(logits, tokens), entropy_from_logits(logits.detach())
 
     size = max(1, LOGITS // vocabulary)
     pieces = zip(states.flatten(0, 1).split(size), tokens.flatten().split(size), strict=True)
-    made = [checkpoint(some, *piece, use_reentrant=False) for piece in pieces]
-    logps, entropies = (torch.cat(column).view_as(tokens) for column in zip(*made, strict=True))
+    # Without the checkpoint, the backward of each piece would keep its logits, and all would exist at once.
+    rows = [checkpoint(scores_of, *piece, use_reentrant=False) for piece in pieces]
+    logps, entropies = (torch.cat(column).view_as(tokens) for column in zip(*rows, strict=True))
     return logps, entropies
 
 
 def forward_scores(
-    model: Any, inner: Any, input_ids: Tensor, attention_mask: Tensor, width: int, temperature: float, **inputs: Any
+    model: nn.Module,
+    inner: PreTrainedModel,
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    width: int,
+    temperature: float,
+    **inputs: ThinkingInputs | None,
 ) -> tuple[Tensor, Tensor]:
     """Log-probabilities (B, C) of the last `width` tokens of a batch, and entropies (B, C), of one forward.
 
@@ -59,10 +67,11 @@ def forward_scores(
     """
     tokens, vocabulary = input_ids[:, -width:], inner.config.vocab_size
     pieces = hands_over_states(inner) and not partitioned(inner)  # ZeRO-3 takes a frozen head's weight back
-    whole = not pieces or fits(len(tokens), width, vocabulary)
-    kept = {"logits_to_keep": width + 1} if whole else {"logits_to_keep": 1, "output_last_hidden_state": True}
-    outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **kept, **inputs)
-    if not whole:
+    at_once = not pieces or fits(len(tokens), width, vocabulary)
+    # One position more than there are tokens: position t predicts token t + 1.
+    output = {"logits_to_keep": width + 1} if at_once else {"logits_to_keep": 1, "output_last_hidden_state": True}
+    outputs = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **output, **inputs)
+    if not at_once:
         return scores(head_of(inner), outputs.last_hidden_state[:, -width - 1 : -1], tokens, temperature, vocabulary)
     logits = outputs.logits[:, :-1].float() / temperature
     return selective_log_softmax(logits, tokens), entropy_from_logits(logits)

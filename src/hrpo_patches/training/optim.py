@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn, optim
 from transformers import Trainer
 
-from hrpo_thinking.errors import InputError
+from hrpo_patches.models.checks import require
 from hrpo_thinking.parts import RATES, group_of
 
 
@@ -25,8 +25,8 @@ def regroup(trainer: Trainer, optimizer: optim.Optimizer, learning_rates: dict[s
         InputError: the optimizer has groups of its own kind (GaLore, LOMO, ...).
     """
     own = {key for group in optimizer.param_groups for key in group} - {"params", *optimizer.defaults}
-    if own or optimizer.state:
-        raise InputError(f"optim={trainer.args.optim!s} groups its parameters itself; use one of the AdamW family.")
+    text = f"optim={trainer.args.optim!s} groups its parameters itself; use one of the AdamW family."
+    require(not own and not optimizer.state, text)
     rates = {"base": trainer.args.learning_rate} | learning_rates
     model: Any = trainer.model
     decayed = set(trainer.get_decay_parameter_names(model))
@@ -57,14 +57,16 @@ def patch_trainer_optimizer(
     Raises:
         InputError: the model has no trainable thinking weights, or the trainer already has an optimizer.
     """
-    if trainer.optimizer is not None:
-        raise InputError("this trainer already has an optimizer; call patch_trainer_optimizer before training.")
-    whole: Any = trainer.model
-    if not any(group_of(name) != "base" and p.requires_grad for name, p in whole.named_parameters()):
-        raise InputError(
-            "the trainer's model has no trainable thinking weights; load it with thinking={}, and with PEFT name the "
-            "thinking modules in LoraConfig(modules_to_save=...), or use HRPOTrainer, which does both."
-        )
+    require(
+        trainer.optimizer is None,
+        "this trainer already has an optimizer; call patch_trainer_optimizer before training.",
+    )
+    model: Any = trainer.model
+    require(
+        any(group_of(name) != "base" and p.requires_grad for name, p in model.named_parameters()),
+        "the trainer's model has no trainable thinking weights; load it with thinking={}, and with PEFT name the "
+        "thinking modules in LoraConfig(modules_to_save=...), or use HRPOTrainer, which does both.",
+    )
     rates = {"gate": lr_residual_gate, "Lambda": lr_residual_Lambda, "projection": lr_thinking_projection}
 
     create = trainer.create_optimizer

@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from rich.table import Table
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM, DynamicCache
+from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
+from hrpo_patches.models.checks import require
 from hrpo_patches.thinking import adjoint
 from hrpo_patches.thinking.backbone import temporarily
 from hrpo_patches.thinking.replay import distribution_head
 from hrpo_patches.training.logprobs import forward_scores
-from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import Bptt, ThinkingInputs, depth_of
 from hrpo_thinking.parts import parts_of
 
@@ -37,7 +37,7 @@ DTYPES, ENGINES = ("float32", "bfloat16", "float16"), ("generate", "continuous",
 PRODUCTS = 2  # of the exact gradient: it takes as many as its series needs, one after the other
 
 
-def _flag(default: Any, text: str, choices: tuple[Any, ...] | None = None) -> Any:
+def _flag(default: object, text: str, choices: tuple[object, ...] | None = None) -> Any:
     return field(default=default, metadata={"help": text, "choices": choices})
 
 
@@ -92,20 +92,24 @@ class _Living(TorchDispatchMode):
         self._alive: dict[int, weakref.ref[Any]] = {}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        for made in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(made, Tensor):
-                self._count(made.untyped_storage())
+        for value in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(value, Tensor):
+                self._count(value.untyped_storage())
         return out
 
-    def _count(self, storage: Any) -> None:
+    def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._alive:
+        if key in self._alive:  # a view, or what an operation changes in place
             return
 
-        def end(_: Any) -> None:
+        def end(_: object) -> None:
             self.now -= size
             del self._alive[key]
 
@@ -114,7 +118,7 @@ class _Living(TorchDispatchMode):
         self.most = max(self.most, self.now)
 
 
-def plan(config: Any, shapes: Shapes) -> Plan:
+def plan(config: PreTrainedConfig, shapes: Shapes) -> Plan:
     """The memory of a run of `hrpo train` on one device.
 
     Args:
@@ -124,10 +128,9 @@ def plan(config: Any, shapes: Shapes) -> Plan:
     Raises:
         InputError: the gradient is "sequential", or the optimizer is unknown.
     """
-    if depth_of(shapes.bptt) == "sequential":
-        raise InputError("bptt=sequential cannot be planned: it holds the graph of each step of decoding; take exact.")
-    if shapes.optim not in OPTIMIZERS:
-        raise InputError(f"optim must be one of {', '.join(OPTIMIZERS)}, not {shapes.optim!r}.")
+    text = "bptt=sequential cannot be planned: it holds the graph of each step of decoding; take exact."
+    require(depth_of(shapes.bptt) != "sequential", text)
+    require(shapes.optim in OPTIMIZERS, f"optim must be one of {', '.join(OPTIMIZERS)}, not {shapes.optim!r}.")
     config = deepcopy(config)
     norm = config.thinking.get("embedding_norm") or 1.0  # which a model without weights cannot measure
     config.thinking = config.thinking | {"embedding_norm": norm}
@@ -154,31 +157,33 @@ def plan(config: Any, shapes: Shapes) -> Plan:
     return Plan(weights, trained, count * OPTIMIZERS[shapes.optim], engine, rollout, loss)
 
 
-def _rollout(model: Any, shapes: Shapes, living: _Living) -> int:
+def _rollout(model: PeftModel, shapes: Shapes, living: _Living) -> int:
     """The most bytes at once while completions are made: reading prompts, then the last token's step."""
     rows = shapes.per_device_train_batch_size * shapes.gradient_accumulation_steps
-    inner, length = model.get_base_model().eval(), shapes.max_completion_length
+    inner: Any = model.get_base_model().eval()
+    length = shapes.max_completion_length
     living.most = living.now
     with torch.no_grad():
         cache: Any = DynamicCache(config=inner.config)
         ids = torch.zeros(rows, shapes.max_prompt_length, dtype=torch.long)
         mask = torch.ones(rows, shapes.max_prompt_length + length, dtype=torch.long)
-        given = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
-        inner(ids, attention_mask=mask[:, : ids.shape[1]], **given)
+        options = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        inner(ids, attention_mask=mask[:, : ids.shape[1]], **options)
+        # Instead of `length` steps: all keys and values but the last one's at once, which is the most that lives.
         for layer in cache.layers:
             keys = layer.keys[:, :, :1].expand(-1, -1, length - 1, -1).clone()
             layer.update(keys, keys.clone())
         states = torch.zeros(rows, length, inner.config.hidden_size, dtype=inner.dtype)
-        out = inner(ids[:, :1], attention_mask=mask, **given)
+        out = inner(ids[:, :1], attention_mask=mask, **options)
         states = states.clone()  # the steps', and the stack of them
         out.logits.float().softmax(-1)
     return living.most
 
 
-def _loss(model: Any, shapes: Shapes, living: _Living) -> int:
+def _loss(model: PeftModel, shapes: Shapes, living: _Living) -> int:
     """The most bytes at once in loss and backward of one batch, whose completions think from end to end."""
     rows, length = shapes.per_device_train_batch_size, shapes.max_completion_length
-    inner = model.get_base_model()
+    inner: Any = model.get_base_model()
     depth = depth_of(shapes.bptt)
     depth = PRODUCTS if depth == "exact" else depth
     if shapes.gradient_checkpointing:

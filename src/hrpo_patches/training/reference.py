@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.shards import give_back, like
-from hrpo_thinking.errors import InputError
 
 START_FILE = "reference_start.safetensors"
 
@@ -56,8 +55,10 @@ class StartReference(TrainerCallback):
                 replaced[name], parameter.data = parameter.data, value.to(parameter.device)
         return replaced
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        file = Path(args.output_dir) / START_FILE
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
+        file = Path(str(args.output_dir)) / START_FILE
         if state.global_step == 0 and state.is_world_process_zero:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({name: weight.cpu().contiguous() for name, weight in self.weights.items()}, file)
@@ -67,12 +68,10 @@ class StartReference(TrainerCallback):
             self.weights[name] = like(weight, self.model.get_parameter(name).detach())
 
     def _read(self, file: Path) -> None:
-        if not file.is_file():
-            raise InputError(
-                f"{file} is missing: without it, the run's KL reference is not known; resume in its folder."
-            )
+        text = f"{file} is missing: without it, the run's KL reference is not known; resume in its folder."
+        require(file.is_file(), text)
         weights = load_file(file)
         shapes = {name: weight.shape for name, weight in self.weights.items()}
-        if {name: weight.shape for name, weight in weights.items()} != shapes:
-            raise InputError(f"{file} holds other weights than this run trains: it belongs to another run.")
+        same = {name: weight.shape for name, weight in weights.items()} == shapes
+        require(same, f"{file} holds other weights than this run trains: it belongs to another run.")
         self.weights = {name: weight.to(self.weights[name]) for name, weight in weights.items()}

@@ -11,39 +11,41 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import HfApi
+from transformers import TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from hrpo_patches.models.card import public_name, write_card
+from hrpo_patches.models.checks import require
 from hrpo_patches.models.push import asking_the_hub, check_name, check_token, files_of, open_repository, push
 from hrpo_patches.models.record import THINKING_FILE, save_pauses, save_thinking
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_patches.training.distributed import InShards
 from hrpo_thinking.errors import InputError, SaveError
 
+logger = logging.getLogger(__name__)
 
-def check_push(args: Any, base: str | None) -> None:
+
+def check_push(args: TrainingArguments, base: str | None) -> None:
     """Raise `InputError` if a run cannot be pushed as its training arguments say.
 
     Args:
         args: a `TrainingArguments` with `push_to_hub`.
         base: the base model of the adapter that is trained; None where all weights are.
     """
-    if args.hub_strategy in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS):
-        raise InputError(
-            f"hub_strategy={args.hub_strategy.value} pushes the optimizer's state, pickled, with paths of this "
-            f"machine; use every_save or end."
-        )
+    strategy = HubStrategy(args.hub_strategy)
+    require(
+        strategy not in (HubStrategy.CHECKPOINT, HubStrategy.ALL_CHECKPOINTS),
+        f"hub_strategy={strategy.value} pushes the optimizer's state, pickled, with paths of this machine; use "
+        f"every_save or end.",
+    )
     if args.hub_model_id is not None and "/" in args.hub_model_id:
         check_name(args.hub_model_id)
     check_token(args.hub_token)
-    if base is not None and public_name(base) is None:
-        raise InputError(
-            f"push_to_hub pushes an adapter of {base!r}, which is not a hub id, so nobody else can load it. Train "
-            f"from its hub id, or push the finished run by hrpo push with --base owner/model."
-        )
-
-
-logger = logging.getLogger(__name__)
+    require(
+        base is None or public_name(base) is not None,
+        f"push_to_hub pushes an adapter of {base!r}, which is not a hub id, so nobody else can load it. Train from "
+        f"its hub id, or push the finished run by hrpo push with --base owner/model.",
+    )
 
 
 class SavesThoughts(InShards):
@@ -58,7 +60,7 @@ class SavesThoughts(InShards):
     _tag_names: list[str] = []  # noqa: RUF012 - TRL's own type
     _fillers: list[int] = []  # noqa: RUF012 - the ids of the forced thoughts that a completion begins with
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
         if not self.args.should_save:
             return

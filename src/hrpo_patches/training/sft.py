@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn, optim
-from transformers import default_data_collator
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from hrpo_patches.device import placed
+from hrpo_patches.models.checks import require
 from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
@@ -26,7 +27,7 @@ from hrpo_patches.training.curriculum import Curriculum
 from hrpo_patches.training.lessons import IGNORED, Classroom, Lesson, LessonBatch
 from hrpo_patches.training.logprobs import forward_scores
 from hrpo_patches.training.optim import regroup
-from hrpo_patches.training.prepare import freeze_unused, thinking_policy, with_thinking_modules
+from hrpo_patches.training.prepare import Model, freeze_unused, thinking_policy, with_thinking_modules
 from hrpo_patches.training.saving import SavesThoughts
 from hrpo_patches.training.sft_config import HRPOSFTConfig
 from hrpo_patches.training.start import fit_projection, places_of
@@ -71,11 +72,11 @@ class HRPOSFTTrainer(SavesThoughts):
 
     def __init__(
         self,
-        model: Any,
+        model: Model,
         args: HRPOSFTConfig,
         train_dataset: Sequence[Lesson],
         eval_dataset: Sequence[Lesson] | None = None,
-        processing_class: Any = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: PeftConfig | None = None,
         accuracies: Callable[[HRPOSFTTrainer], dict[str, float]] | None = None,
         **kwargs: Any,
@@ -84,8 +85,7 @@ class HRPOSFTTrainer(SavesThoughts):
             raise InputError(f"HRPOSFTTrainer needs args=HRPOSFTConfig(...), not {type(args).__name__}.")
         if isinstance(model, str) or processing_class is None:
             raise InputError("HRPOSFTTrainer needs a loaded model, and its tokenizer as processing_class.")
-        if not train_dataset:
-            raise InputError("there are no lessons to train on.")
+        require(train_dataset, "there are no lessons to train on.")
         self.lessons = {"train": list(train_dataset), "eval": list(eval_dataset or ())}
         self.tokenizer, self._accuracies = processing_class, accuracies
         peft_config = with_thinking_modules(model, peft_config, args) if args.residual is not None else peft_config
@@ -94,7 +94,8 @@ class HRPOSFTTrainer(SavesThoughts):
         last = self._last_stage(args)
         self.left_over = self._start(model, args)
         model = get_peft_model(model, peft_config) if peft_config is not None else model
-        rows = {name: [{"lesson": i} for i in range(len(some))] for name, some in self.lessons.items()}
+        # To transformers a row is a number, so that its sampler, its shards and its resuming are of lessons.
+        rows = {name: [{"lesson": i} for i in range(len(lessons))] for name, lessons in self.lessons.items()}
         super().__init__(
             model,
             args,
@@ -104,11 +105,11 @@ class HRPOSFTTrainer(SavesThoughts):
             processing_class=processing_class,
             **kwargs,
         )
-        if args.n_gpu > 1:
-            raise InputError(
-                f"one process sees {args.n_gpu} GPUs, for which transformers takes nn.DataParallel, which thoughts do "
-                f"not pass; start with accelerate launch, or let CUDA_VISIBLE_DEVICES name one GPU."
-            )
+        require(
+            args.n_gpu <= 1,
+            f"one process sees {args.n_gpu} GPUs, for which transformers takes nn.DataParallel, which thoughts do not "
+            f"pass; start with accelerate launch, or let CUDA_VISIBLE_DEVICES name one GPU.",
+        )
         freeze_unused(self.model, args)
         self.curriculum = Curriculum(args, last, self._enter)
         batches = len(self.get_train_dataloader())
@@ -130,40 +131,34 @@ class HRPOSFTTrainer(SavesThoughts):
 
     # --- before training -------------------------------------------------------------------------------------------
 
-    def _classroom_of(self, model: Any, args: HRPOSFTConfig) -> Classroom:
-        asked = (
-            ThinkingConfig.from_dict(thinking_backbone(model).config.thinking)
-            if args.residual is not None
-            else ThinkingConfig(filler=args.filler or ThinkingConfig.filler)
-        )
-        table = thinking_table(self.tokenizer, asked, model.config.vocab_size) if args.residual is not None else None
-        filler, padding = filler_id(self.tokenizer, asked), self.tokenizer.pad_token_id
+    def _classroom_of(self, model: Model, args: HRPOSFTConfig) -> Classroom:
+        thinking, table = ThinkingConfig(filler=args.filler or ThinkingConfig.filler), None
+        if args.residual is not None:
+            thinking = ThinkingConfig.from_dict(thinking_backbone(model).config.thinking)
+            table = thinking_table(self.tokenizer, thinking, model.config.vocab_size)
+        filler, padding = filler_id(self.tokenizer, thinking), self.tokenizer.pad_token_id
         padding = padding if padding is not None else self.tokenizer.eos_token_id
         return Classroom(filler, args.thoughts_per_step, padding, table)
 
     def _last_stage(self, args: HRPOSFTConfig) -> int:
         most = max(len(lesson.steps) for lesson in self.lessons["train"])
         last = args.until if args.until is not None else most
-        if last > most:
-            raise InputError(f"until={last} cannot be reached: no solution has more than {most} steps.")
+        require(last <= most, f"until={last} cannot be reached: no solution has more than {most} steps.")
         forced, room = self._classroom.thoughts(last), args.max_completion_length
         longest = max(len(lesson.answer) for lesson in self.lessons["train"])
-        if forced + longest > room:
-            raise InputError(
-                f"{forced} thoughts ({last} steps of {args.thoughts_per_step}) and an answer of {longest} tokens must "
-                f"fit into max_completion_length={room}; set until, fewer thoughts_per_step or longer completions."
-            )
-        for name, some in self.lessons.items():
-            for i, lesson in enumerate(some):
+        require(
+            forced + longest <= room,
+            f"{forced} thoughts ({last} steps of {args.thoughts_per_step}) and an answer of {longest} tokens must fit "
+            f"into max_completion_length={room}; set until, fewer thoughts_per_step or longer completions.",
+        )
+        for name, lessons in self.lessons.items():
+            for i, lesson in enumerate(lessons):
                 size = max(len(self._classroom.completion(lesson, stage)) for stage in range(last + 1))
-                if size > room:
-                    raise InputError(
-                        f"the solution of {name} lesson {i} takes {size} tokens; it must fit into "
-                        f"max_completion_length={room}."
-                    )
+                text = f"the solution of {name} lesson {i} takes {size} tokens"
+                require(size <= room, f"{text}; it must fit into max_completion_length={room}.")
         return last
 
-    def _start(self, model: Any, args: HRPOSFTConfig) -> float | None:
+    def _start(self, model: Model, args: HRPOSFTConfig) -> float | None:
         """Start gates and projection, if they are fresh; what least squares leaves over."""
         if args.residual is None:
             return None
@@ -172,10 +167,10 @@ class HRPOSFTTrainer(SavesThoughts):
             with torch.no_grad():
                 backbone.thinking_residual_gate_i.bias.fill_(args.gate)
         if not backbone.thinking_projection.is_fresh():
-            if args.projection_start == "lstsq" or args.gate != HRPOSFTConfig.gate:
-                raise InputError(
-                    "projection_start='lstsq' and gate start fresh modules, and this model's are trained."
-                )
+            require(
+                args.projection_start != "lstsq" and args.gate == HRPOSFTConfig.gate,
+                "projection_start='lstsq' and gate start fresh modules, and this model's are trained.",
+            )
             return None
         if args.start != "lstsq":
             return None
@@ -185,41 +180,47 @@ class HRPOSFTTrainer(SavesThoughts):
     def _enter(self, stage: int) -> None:
         """Let the model know how many forced thoughts its completions begin with."""
         base, thoughts = self._base_model(), self._classroom.thoughts(stage)
+        generation: Any = base.generation_config  # with the fields that the patches add
         if self.args.residual is not None:
             thinking_backbone(base).config.thinking["thoughts"] = thoughts
-            base.generation_config.thinking = True
-        base.generation_config.thoughts = thoughts or None
-        base.generation_config.filler_token_id = self._classroom.filler
+            generation.thinking = True
+        generation.thoughts = thoughts or None
+        generation.filler_token_id = self._classroom.filler
 
     @property
     def forced(self) -> int:
         """The forced thoughts of a completion at today's stage."""
         return self._classroom.thoughts(self.curriculum.stage)
 
-    def _base_model(self) -> Any:
+    def _base_model(self) -> PreTrainedModel:
         return causal_lm(self.accelerator.unwrap_model(self.model))
 
     # --- loss ------------------------------------------------------------------------------------------------------
 
     def compute_loss(
-        self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, None]:
         """The mean cross-entropy, in nats per token, of what is written after the thoughts."""
         training = model.training
         lessons = self.lessons["train" if training else "eval"]
         stage = self._stage_of_batch() if training else self.curriculum.stage
         batch = self._classroom.batch([lessons[i] for i in inputs["lesson"].tolist()], stage)
         logps, labels = self._logps(model, batch), batch.labels.to(self.accelerator.device)
-        loss = -_mean(logps, labels != IGNORED)
+        loss = -_mean(logps, labels != IGNORED)  # of (B, K)
         if training:
             following = -_mean(logps.detach(), batch.following.to(logps.device))
-            if stage == self.curriculum.stage:
+            if stage == self.curriculum.stage:  # earlier stages say nothing of whether this one is learned
                 self._losses.append(torch.maximum(loss.detach(), following))
                 self._observe({"loss_following": following})
             self._observe({"thoughts": float(self._classroom.thoughts(stage))})
         return (loss, None) if return_outputs else loss
 
     def _stage_of_batch(self) -> int:
+        # transformers does not say which of a step's batches this is: they are counted.
         step = self.state.global_step
         self._batch = self._batch + 1 if step == self._at else 0
         self._at = step
@@ -233,12 +234,14 @@ class HRPOSFTTrainer(SavesThoughts):
         with self.accelerator.autocast():
             return forward_scores(model, inner, ids, seen, batch.width, 1.0, **inputs)[0]
 
-    def _thinking(self, inner: Any, batch: LessonBatch) -> ThinkingInputs:
+    def _thinking(self, inner: PreTrainedModel, batch: LessonBatch) -> ThinkingInputs:
         mask = batch.thinking.to(self.accelerator.device)
         if not batch.thinking.any():  # the modules are part of every forward: DDP waits for their gradients
-            states = inner.get_input_embeddings().weight.new_zeros((*mask.shape, inner.config.hidden_size))
+            table: Any = inner.get_input_embeddings().weight
+            states = table.new_zeros((*mask.shape, inner.config.hidden_size))  # (B, K, d)
             return ThinkingInputs(states, mask, self.args.residual)
         depth = self.args.depth if torch.is_grad_enabled() else 0
+        # No states: today's weights decode them first, so that the gradient is not of another model's thoughts.
         head = distribution_head(inner, self.args.residual, 1.0)
         observe = self._observe if depth else None
         rule = Bptt(depth, self.args.bptt_tolerance, self.args.bptt_terms, False, head, observe)
@@ -254,14 +257,19 @@ class HRPOSFTTrainer(SavesThoughts):
             losses = self.accelerator.reduce(torch.stack(self._losses).float(), reduction="mean").tolist()
             self._losses = []
             if self.state.global_step + 1 < self.state.max_steps:  # a stage that begins is trained
-                self.curriculum.learned(losses)
+                self.curriculum.add_losses(losses)
         return loss
 
     def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         with torch.no_grad():
-            return self.compute_loss(model, inputs), None, None
+            loss: Any = self.compute_loss(model, inputs)
+        return loss, None, None
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, **kwargs)

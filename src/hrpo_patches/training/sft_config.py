@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hrpo_patches.training.config import ThinkingArguments
+from hrpo_patches.models.checks import require
+from hrpo_patches.training.config import ThinkingArguments, require_least, require_steps
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
-from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import PROJECTION, parts_of
 
 ADVANCES = ("loss", "epoch", "once")
@@ -21,7 +21,7 @@ DEFAULTS: dict[str, Any] = {"span": "thoughts", "r_min": 0.01, "r_max": 0.1}
 SCALE = {"residual_scale": "embedding"}  # of a projection
 
 
-def _option(default: Any, help: str, **facts: Any) -> Any:
+def _option(default: object, help: str, **facts: object) -> Any:
     return field(default=default, metadata={"help": help} | facts)
 
 
@@ -32,11 +32,11 @@ def fits(residual: str | None, layers: int, norm: bool) -> bool:
 
 def check_fits(residual: str | None, layers: int, norm: bool) -> None:
     """Raise `InputError` unless `fits`."""
-    if not fits(residual, layers, norm):
-        raise InputError(
-            f"projection_start='lstsq' requires residual='projection', projection_layers=1 and no projection_norm, "
-            f"not residual={residual!r}, {layers} and {norm}; use projection_start='random'."
-        )
+    require(
+        fits(residual, layers, norm),
+        f"projection_start='lstsq' requires residual='projection', projection_layers=1 and no projection_norm, not "
+        f"residual={residual!r}, {layers} and {norm}; use projection_start='random'.",
+    )
 
 
 @dataclass
@@ -93,35 +93,24 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
         self.read_thinking()
         super().__post_init__()
         self.remove_unused_columns = False  # a row is the number of a lesson
-        choices = {"advance": ADVANCES, "projection_start": (*STARTS, None)}
-        for name, values in choices.items():
-            if getattr(self, name) not in values:
-                raise InputError(f"{name} must be one of {values}, not {getattr(self, name)!r}.")
-        sizes = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
-        for name in ("thoughts_per_step", "advance_batches", "max_completion_length", *sizes):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} must be at least 1, not {getattr(self, name)}.")
-        if not 0 <= self.earlier < 1:
-            raise InputError(f"earlier must be from 0 to below 1, not {self.earlier}.")
-        if not 0 < self.advance_loss < math.inf:
-            raise InputError(f"advance_loss must be a number above 0, not {self.advance_loss}.")
-        if self.patience < 0:
-            raise InputError(f"patience must be at least 0, not {self.patience}.")
-        if self.eval_steps is not None and not self.eval_steps > 0:
-            raise InputError(f"eval_steps must be above 0, not {self.eval_steps}.")
-        if self.residual is None and self.bptt:
-            raise InputError("bptt is about thinking; it cannot be combined with residual='none'.")
+        sizes = ("max_completion_length", "per_device_eval_batch_size")
+        require_least(self, 1, "thoughts_per_step", "advance_batches", *sizes)
+        require_least(self, 0, "patience", *(["until"] if self.until is not None else []))
+        require_steps(self)
+        for name, values in {"advance": ADVANCES, "projection_start": (*STARTS, None)}.items():
+            value = getattr(self, name)
+            require(value in values, f"{name} must be one of {values}, not {value!r}.")
         for name in ("load_best_model_at_end", "restore_callback_states_from_checkpoint", "label_smoothing_factor"):
-            if getattr(self, name):
-                raise InputError(f"{name} is not supported: a checkpoint belongs to its stage, and the loss is plain.")
-        if self.until is not None and self.until < 0:
-            raise InputError(f"until must be at least 0, not {self.until}.")
-        if not self.stage_epochs > 0:
-            raise InputError(f"stage_epochs must be above 0, not {self.stage_epochs}.")
-        if self.thoughts is not None:
-            raise InputError("thoughts follows from thoughts_per_step and the stage; remove it.")
-        if self.max_steps == 0:
-            raise InputError("max_steps must be at least 1, or -1 for num_train_epochs, not 0.")
+            why = "a checkpoint belongs to its stage, and the loss is plain"
+            require(not getattr(self, name), f"{name} is not supported: {why}.")
+        require(0 <= self.earlier < 1, f"earlier must be from 0 to below 1, not {self.earlier}.")
+        text = f"advance_loss must be a number above 0, not {self.advance_loss}."
+        require(0 < self.advance_loss < math.inf, text)
+        require(self.eval_steps is None or self.eval_steps > 0, f"eval_steps must be above 0, not {self.eval_steps}.")
+        require(self.stage_epochs > 0, f"stage_epochs must be above 0, not {self.stage_epochs}.")
+        text = "bptt is about thinking; it cannot be combined with residual='none'."
+        require(self.residual is not None or not self.bptt, text)
+        require(self.thoughts is None, "thoughts follows from thoughts_per_step and the stage; remove it.")
         self.check_start()
 
     def check_start(self) -> None:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from hrpo_patches.models.backends import backend_of
+from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.training.lessons import Lesson
-from hrpo_thinking.errors import InputError
+from hrpo_patches.training.prepare import Model
 
 # The standard deviation of the weights after the fit. The norm of the residual forgives any scale, and Adam does not:
 # its first steps are as long as the learning rate, which at least squares' own scale (0.005) destroys the fit.
@@ -26,7 +27,7 @@ RIDGE = 1e-4  # of the states' mean square
 
 
 @torch.no_grad()
-def states_of(model: Any, rows: Sequence[list[int]], batch_size: int = 16, bf16: bool = False) -> list[Tensor]:
+def states_of(model: Model, rows: Sequence[list[int]], batch_size: int = 16, bf16: bool = False) -> list[Tensor]:
     """The last hidden states (L, d), float32, of texts that a model reads without thinking.
 
     Args:
@@ -35,19 +36,19 @@ def states_of(model: Any, rows: Sequence[list[int]], batch_size: int = 16, bf16:
         batch_size: texts at once.
         bf16: whether the model runs under autocast, as in training with `bf16`.
     """
-    inner, kept = causal_lm(model), []
+    inner, states = causal_lm(model), []
     backbone, training = thinking_backbone(model), model.training
     device = inner.get_input_embeddings().weight.device
     backend_of(inner).set_training(model, False)
     for start in trange(0, len(rows), batch_size, desc="Reading solutions for the projection", delay=5, leave=False):
-        some = rows[start : start + batch_size]
-        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in some], batch_first=True).to(device)
-        mask = nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in some], batch_first=True).long().to(device)
+        batch = rows[start : start + batch_size]
+        ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in batch], batch_first=True).to(device)  # (B, L)
+        mask = nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in batch], batch_first=True).long().to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             hidden = backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-        kept += [one[: len(row)].float() for one, row in zip(hidden, some, strict=True)]
+        states += [state[: len(row)].float() for state, row in zip(hidden, batch, strict=True)]
     backend_of(inner).set_training(model, training)
-    return kept
+    return states
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class Place:
 
 
 @torch.no_grad()
-def fit_projection(model: Any, texts: Sequence[tuple[list[int], Sequence[Place]]], bf16: bool = False) -> float:
+def fit_projection(model: Model, texts: Sequence[tuple[list[int], Sequence[Place]]], bf16: bool = False) -> float:
     """Let `thinking_projection` map states to embeddings, by least squares with a slight ridge.
 
     Args:
@@ -81,25 +82,26 @@ def fit_projection(model: Any, texts: Sequence[tuple[list[int], Sequence[Place]]
         InputError: the projection is not a single linear layer, or there are no places.
     """
     module: Any = thinking_backbone(model).thinking_projection
-    active = module.modules_to_save[module.active_adapters[0]] if isinstance(module, ModulesToSaveWrapper) else module
-    if not isinstance(active, nn.Linear):
-        raise InputError("projection_start='lstsq' requires projection_layers=1 without projection_norm.")
-    if not any(places for _, places in texts):
-        raise InputError("projection_start='lstsq' requires texts to fit the projection on, and there are none.")
+    copied = isinstance(module, ModulesToSaveWrapper)
+    active: Any = module.modules_to_save[module.active_adapters[0]] if copied else module
+    text = "projection_start='lstsq' requires"
+    require(isinstance(active, nn.Linear), f"{text} projection_layers=1 without projection_norm.")
+    require(any(places for _, places in texts), f"{text} texts to fit the projection on, and there are none.")
     embeddings = causal_lm(model).get_input_embeddings()
     device = embeddings.weight.device
-    wanted = []
+    means = []  # of the embeddings that each residual is to be, in float64: (d,) each
     for place in (place for _, places in texts for place in places):
         weights = torch.tensor(place.weights, dtype=torch.float64, device=device)
-        mean = weights @ embeddings(torch.tensor(place.tokens, device=device)).double() / weights.sum()
-        wanted.append(mean)
+        means.append(weights @ embeddings(torch.tensor(place.tokens, device=device)).double() / weights.sum())
     states = states_of(model, [row for row, _ in texts], bf16=bf16)
     read = [state[[place.position for place in places]] for state, (_, places) in zip(states, texts, strict=True)]
-    inputs, outputs = torch.cat(read).double(), torch.stack(wanted)
-    square = inputs.T @ inputs
+    inputs, outputs = torch.cat(read).double(), torch.stack(means)  # (n, d) each
+    square = inputs.T @ inputs  # the normal equations: (d, d), however many places there are
+    # States are nearly collinear: without the ridge, the solution would follow rounding.
     square.diagonal().add_(RIDGE * square.diagonal().mean())
     solution = torch.linalg.solve(square, inputs.T @ outputs)
     error, spread = inputs @ solution - outputs, outputs - outputs.mean(0)
+    # y = x @ solution, and a linear layer computes x @ weight.T.
     active.weight.copy_((solution.T * (STD / solution.std())).to(active.weight))
     return float(error.square().sum() / spread.square().sum().clamp(min=1e-30))
 
@@ -116,16 +118,16 @@ def places_of(lessons: Sequence[Lesson], per_step: int) -> list[tuple[list[int],
         per_step: thoughts that replace a step.
     """
     steps = [step for lesson in lessons for step in lesson.steps]
-    found = Counter(token for step in steps for token in set(step))
+    count = Counter(token for step in steps for token in set(step))
     texts = []
     for lesson in lessons:
         row, places = list(lesson.prompt), []
         for step in lesson.steps:
             edges = [round(i * len(step) / per_step) for i in range(per_step + 1)]
             for start, end in pairwise(edges):
-                if some := step[start:end]:
-                    rarity = [math.log(len(steps) / found[token]) + 1e-3 for token in some]
-                    places.append(Place(len(row) + start - 1, some, rarity))
+                if tokens := step[start:end]:
+                    rarity = [math.log(len(steps) / count[token]) + 1e-3 for token in tokens]
+                    places.append(Place(len(row) + start - 1, tokens, rarity))  # the state before the first of them
             row += step
         texts.append((row, places))
     return texts

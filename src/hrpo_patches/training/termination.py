@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import signal
+from types import FrameType
 from typing import Any
 
 import torch
-from transformers import TrainerCallback, TrainerState, TrainingArguments
+from accelerate import Accelerator
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 STATUS = 128 + signal.SIGTERM  # what a shell says of a process that SIGTERM has ended
 
@@ -28,11 +30,11 @@ class SaveOnTermination(TrainerCallback):
         received: whether the signal has come.
     """
 
-    def __init__(self, accelerator: Any) -> None:
+    def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator, self.received = accelerator, False
         self._before: Any = signal.SIG_DFL
 
-    def _on_signal(self, number: int, frame: Any) -> None:
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         print("SIGTERM received: the step that is under way is finished and saved.", flush=True)
         signal.signal(number, self._before)
@@ -44,11 +46,15 @@ class SaveOnTermination(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if state.global_step and state.global_step >= state.max_steps:  # or `Trainer` would take one step more
             raise NoStepsLeft
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
+    ) -> None:
         if self.accelerator.num_processes > 1:
             received = torch.tensor(float(self.received), device=self.accelerator.device)
             self.received = bool(self.accelerator.reduce(received, reduction="sum"))

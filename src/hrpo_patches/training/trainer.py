@@ -29,6 +29,7 @@ from hrpo_patches.engines.base import NOT_FINITE, Completions, Engine
 from hrpo_patches.engines.continuous import ContinuousEngine
 from hrpo_patches.engines.generate import GenerateEngine
 from hrpo_patches.models.backends import backend_of
+from hrpo_patches.models.checks import require
 from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.monitor.nonfinite import keep
 from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
@@ -53,7 +54,7 @@ from hrpo_patches.training.rewards import RewardFuncs, checked_rewards
 from hrpo_patches.training.saving import SavesThoughts
 from hrpo_patches.training.trl_classes import trl_class
 from hrpo_thinking.config import ThinkingConfig
-from hrpo_thinking.errors import InputError, NonFiniteError
+from hrpo_thinking.errors import NonFiniteError
 from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
 from hrpo_thinking.request import check_room
 
@@ -127,16 +128,13 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         args = args if args is not None else HRPOConfig(output_dir="HRPO")
-        if not isinstance(args, HRPOConfig):
-            raise InputError(f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
+        require(isinstance(args, HRPOConfig), f"HRPOTrainer needs args=HRPOConfig(...), not {type(args).__name__}.")
         args.check_generation_kwargs()
         kwargs |= dict(zip(POSITIONAL, positional, strict=False))
         turns = [name for name in TURNS if kwargs.get(name)]
         if args.residual is not None:
-            if turns:
-                raise InputError(
-                    f"{turns[0]} generates outside of one thinking turn; remove it, or set residual=None."
-                )
+            text = f"{', '.join(turns)} generates outside of one thinking turn; remove it, or set residual=None."
+            require(not turns, text)
             kwargs["peft_config"] = with_thinking_modules(model, kwargs.get("peft_config"), args)
         loaded = policy(model, args, kwargs.get("quantization_config"))
         drawn = float32_copies(loaded) if args.residual is not None else {}
@@ -182,15 +180,15 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
             thoughts = args.thoughts if args.thoughts is not None else saved.thoughts or 0
             filler = saved.filler_token_id if args.filler is None else None
             thinking = ThinkingConfig(thoughts=thoughts, filler=args.filler or thinking.filler)
-        elif thinking.span == "thoughts" and not thinking.thoughts:
-            raise InputError("span='thoughts' lets forced thoughts alone think, and there are none; set thoughts.")
+        text = "span='thoughts' lets forced thoughts alone think, and there are none; set thoughts."
+        require(args.residual is None or thinking.span != "thoughts" or thinking.thoughts, text)
         args.thoughts, args.filler = thinking.thoughts, thinking.filler
         self._fillers = []
         saved.thoughts = thinking.thoughts or None
         if not thinking.thoughts:
             return
-        if several_turns:
-            raise InputError("forced thoughts begin a completion of one turn; leave tools out, or set thoughts=0.")
+        text = "forced thoughts begin a completion of one turn; remove tools, or set thoughts=0."
+        require(not several_turns, text)
         check_room(thinking.thoughts, args.max_completion_length, tokens="max_completion_length")
         filler = filler if filler is not None else filler_id(self._tokenizer, thinking)
         self._fillers = [filler] * thinking.thoughts
@@ -207,7 +205,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
     def _generate_single_turn(self, prompt_ids: list, *args: Any, **kwargs: Any) -> tuple[list, list | None]:
         if self.args.residual is None:
             completion_ids, logprobs = super()._generate_single_turn(prompt_ids, *args, **kwargs)
-            completion_ids = [ids[len(self._fillers) :] for ids in completion_ids]
+            completion_ids = [ids[len(self._fillers) :] for ids in completion_ids]  # `_generate` adds them again
         else:
             completion_ids, logprobs = self._think(prompt_ids, *args, **kwargs)
         texts = self._tokenizer.batch_decode(completion_ids)
@@ -219,12 +217,12 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         """Sample a thinking completion for each prompt; returns token ids and log-probabilities."""
         completions = self._complete(prompt_ids, *args, **kwargs)
         thinking = completions.thinking
-        assert thinking is not None
-        if thinking.residual != self.args.residual:
-            raise InputError(
-                f"the rollout used the {thinking.residual} residual instead of {self.args.residual}: the model's "
-                f"forward returns no last_hidden_state."
-            )
+        assert thinking is not None  # the sampling asks for it
+        require(
+            thinking.residual == self.args.residual,
+            f"the rollout used the {thinking.residual} residual instead of {self.args.residual}: the model's forward "
+            f"returns no last_hidden_state.",
+        )
         self._thinking = thinking
         if self.model.training:  # an evaluation may stand between a generation and its use
             self._rolled_out = self.state.global_step
@@ -258,12 +256,13 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         except RuntimeError as error:
             if NOT_FINITE not in str(error):
                 raise
+        # Outside of the handler: what failed in torch is not the cause that a reader needs.
         folder, step = Path(self.args.output_dir), self.state.global_step + 1
         prompts = {"input_ids": pad([torch.tensor(ids) for ids in prompt_ids], self._tokenizer.pad_token_id, "left")}
-        kept = keep(self.model, prompts, folder, step, self.args.process_index)
+        file = keep(self.model, prompts, folder, step, self.args.process_index)
         raise NonFiniteError(
             f"the logits of step {step}'s rollout are not finite, so nothing could be sampled; its prompts are in "
-            f"{kept}. Lower the learning rates, and resume from the last checkpoint."
+            f"{file}. Lower the learning rates, and resume from the last checkpoint."
         )
 
     def _generate(self, prompts: list) -> tuple:
@@ -274,6 +273,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         output = super()._generate_and_score_completions(inputs)
         if self._thinking is not None:  # as tensors by name, which TRL shuffles and splits by rows
+            # States (B, F + C, d), mask (B, F + C): F forced thoughts, to TRL a part of the prompt, and C tokens.
             thinking = self._thinking.aligned(len(self._fillers) + output["completion_ids"].shape[1])
             output |= {"thinking_states": thinking.states, "thinking_mask": thinking.mask}
             self._thinking = None
@@ -310,13 +310,14 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
-        if any(value is not None and value is not False for value in others.values()):
-            raise InputError("HRPOTrainer trains dense text models: images and router losses are not supported.")
+        text = "HRPOTrainer trains dense text models: images and router losses are not supported."
+        require(all(value is None or value is False for value in others.values()), text)
         if isinstance(model, StartReference):
             with model.in_place():
-                start = self._bptt(0, stale=True)
+                start = self._bptt(0, stale=True)  # the states are decoded again: these weights did not make them
                 return self._scored(self.model, input_ids, attention_mask, logits_to_keep, batch_size, start)
         rule: Bptt | None = None
+        # Of a batch that is used in several steps, the weights are the rollout's in the first one only.
         if torch.is_grad_enabled() and self.args.depth:
             rule = self._bptt(self.args.depth, stale=self.state.global_step != self._rolled_out)
         return self._scored(model, input_ids, attention_mask, logits_to_keep, batch_size, rule, compute_entropy)
@@ -343,17 +344,18 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
     ) -> tuple[Tensor, Tensor | None, None]:
         """Log-probabilities and entropies (B, C), a few rows at once, thinking as in the batch's rollout."""
         thinking, own = self._thinking, logits_to_keep
+        # In shards, all processes must run as many columns; what is padded is cut off again below.
         input_ids, attention_mask, logits_to_keep = as_long_as_any(self.model, input_ids, attention_mask, own)
         if thinking is not None:
             aligned = replace(thinking.aligned(len(self._fillers) + logits_to_keep), bptt=rule)
             thinking = None if self._is_reference(model) else aligned
         size = batch_size or len(input_ids)
-        made = []
+        score = self._score_fused if self._has_fused_head(model) else self._score_plain
+        scores = []  # of each few rows: log-probabilities and entropies (b, C)
         for rows in (slice(start, start + size) for start in range(0, len(input_ids), size)):
             inputs = {"thinking_inputs": thinking.rows(rows)} if thinking is not None else {}
-            score = self._score_fused if self._has_fused_head(model) else self._score_plain
-            made.append(score(model, input_ids[rows], attention_mask[rows], logits_to_keep, inputs))
-        logps, entropies = (torch.cat(column)[:, :own] for column in zip(*made, strict=True))
+            scores.append(score(model, input_ids[rows], attention_mask[rows], logits_to_keep, inputs))
+        logps, entropies = (torch.cat(column)[:, :own] for column in zip(*scores, strict=True))
         return logps, entropies if compute_entropy else None, None
 
     def _on_triton(self) -> bool:
@@ -375,7 +377,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         thinking: dict[str, ThinkingInputs],
     ) -> tuple[Tensor, Tensor]:
         labels = input_ids.masked_fill(attention_mask == 0, -100)
-        labels[:, :-width] = -100
+        labels[:, :-width] = -100  # the prompt's: only completions are scored
         with self.accelerator.autocast():
             outputs = model(
                 input_ids=input_ids, attention_mask=attention_mask, labels=labels, fused_lm_head=True, **thinking
@@ -408,7 +410,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
 
     def _record_ratios(self, shares: Tensor) -> None:
         """embeds_ratio: mean a; hidden_ratio: mean sqrt(1 - a²); over thinking positions, a averaged over d."""
-        totals = self.accelerator.reduce(shares, reduction="sum")
+        totals = self.accelerator.reduce(shares, reduction="sum")  # (3,): of a, of sqrt(1 - a²), positions
         self._record("embeds_ratio", totals[0] / totals[2].clamp(min=1))
         self._record("hidden_ratio", totals[1] / totals[2].clamp(min=1))
 
