@@ -141,8 +141,8 @@ def test_vllms_own_command_serves_a_merged_model_that_thinks_from_several_proces
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["base"], "was not trained to think: its config.json has no thinking weights"),
-        (["merged", "--base", "base"], "is no adapter, so it has no base model"),
+        (["base"], "was not trained to think: its config.json names no thinking weights"),
+        (["merged", "--base", "base"], "is not an adapter, so it has no base model"),
         (["nowhere"], "does not exist"),
         (["embedding"], "hands over no distribution"),
         (

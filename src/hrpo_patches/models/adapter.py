@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hrpo_patches.models.backends import backend_of, refuse_stranger
+from hrpo_patches.models.checks import require
 from hrpo_patches.models.hub import CONFIG, adapter_folder
 from hrpo_patches.models.record import GENERATION_FILE, THINKING_FILE, read_thinking
 from hrpo_patches.thinking.backbone import patched_backbone
@@ -165,18 +166,18 @@ def load_adapter(
         InputError: no adapter there, a thinking weight is missing or of another size, or a projection is asked of an
             adapter that has none.
     """
-    if isinstance(model, PeftModel):
-        raise InputError("load_adapter takes a base model, and this one already has an adapter; load the base again.")
+    text = "load_adapter takes a base model, and this one already has an adapter; load the base again."
+    require(not isinstance(model, PeftModel), text)
     folder = adapter_folder(folder)
     weights, held = _read_weights(folder)
     published = {"residual": next((name for name in RESIDUALS if set(parts_of(name)) <= held), FALLBACK)}
     record = read_thinking(folder) or published  # a published adapter's weights alone say how it thinks
     residual = residual or record["residual"]
-    if PROJECTION in set(parts_of(residual)) - held and not init_projection:
-        raise InputError(
-            f"{folder} has no thinking_projection (it was trained with the embedding residual); load it with "
-            f"residual='embedding', or start a new projection with init_projection=True (--init_projection)."
-        )
+    require(
+        init_projection or PROJECTION not in set(parts_of(residual)) - held,
+        f"{folder} has no thinking_projection (it was trained with the embedding residual); load it with "
+        f"residual='embedding', or start a new projection with init_projection=True (--init_projection).",
+    )
     base = _base_model(model, folder, record)
     options = {key: record[key] for key in OPTIONS if key in record}
     if PROJECTION not in parts_of(residual) and _drop_variant(options):

@@ -13,6 +13,7 @@ from hrpo_patches.device import has_bf16, placed
 from hrpo_patches.files import missing
 from hrpo_patches.models.adapter import config_of, holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.models.backends import backend_named
+from hrpo_patches.models.checks import require
 from hrpo_patches.models.hub import find_adapter
 from hrpo_patches.models.smollm2 import SMOLLM2, found
 from hrpo_thinking.config import FORCED, ThinkingConfig, check_same_kind
@@ -24,8 +25,8 @@ _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 def _config(source: str | Path) -> Any:
     place = found(source)
-    if absent := missing(str(place), "model", (SMOLLM2,)):
-        raise InputError(f"the model {absent}")
+    absent = missing(str(place), "model", (SMOLLM2,))
+    require(not absent, f"the model {absent}")
     try:
         return AutoConfig.from_pretrained(place)
     except (OSError, ValueError) as error:
@@ -35,13 +36,13 @@ def _config(source: str | Path) -> Any:
 def read_config(source: str | Path) -> Any:
     """The config of a model that can think; an `InputError` if it is missing, or its family has no patches."""
     config = _config(source)
-    if not hasattr(config, "thinking"):
-        raise InputError(f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for {NAMES} only.")
+    text = f"{str(source)!r} is a {config.model_type} model; hrpo_patches has patches for {NAMES} only."
+    require(hasattr(config, "thinking"), text)
     return config
 
 
-def thinking_options(source: str | Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What to pass as `thinking` to `from_pretrained(source)`: `wanted`, over what the checkpoint's config says.
+def thinking_options(source: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What to pass as `thinking` to `from_pretrained(source)`: `options`, over what the checkpoint's config says.
 
     Raises:
         InputError: the model is missing, its family has no patches, or the checkpoint holds thinking weights of
@@ -49,10 +50,10 @@ def thinking_options(source: str | Path, wanted: dict[str, Any]) -> dict[str, An
     """
     config = read_config(source)
     saved = config.thinking if ThinkingConfig.of(config) is not None and isinstance(config.thinking, dict) else {}
-    check_same_kind(saved, wanted, repr(str(source)))
-    if saved.get("in_checkpoint"):  # forced thoughts are no weights, and may be others
-        return saved | {name: wanted[name] for name in FORCED if name in wanted}
-    return saved | wanted
+    check_same_kind(saved, options, repr(str(source)))
+    if saved.get("in_checkpoint"):  # no weights depend on forced thoughts: they may be others
+        return saved | {name: options[name] for name in FORCED if name in options}
+    return saved | options
 
 
 def load_model(
@@ -77,16 +78,15 @@ def load_model(
         InputError: the model is missing, or it is to think and its family has no patches.
     """
     source = found(name)
-    options: dict[str, Any] = dict(init)
     if thinking is not None:
-        options["thinking"] = thinking_options(source, thinking.chosen())
+        init["thinking"] = thinking_options(source, thinking.chosen())
     elif hasattr(_config(source), "thinking"):
-        options["thinking"] = False
+        init["thinking"] = False
     if dtype is None:
         dtype = torch.bfloat16 if has_bf16() else torch.float32
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, padding_side="left")
-        model = backend_named(backend).load(source, dtype, max_seq_length, **options)
+        model = backend_named(backend).load(source, dtype, max_seq_length, **init)
     except InputError:
         raise
     except (OSError, ValueError, SafetensorError) as error:
@@ -96,17 +96,21 @@ def load_model(
     return model, tokenizer
 
 
-def base_of(adapter: Path, base: str | None = None) -> Any:
+def base_of(adapter: Path, base: str | None = None) -> str | Path:
     """Where to load an adapter's base model from: `base`, or else the one that the adapter names.
 
     Raises:
         InputError: no adapter there, it names no base, or the base cannot be loaded.
     """
-    source: str | Path = base or config_of(adapter).base_model_name_or_path
-    if not source:
-        raise InputError(f"{adapter} does not say which base model it belongs to; name it with --base.")
-    thinking_options(source, {})  # says what is wrong with the base
+    source: str = base or config_of(adapter).base_model_name_or_path
+    require(source, f"{adapter} does not say which base model it belongs to; name it with --base.")
+    thinking_options(source, {})  # raises where something is wrong with the base
     return found(source)
+
+
+def check_without_base(name: str, base: str | None) -> None:
+    """Raise `InputError` if a base is named for what is not an adapter."""
+    require(base is None, f"{name} is not an adapter, so it has no base model; remove --base.")
 
 
 def tokenizer_of(adapter: Path, base: str | Path) -> PreTrainedTokenizerBase:
@@ -131,10 +135,8 @@ def open_model(name: str, base: str | None = None) -> tuple[Any, PreTrainedToken
     """
     adapter = find_adapter(name)
     if adapter is None:
-        if base is not None:
-            raise InputError(f"{name} is no adapter, so it has no base model; leave --base out.")
-        said = ThinkingConfig.of(read_config(name))
-        model, tokenizer = load_model(name, said or ThinkingConfig())
+        check_without_base(name, base)
+        model, tokenizer = load_model(name, ThinkingConfig.of(read_config(name)) or ThinkingConfig())
         return placed(model.eval()), tokenizer
     source = base_of(adapter, base)
     model, _ = load_model(str(source), ThinkingConfig())

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hrpo_patches.files import replace
+from hrpo_patches.models.checks import require
 from hrpo_thinking.config import NEEDS_US
-from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import is_thinking_parameter
 
 _INDEX = "model.safetensors.index.json"
@@ -33,8 +33,8 @@ def add_thinking(folder: Path, weights: dict[str, Tensor], thinking: dict[str, A
         InputError: a full checkpoint in safetensors is missing.
     """
     shards = sorted(folder.glob("model*.safetensors"))
-    if not shards or not (folder / "config.json").is_file():
-        raise InputError(f"{folder} holds no full model in safetensors, so it cannot be given thinking weights.")
+    complete = shards and (folder / "config.json").is_file()
+    require(complete, f"{folder} holds no full model in safetensors, so it cannot be given thinking weights.")
     for shard in shards:
         _rewrite(shard, weights if shard == shards[-1] else {})
     if (folder / _INDEX).is_file():
@@ -58,15 +58,15 @@ def _rewrite(shard: Path, added: dict[str, Tensor]) -> None:
         metadata = file.metadata()
     if not stale and not added:
         return
-    kept = {key: value for key, value in load_file(shard).items() if not is_thinking_parameter(key)}
-    fresh = {key: value.detach().cpu().contiguous() for key, value in added.items()}
-    replace(shard, lambda file: save_file(kept | fresh, file, metadata=metadata or {"format": "pt"}))
+    others = {key: value for key, value in load_file(shard).items() if not is_thinking_parameter(key)}
+    thinking = {key: value.detach().cpu().contiguous() for key, value in added.items()}
+    replace(shard, lambda file: save_file(others | thinking, file, metadata=metadata or {"format": "pt"}))
 
 
 def _update_index(folder: Path, weights: dict[str, Tensor], shard: str) -> None:
     files = json.loads((folder / _INDEX).read_text())["weight_map"]
-    kept = {key: file for key, file in files.items() if not is_thinking_parameter(key)}
-    _update_json(folder / _INDEX, {"weight_map": kept | dict.fromkeys(weights, shard)})
+    others = {key: file for key, file in files.items() if not is_thinking_parameter(key)}
+    _update_json(folder / _INDEX, {"weight_map": others | dict.fromkeys(weights, shard)})
 
 
 def _update_json(path: Path, changes: dict[str, Any]) -> None:

@@ -15,14 +15,14 @@ from transformers import AutoModelForCausalLM, GenerationConfig
 
 from hrpo_patches.files import listed, whole_or_nothing
 from hrpo_patches.models.adapter import config_of, load_adapter, weights_of
-from hrpo_patches.models.base import base_of, read_config, tokenizer_of
+from hrpo_patches.models.base import base_of, check_without_base, read_config, tokenizer_of
 from hrpo_patches.models.card import write_card
 from hrpo_patches.models.checkpoint import mark
+from hrpo_patches.models.checks import require
 from hrpo_patches.models.hub import adapter_folder, find_adapter
 from hrpo_patches.models.record import read_thinking, write_thinking
 from hrpo_patches.models.smollm2 import cache_folder
 from hrpo_thinking.config import ThinkingConfig, record_of
-from hrpo_thinking.errors import InputError
 from hrpo_thinking.families import check_vllm
 from hrpo_thinking.modules import make_projection
 from hrpo_thinking.parts import MODULES, PROJECTION, parts_of
@@ -52,8 +52,10 @@ def merge(adapter: str | Path, destination: Path, base: str | None = None) -> Pa
         model: Any = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
         loaded = load_adapter(model, adapter)
         for name, part in loaded.named_modules():
-            if isinstance(part, LoraLayer) and any(part.lora_bias.values()) and part.get_base_layer().bias is None:
-                raise InputError(f"the adapter has a bias for {name}, which has none to merge it into (lora_bias).")
+            biased = (
+                isinstance(part, LoraLayer) and any(part.lora_bias.values()) and part.get_base_layer().bias is None
+            )
+            require(not biased, f"the adapter has a bias for {name}, which has none to merge it into (lora_bias).")
         merged: Any = loaded.merge_and_unload()
         merged.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -77,21 +79,21 @@ def merged_for(name: str, base: str | None) -> str:
     """
     adapter = find_adapter(name)
     if adapter is None:
-        if base is not None:
-            raise InputError(f"{name} is no adapter, so it has no base model; leave --base out.")
+        check_without_base(name, base)
         config = read_config(name)
-        held, thinking = config.thinking if isinstance(config.thinking, dict) else {}, ThinkingConfig.of(config)
-        if thinking is None or not held.get("in_checkpoint"):
-            raise InputError(
-                f"{name} was not trained to think: its config.json has no thinking weights. Give an adapter or a full "
-                f"model that hrpo_patches trained, or serve this model by `vllm serve {name}`."
-            )
-        check_residual(thinking.residual, "vLLM")
+        record = config.thinking if isinstance(config.thinking, dict) else {}
+        require(
+            record.get("in_checkpoint"),
+            f"{name} was not trained to think: its config.json names no thinking weights. Give an adapter or a full "
+            f"model that hrpo_patches trained, or serve this model by `vllm serve {name}`.",
+        )
+        check_residual(ThinkingConfig.from_dict(record).residual, "vLLM")
         check_vllm(config.model_type)
         return name
-    record = read_thinking(adapter)
-    if record is None:
-        raise InputError(f"the adapter {name} does not say how it thinks; convert it, or train it to think.")
+    record = read_thinking(adapter) or {}
+    require(
+        record, f"the adapter {name} does not say how it thinks; convert it by hrpo convert, or train it to think."
+    )
     check_residual(record["residual"], "vLLM")
     source = str(base_of(adapter, base))
     check_vllm(read_config(source).model_type)
@@ -116,25 +118,24 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
     """
     config = config_of(source)
     thinking = ThinkingConfig(residual, answer_start)
-    if not (source / "adapter_model.safetensors").is_file():
-        raise InputError(f"{source} holds no adapter_model.safetensors; pickled weights are not read.")
-    if said := read_thinking(source):
-        raise InputError(
-            f"{source} already says how it thinks ({said['residual']}); load it with hrpo_patches.load_adapter."
-        )
+    text = f"{source} holds no adapter_model.safetensors; pickled weights are not read."
+    require((source / "adapter_model.safetensors").is_file(), text)
+    record = read_thinking(source) or {}
+    text = f"{source} already says how it thinks ({record.get('residual')}); load it with hrpo_patches.load_adapter."
+    require(not record, text)
     weights = weights_of(source)
-    gate = weights.get(f"{_PREFIX}thinking_residual_gate_r.weight")
-    if gate is None:
-        raise InputError(f"{source} holds no thinking gates, so it is no HRPO adapter.")
+    gate_name = f"{_PREFIX}thinking_residual_gate_r.weight"
+    require(gate_name in weights, f"{source} holds no thinking gates, so it is not an HRPO adapter.")
+    hidden_size = weights[gate_name].shape[0]
     modules = parts_of(residual)
     if PROJECTION in modules and f"{_PREFIX}{PROJECTION}.weight" not in weights:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            projection = make_projection(gate.shape[0], thinking)
+            projection = make_projection(hidden_size, thinking)
         weights |= {f"{_PREFIX}{PROJECTION}.{n}": p.detach() for n, p in projection.named_parameters()}
     for name in modules:
-        if not any(key.startswith(f"{_PREFIX}{name}.") for key in weights):
-            raise InputError(f"{source} lacks {name}: it is damaged or was saved without its thinking weights.")
+        complete = any(key.startswith(f"{_PREFIX}{name}.") for key in weights)
+        require(complete, f"{source} lacks {name}: it is damaged or was saved without its thinking weights.")
     thinking_keys = tuple(f"{_PREFIX}{name}." for name in MODULES)
     weights = {key: value.float() if key.startswith(thinking_keys) else value for key, value in weights.items()}
     config.modules_to_save = sorted(set(config.modules_to_save or []) | set(modules))
@@ -144,5 +145,5 @@ def convert(source: Path, destination: Path, residual: str, answer_start: str = 
                 shutil.copy(file, folder)
         config.save_pretrained(str(folder))
         save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        write_thinking(record_of(thinking), gate.shape[0], GenerationConfig(), folder)
+        write_thinking(record_of(thinking), hidden_size, GenerationConfig(), folder)
     return destination

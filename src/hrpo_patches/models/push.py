@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from hrpo_patches.files import missing
 from hrpo_patches.models.card import BASE, CARD, HERE, author_of, card_of, public_name, read_card
+from hrpo_patches.models.checks import require
 from hrpo_patches.models.hub import CONFIG
 from hrpo_patches.models.record import GENERATION_FILE, THINKING_FILE, read_thinking
 from hrpo_thinking.errors import InputError, SaveError
@@ -59,8 +60,8 @@ def files_of(folder: Path, repo_id: str, base: str | None = None) -> Files:
         InputError: the folder holds none of these or a damaged one, the base model of an adapter has no hub id, or a
             file names a path of this machine.
     """
-    if base is not None and public_name(base) is None:
-        raise InputError(f"the base model must be named by its hub id, owner/name, not {base!r}.")
+    text = f"the base model must be named by its hub id, owner/name, not {base!r}."
+    require(base is None or public_name(base) is not None, text)
     adapter = _kind_of(folder) == "adapter"
     weights = list(ADAPTER) if adapter else [*_weights(folder), "config.json"]
     names = {path.name for pattern in (*weights, *SHARED) for path in folder.glob(pattern)}
@@ -70,11 +71,11 @@ def files_of(folder: Path, repo_id: str, base: str | None = None) -> Files:
     # Our card leaves the base's place open where training loaded it from a folder.
     in_a_folder = author_of(card) == "us" and BASE in card
     base = base or (None if in_a_folder else public_name(trained_on, folder))
-    if adapter and base is None:
-        raise InputError(
-            f"{folder} was trained on {trained_on!r}, which is not a hub id, so nobody else can load it. Name the "
-            f"same model on the hub (--base owner/model), or push the full model that hrpo merge makes."
-        )
+    require(
+        base is not None or not adapter,
+        f"{folder} was trained on {trained_on!r}, which is not a hub id, so nobody else can load it. Name the same "
+        f"model on the hub (--base owner/model), or push the full model that hrpo merge makes.",
+    )
     if adapter:
         files[CONFIG] = _json(config | {"base_model_name_or_path": base})
     if REPORT in files:
@@ -88,11 +89,10 @@ def files_of(folder: Path, repo_id: str, base: str | None = None) -> Files:
 def _read(file: Path) -> dict[str, Any]:
     """What a JSON file holds; an `InputError` if it is damaged."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file} is damaged: {error}.") from None
-    if not isinstance(content, dict):
-        raise InputError(f"{file} is damaged: expected an object, got {type(content).__name__}.")
+    require(isinstance(content, dict), f"{file} is damaged: expected an object, got {type(content).__name__}.")
     return content
 
 
@@ -110,8 +110,7 @@ def _kind_of(folder: Path) -> Literal["adapter", "model"]:
         raise
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         problem = f"{folder} holds a file that is damaged or cannot be read: {error}."
-    if problem is not None:
-        raise InputError(problem)
+    require(problem is None, str(problem))
     return "adapter" if adapter else "model"
 
 
@@ -200,8 +199,9 @@ def _refuse_paths(files: Files, paths: list[str]) -> None:
         for path in paths:
             spelled = "|".join(map(re.escape, {path, json.dumps(path)[1:-1]}))  # JSON escapes what is not ASCII
             # Not the end of a web address or the start of a longer name.
-            if os.path.isabs(path) and path != os.sep and re.search(rf"(?<![\w.])(?:{spelled})(?![\w-])", text):
-                raise InputError(f"{name} names {path}, a path of this machine; remove it there, and push again.")
+            local = os.path.isabs(path) and path != os.sep
+            named = local and re.search(rf"(?<![\w.])(?:{spelled})(?![\w-])", text)
+            require(not named, f"{name} names {path}, a path of this machine; remove it there, and push again.")
 
 
 def check_name(repo_id: str) -> None:
@@ -210,17 +210,17 @@ def check_name(repo_id: str) -> None:
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise InputError(f"{repo_id!r} is not a name for the hub: {' '.join(str(error).split())}") from None
-    if repo_id.count("/") != 1:
-        raise InputError(f"expected owner/name, got {repo_id!r}: the owner is your user name or an organization.")
+    text = f"expected owner/name, got {repo_id!r}: the owner is your user name or an organization."
+    require(repo_id.count("/") == 1, text)
 
 
 def check_token(token: str | None = None) -> None:
     """Raise `InputError` if no token is given or known to huggingface_hub."""
-    if not (token or get_token()):
-        raise InputError(
-            "no Hugging Face token was found, and pushing requires one that may write: log in by `hf auth login`, or "
-            "set HF_TOKEN."
-        )
+    require(
+        token or get_token(),
+        "no Hugging Face token was found, and pushing requires one that may write: log in by `hf auth login`, or set "
+        "HF_TOKEN.",
+    )
 
 
 @contextmanager
@@ -257,8 +257,8 @@ def open_repository(api: HfApi, repo_id: str, private: bool | None) -> str:
         InputError: it was to be private, and exists and is public.
     """
     name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if private and api.model_info(name).private is False:
-        raise InputError(f"{name} exists and is public; change that in its settings on the hub, or push elsewhere.")
+    text = f"{name} exists and is public; change that in its settings on the hub, or push elsewhere."
+    require(not private or api.model_info(name).private is not False, text)
     return name
 
 
@@ -294,12 +294,12 @@ def push(
     api = HfApi(token=token)
     with asking_the_hub(f"pushing to {repo_id}"):
         held = held_files(api, repo_id, revision)
-        if held and others == "refuse":
-            names = ", ".join(sorted(held)[:4]) + (", ..." if len(held) > 4 else "")
-            raise InputError(
-                f"{repo_id} already holds files ({names}); push to another name or another --revision, or replace "
-                f"them by --overwrite."
-            )
+        names = ", ".join(sorted(held)[:4]) + (", ..." if len(held) > 4 else "")
+        require(
+            not held or others != "refuse",
+            f"{repo_id} already holds files ({names}); push to another name or another --revision, or replace them by "
+            f"--overwrite.",
+        )
         repo_id = open_repository(api, repo_id, private)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)

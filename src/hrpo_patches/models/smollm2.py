@@ -22,7 +22,7 @@ def cache_folder() -> Path:
     return Path(os.environ.get("HRPO_CACHE", home / "hrpo_patches"))
 
 
-def found(name: str | Path) -> Any:
+def found(name: str | Path) -> str | Path:
     """What `from_pretrained` takes for a model's name: the packaged model's folder for its own, else the name."""
     return smollm2_folder() if name == SMOLLM2 else name
 
