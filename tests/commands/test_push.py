@@ -13,7 +13,7 @@ from hrpo_patches.commands.main import main, train
 from hrpo_patches.models.card import CARD, PAPER
 from hrpo_patches.models.hub import CONFIG
 from hrpo_patches.models.push import files_of
-from hrpo_patches.training import saving
+from hrpo_patches.training import shared
 from hrpo_thinking.errors import InputError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -219,7 +219,7 @@ def test_shards_that_are_not_loaded_are_not_pushed(saved, tmp_path):
 def test_a_run_that_its_trainer_refuses_leaves_no_repository(tmp_path, monkeypatch):
     created = []
     monkeypatch.setenv("HF_TOKEN", "hf_token")
-    monkeypatch.setattr(saving, "open_repository", lambda api, name, private: created.append(name) or name)
+    monkeypatch.setattr(shared, "open_repository", lambda api, name, private: created.append(name) or name)
     options = {"push_to_hub": True, "hub_model_id": "someone/run"}
     model = tiny_model("llama")
     model.config._name_or_path = "someone/base"

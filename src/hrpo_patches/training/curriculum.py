@@ -84,9 +84,7 @@ class Curriculum(TrainerCallback, ExportableState):
             self.stage, self.losses = stage, []  # the new stage is judged by its own batches
             self.on_stage(stage)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         callbacks: Any = state.stateful_callbacks or {}
         saved = callbacks.get(type(self).__name__) if state.global_step else None  # of a checkpoint
         if saved is not None:
@@ -100,9 +98,7 @@ class Curriculum(TrainerCallback, ExportableState):
             vars(self).update(attributes)
         self.on_stage(self.stage)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.args.advance == "epoch" and state.epoch is not None and state.global_step < state.max_steps:
             # Rounded up by a hair: an epoch is a sum of steps' shares, and may be 0.9999...
             self._enter(int(state.epoch / self.args.stage_epochs + 1e-6))
@@ -125,9 +121,7 @@ class Curriculum(TrainerCallback, ExportableState):
         if self.waited >= self.args.patience:
             control.should_training_stop = True
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         if self.stage < self.last:
             logger.warning(
                 f"training ended at stage {self.stage} of {self.last}: {self.stage} steps are thought, and the rest "

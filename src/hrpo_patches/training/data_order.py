@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 
 class DataOrder(TrainerCallback):
@@ -18,14 +18,10 @@ class DataOrder(TrainerCallback):
     sampler: Sampler[Any] | None = None
     drawn = 0  # orders that this process has drawn
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         self.drawn = 0
 
-    def on_epoch_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         epoch = int((state.epoch or 0.0) + 1e-6)  # a resumed run is in the middle of one
         if self.sampler is not None and getattr(self.sampler, "generator", None) is not None:
             for _ in range(self.drawn, epoch):

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.shards import give_back, like
@@ -55,9 +55,7 @@ class StartReference(TrainerCallback):
                 replaced[name], parameter.data = parameter.data, value.to(parameter.device)
         return replaced
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         file = Path(str(args.output_dir)) / START_FILE
         if state.global_step == 0 and state.is_world_process_zero:
             file.parent.mkdir(parents=True, exist_ok=True)

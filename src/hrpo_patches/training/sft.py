@@ -13,23 +13,20 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from hrpo_patches.device import placed
 from hrpo_patches.models.checks import require
-from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.replay import distribution_head
-from hrpo_patches.training.checks import check_model, choose_bptt
 from hrpo_patches.training.curriculum import Curriculum
 from hrpo_patches.training.lessons import IGNORED, Classroom, Lesson, LessonBatch
 from hrpo_patches.training.logprobs import forward_scores
-from hrpo_patches.training.optim import regroup
 from hrpo_patches.training.prepare import Model, freeze_unused, thinking_policy, with_thinking_modules
-from hrpo_patches.training.saving import SavesThoughts
 from hrpo_patches.training.sft_config import HRPOSFTConfig
+from hrpo_patches.training.shared import ThinkingTrainer
 from hrpo_patches.training.start import fit_projection, places_of
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
@@ -43,7 +40,7 @@ def _mean(values: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask, values, 0.0).sum() / mask.sum().clamp(min=1)
 
 
-class HRPOSFTTrainer(SavesThoughts):
+class HRPOSFTTrainer(ThinkingTrainer):
     """Supervised training of a model that thinks where it would write steps.
 
     Args:
@@ -117,17 +114,11 @@ class HRPOSFTTrainer(SavesThoughts):
         self.add_callback(self.curriculum)
         self._enter(self.curriculum.stage)
         if args.residual is not None:
-            choose_bptt(self._base_model(), args)
-            check_model(self.model, self._base_model(), processing_class, args, rollout=None)
-            thinking_backbone(self._base_model()).residual_norm()  # measured before training can change the embeddings
+            self._check_model(processing_class, rollout=None)
         self._batch, self._at = 0, -1  # of this step, and the step
         self._losses: list[Tensor] = []
         self._seen: dict[str, list[float | Tensor]] = {}
-        self.monitor: ThinkingMonitor | None = None
-        if args.monitor:
-            unwrapped = self.accelerator.unwrap_model(self.model)
-            self.monitor = ThinkingMonitor(unwrapped, args, estimate_marker=False).first_in(self)
-        self.finish_construction()
+        self._finish_construction()
 
     # --- before training -------------------------------------------------------------------------------------------
 
@@ -191,9 +182,6 @@ class HRPOSFTTrainer(SavesThoughts):
     def forced(self) -> int:
         """The forced thoughts of a completion at today's stage."""
         return self._classroom.thoughts(self.curriculum.stage)
-
-    def _base_model(self) -> PreTrainedModel:
-        return causal_lm(self.accelerator.unwrap_model(self.model))
 
     # --- loss ------------------------------------------------------------------------------------------------------
 
@@ -279,12 +267,7 @@ class HRPOSFTTrainer(SavesThoughts):
         output.metrics[f"{prefix}_stage"] = self.curriculum.stage
         return output
 
-    # --- optimizer, log, save --------------------------------------------------------------------------------------
-
-    def create_optimizer(self, model: nn.Module | None = None) -> optim.Optimizer:
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        return regroup(self, optimizer, self.args.learning_rates) if fresh and self.args.residual else optimizer
+    # --- log, save -------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:

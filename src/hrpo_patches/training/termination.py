@@ -46,15 +46,11 @@ class SaveOnTermination(TrainerCallback):
     def __exit__(self, *error: object) -> None:
         signal.signal(signal.SIGTERM, self._before)
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         if state.global_step and state.global_step >= state.max_steps:  # or `Trainer` would take one step more
             raise NoStepsLeft
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: object
-    ) -> None:
+    def on_step_end(self, args: object, state: TrainerState, control: TrainerControl, **kwargs: object) -> None:
         if self.accelerator.num_processes > 1:
             received = torch.tensor(float(self.received), device=self.accelerator.device)
             self.received = bool(self.accelerator.reduce(received, reduction="sum"))

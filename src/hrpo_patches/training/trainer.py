@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import is_peft_model
-from torch import Tensor, nn, optim
+from torch import Tensor, nn
 from torch.utils.data import Dataset, Sampler
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 from trl.models import unwrap_model_for_generation
 from trl.trainer import utils as trl_utils
 from trl.trainer.utils import pad
@@ -30,18 +30,15 @@ from hrpo_patches.engines.continuous import ContinuousEngine
 from hrpo_patches.engines.generate import GenerateEngine
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.models.checks import require
-from hrpo_patches.monitor.callback import ThinkingMonitor
 from hrpo_patches.monitor.nonfinite import keep
 from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.replay import distribution_head
 from hrpo_patches.thinking.shards import whole
-from hrpo_patches.training.checks import check_model, choose_bptt
 from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.data_order import DataOrder
 from hrpo_patches.training.distributed import as_long_as_any
 from hrpo_patches.training.logprobs import forward_scores
-from hrpo_patches.training.optim import regroup
 from hrpo_patches.training.prepare import (
     float32_copies,
     freeze_unused,
@@ -51,7 +48,7 @@ from hrpo_patches.training.prepare import (
 )
 from hrpo_patches.training.reference import StartReference
 from hrpo_patches.training.rewards import RewardFuncs, checked_rewards
-from hrpo_patches.training.saving import SavesThoughts
+from hrpo_patches.training.shared import ThinkingTrainer
 from hrpo_patches.training.trl_classes import trl_class
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import NonFiniteError
@@ -98,7 +95,7 @@ def trl_constructor(args: HRPOConfig, named: bool) -> Iterator[None]:
         yield
 
 
-class HRPOTrainer(SavesThoughts, GRPOTrainer):
+class HRPOTrainer(ThinkingTrainer, GRPOTrainer):
     """GRPO with hybrid latent reasoning (arXiv 2505.18454); `args.residual=None` trains plain GRPO.
 
     Takes what `trl.GRPOTrainer` takes. With `peft_config`, the thinking modules are added to `modules_to_save`.
@@ -117,7 +114,6 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
     _fillers: list[int] = []  # noqa: RUF012
     _thinking: ThinkingInputs | None = None  # of the batch at hand
     _rolled_out = 0  # the step whose weights made the rollout
-    monitor: ThinkingMonitor | None = None
 
     def __init__(
         self,
@@ -143,33 +139,27 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         freeze_unused(self.model, args)
         if args.residual is not None:
             restore_float32(self.model, drawn)  # TRL casts all trainable weights of a quantized model
-            self._make_thinking(args)
+            self._make_thinking()
         self._force_thoughts(bool(turns))
         self._add_callbacks(args)
-        self.finish_construction()
+        self._finish_construction()
 
-    def _make_thinking(self, args: HRPOConfig) -> None:
+    def _make_thinking(self) -> None:
         """Check what TRL constructed, and let its rollouts think."""
-        base = self._base_model()
         if is_peft_model(self.model) and "ref" in self.model.peft_config:
             self.model.delete_adapter("ref")  # TRL's copy of the adapter; our references need none
         self.generation_config = getattr(self, "generation_config", None) or GenerationConfig()  # TRL's vLLM has none
-        choose_bptt(base, args)
-        check_model(self.model, base, self._tokenizer, args, self.generation_config)
-        thinking_backbone(base).residual_norm()  # measured before training can change the embeddings
+        self._check_model(self._tokenizer, self.generation_config)
         self.generation_config.update(thinking=True, return_dict_in_generate=True)
 
     def _add_callbacks(self, args: HRPOConfig) -> None:
-        """Add the data's order, the reference that keeps the weights of now, and the monitor."""
+        """Add the data's order, and the reference that keeps the weights of now."""
         self._data_order = DataOrder()
         self.add_callback(self._data_order)
-        unwrapped = self.accelerator.unwrap_model(self.model)
         if args.from_start:
             self.beta = args.beta  # TRL was told 0
-            self.ref_model = StartReference(unwrapped)
+            self.ref_model = StartReference(self.accelerator.unwrap_model(self.model))
             self.add_callback(self.ref_model)
-        if args.monitor:
-            self.monitor = ThinkingMonitor(unwrapped, args, estimate_marker=False).first_in(self)
 
     def _force_thoughts(self, several_turns: bool) -> None:
         """Let every completion begin with the run's forced thoughts, also where nothing is blended."""
@@ -196,9 +186,6 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
             config.thoughts, config.filler_token_id = thinking.thoughts, filler
         if args.use_vllm:
             self.vllm_generation.forced = thinking.thoughts
-
-    def _base_model(self) -> PreTrainedModel:
-        return causal_lm(self.accelerator.unwrap_model(self.model))
 
     # --- rollout ---------------------------------------------------------------------------------------------------
 
@@ -397,12 +384,7 @@ class HRPOTrainer(SavesThoughts, GRPOTrainer):
         with self.accelerator.autocast():
             return forward_scores(model, inner, input_ids, attention_mask, width, self.temperature, **thinking)
 
-    # --- optimizer, metrics, save ----------------------------------------------------------------------------------
-
-    def create_optimizer(self, model: nn.Module | None = None) -> optim.Optimizer:
-        fresh = self.optimizer is None
-        optimizer = super().create_optimizer(model)
-        return regroup(self, optimizer, self.args.learning_rates) if fresh and self.args.residual else optimizer
+    # --- data, metrics -----------------------------------------------------------------------------------------------
 
     def _get_train_sampler(self, dataset: Dataset[Any] | None = None) -> Sampler[int] | None:
         self._data_order.sampler = super()._get_train_sampler(dataset)

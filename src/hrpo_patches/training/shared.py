@@ -1,6 +1,7 @@
-"""What both trainers save beside weights: how the model thinks, its forced thoughts, and its card; and what they push.
+"""What both trainers share: the optimizer's groups, the monitor, what is saved beside weights, and what is pushed.
 
-A push takes what `hrpo push` takes of a folder: no pickled file, nothing of the run's state, no path of this machine.
+A save holds how the model thinks, its forced thoughts, and its card. A push takes what `hrpo push` takes of a folder:
+no pickled file, nothing of the run's state, no path of this machine.
 """
 
 from __future__ import annotations
@@ -11,15 +12,19 @@ from typing import Any
 
 from accelerate.utils import is_peft_model
 from huggingface_hub import HfApi
-from transformers import TrainingArguments
+from torch import nn, optim
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
 from hrpo_patches.models.card import public_name, write_card
 from hrpo_patches.models.checks import require
 from hrpo_patches.models.push import asking_the_hub, check_name, check_token, files_of, open_repository, push
 from hrpo_patches.models.record import THINKING_FILE, save_pauses, save_thinking
-from hrpo_patches.thinking.backbone import causal_lm
+from hrpo_patches.monitor.callback import ThinkingMonitor
+from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
+from hrpo_patches.training.checks import check_model, choose_bptt
 from hrpo_patches.training.distributed import InShards
+from hrpo_patches.training.optim import regroup
 from hrpo_thinking.errors import InputError, SaveError
 
 logger = logging.getLogger(__name__)
@@ -48,17 +53,36 @@ def check_push(args: TrainingArguments, base: str | None) -> None:
     )
 
 
-class SavesThoughts(InShards):
-    """A trainer whose saves say how the model thinks.
+class ThinkingTrainer(InShards):
+    """A trainer of a model that thinks.
 
     Attributes:
         method: by which it trains, for the card.
+        monitor: that measures the run; None with `monitor=False`.
     """
 
     method = ""
+    monitor: ThinkingMonitor | None = None
     _constructed = False
     _tag_names: list[str] = []  # noqa: RUF012 - TRL's own type
     _fillers: list[int] = []  # noqa: RUF012 - the ids of the forced thoughts that a completion begins with
+
+    def _base_model(self) -> PreTrainedModel:
+        """The causal language model in what is trained."""
+        model: PreTrainedModel = causal_lm(self.accelerator.unwrap_model(self.model))
+        return model
+
+    def _check_model(self, tokenizer: PreTrainedTokenizerBase, rollout: GenerationConfig | None) -> None:
+        """Choose how far the gradient flows, check the model for it, and measure what training can change."""
+        base = self._base_model()
+        choose_bptt(base, self.args)
+        check_model(self.model, base, tokenizer, self.args, rollout)
+        thinking_backbone(base).residual_norm()  # of the embeddings, which training may change
+
+    def create_optimizer(self, model: nn.Module | None = None) -> optim.Optimizer:
+        fresh = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        return regroup(self, optimizer, self.args.learning_rates) if fresh and self.args.residual else optimizer
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
@@ -69,14 +93,12 @@ class SavesThoughts(InShards):
             save_thinking(self.accelerator.unwrap_model(self.model), folder)
             self.write_card(folder)
         elif fillers and is_peft_model(self.model):  # a full model's own file says so already
-            base = causal_lm(self.accelerator.unwrap_model(self.model))
-            save_pauses(fillers, base.generation_config.eos_token_id, folder)
+            save_pauses(fillers, self._base_model().generation_config.eos_token_id, folder)
 
     def write_card(self, folder: str | Path) -> None:
         """Write the model card of what was saved in `folder`, if it thinks."""
         if (Path(folder) / THINKING_FILE).is_file():
-            base = causal_lm(self.accelerator.unwrap_model(self.model)).config._name_or_path
-            write_card(folder, base, self.method, list(self._tag_names))
+            write_card(folder, self._base_model().config._name_or_path, self.method, list(self._tag_names))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """As TRL's and transformers', but that of a model that thinks says so (`write_card`)."""
@@ -85,8 +107,11 @@ class SavesThoughts(InShards):
         elif self.is_world_process_zero():
             self.write_card(self.args.output_dir)
 
-    def finish_construction(self) -> None:
-        """Called by a constructor at its end: create the repository that the run is pushed to, if it is."""
+    def _finish_construction(self) -> None:
+        """Called by a constructor at its end: add the monitor, and create the repository that the run is pushed to."""
+        if self.args.monitor:
+            unwrapped = self.accelerator.unwrap_model(self.model)
+            self.monitor = ThinkingMonitor(unwrapped, self.args, estimate_marker=False).first_in(self)
         self._constructed = True
         if self.args.push_to_hub:
             self.init_hf_repo()
@@ -103,8 +128,8 @@ class SavesThoughts(InShards):
         """
         if not self.is_world_process_zero():
             return
-        model, args = self.accelerator.unwrap_model(self.model), self.args
-        check_push(args, causal_lm(model).config._name_or_path if is_peft_model(model) else None)
+        args, base = self.args, self._base_model().config._name_or_path
+        check_push(args, base if is_peft_model(self.accelerator.unwrap_model(self.model)) else None)
         self.push_in_progress = None
         if not self._constructed:
             return
