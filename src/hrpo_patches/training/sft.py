@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftConfig, get_peft_model
@@ -24,7 +24,7 @@ from hrpo_patches.thinking.replay import distribution_head
 from hrpo_patches.training.curriculum import Curriculum
 from hrpo_patches.training.lessons import IGNORED, Classroom, Lesson, LessonBatch
 from hrpo_patches.training.logprobs import forward_scores
-from hrpo_patches.training.prepare import Model, freeze_unused, thinking_policy, with_thinking_modules
+from hrpo_patches.training.prepare import freeze_unused, thinking_policy, with_thinking_modules
 from hrpo_patches.training.sft_config import HRPOSFTConfig
 from hrpo_patches.training.shared import ThinkingTrainer
 from hrpo_patches.training.start import fit_projection, places_of
@@ -32,6 +32,9 @@ from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import Bptt, ThinkingInputs
 from hrpo_thinking.marker import thinking_table
+
+if TYPE_CHECKING:
+    from hrpo_patches.thinking.backbone import Model
 
 FITTED = 1000  # lessons that a projection is fitted on
 

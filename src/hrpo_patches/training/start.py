@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
@@ -18,7 +18,9 @@ from hrpo_patches.models.backends import backend_of
 from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.training.lessons import Lesson
-from hrpo_patches.training.prepare import Model
+
+if TYPE_CHECKING:
+    from hrpo_patches.thinking.backbone import Model
 
 # The standard deviation of the weights after the fit. The norm of the residual forgives any scale, and Adam does not:
 # its first steps are as long as the learning rate, which at least squares' own scale (0.005) destroys the fit.
