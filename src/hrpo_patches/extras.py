@@ -16,7 +16,7 @@ EXTRAS = {
 }
 
 
-def require(package: str, what: str) -> None:
+def require_package(package: str, what: str) -> None:
     """Raise an `InputError` that says what `what` needs installed, unless `package` can be imported.
 
     A package without an extra is installed by its own name.

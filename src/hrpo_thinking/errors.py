@@ -15,3 +15,9 @@ class SaveError(RuntimeError):
 
 class NonFiniteError(FloatingPointError):
     """A training step is not finite; it was not taken, and the message says where its inputs are."""
+
+
+def require(condition: object, otherwise: str) -> None:
+    """Raise `InputError` with the text `otherwise` unless the condition holds."""
+    if not condition:
+        raise InputError(otherwise)

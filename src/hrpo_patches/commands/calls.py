@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from hrpo_patches.commands.console import stdout_console
 from hrpo_patches.commands.flags import Written, add_thinking_flags, plain_parser, switch_of
-from hrpo_patches.extras import require
+from hrpo_patches.extras import require_package
 from hrpo_patches.files import replace
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
@@ -153,7 +153,7 @@ def doctor(argv: Written) -> int:
 
 def lm_eval(argv: Written) -> int:
     """Run lm-evaluation-harness with `hrpo` among its models."""
-    require("lm_eval", "lm_eval")
+    require_package("lm_eval", "lm_eval")
     from hrpo_patches.evaluation.harness import main
 
     return main(argv)

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from hrpo_patches.commands.flags import Written, plain_parser
-from hrpo_patches.extras import require
+from hrpo_patches.extras import require_package
 from hrpo_thinking.errors import InputError
 
 # The browser itself refuses whatever the page would load from, or send to, another machine.
@@ -39,7 +39,7 @@ def main(argv: Written) -> None:
     parser.add_argument("--base", help="the base model, if not the one that the adapters name")
     parser.add_argument("--device", help="such as cpu or cuda:1; by default the accelerator, if there is one")
     given = parser.parse_args(argv)
-    require("gradio", "hrpo demo")
+    require_package("gradio", "hrpo demo")
     listening = _listen(given.host, given.port)
     from hrpo_patches.evaluation.demo import LONGEST, Run
     from hrpo_patches.evaluation.think import check_numbers

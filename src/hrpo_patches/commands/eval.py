@@ -29,7 +29,7 @@ from hrpo_patches.thinking.backbone import causal_lm, is_untrained
 from hrpo_patches.thinking.controls import CONTROLS, check_control
 from hrpo_patches.thinking.decoding import check_filler, filler_id
 from hrpo_thinking.config import ThinkingConfig
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, require
 from hrpo_thinking.request import check_room
 
 # Added to the seed of a generator, whose i-th problem comes of seed + i, so that no draw of a training is drawn again.
@@ -79,35 +79,36 @@ class EvalArguments:
 
     def check(self) -> None:
         """Raise `InputError` for whatever can be known to be wrong before any work."""
-        if self.model is None and self.adapter is None:
-            raise InputError("name a model with --model, or an adapter with --adapter.")
+        require(
+            self.model is not None or self.adapter is not None,
+            "name a model with --model, or an adapter with --adapter.",
+        )
         if self.adapter is not None:
             adapter_folder(self.adapter)
-        if self.greedy and self.samples != 1:
-            raise InputError(f"--samples {self.samples} of greedy decoding are all the same; add --no-greedy.")
-        if not self.temperature >= 0.01:
-            raise InputError(f"--temperature must be 0.01 or more, not {self.temperature}; greedy is --greedy.")
+        require(
+            not self.greedy or self.samples == 1,
+            f"--samples {self.samples} of greedy decoding are all the same; add --no-greedy.",
+        )
+        require(
+            self.temperature >= 0.01,
+            f"--temperature must be 0.01 or more, not {self.temperature}; greedy is --greedy.",
+        )
         for name in ("samples", "batch_size", "max_new_tokens"):
-            if not getattr(self, name) > 0:
-                raise InputError(f"--{name} must be above 0, not {getattr(self, name)}.")
+            require(getattr(self, name) > 0, f"--{name} must be above 0, not {getattr(self, name)}.")
         for count in self.thoughts:
-            if count < 0:
-                raise InputError(f"--thoughts must be 0 or more, not {count}.")
+            require(count >= 0, f"--thoughts must be 0 or more, not {count}.")
             check_room(count, self.max_new_tokens, "--thoughts", "--max_new_tokens")
         if len(set(self.thoughts)) < len(self.thoughts):
             raise InputError(f"--thoughts {' '.join(map(str, self.thoughts))}: expected different numbers.")
-        if self.control != "live" and not self.thinking:
-            raise InputError(f"--control {self.control} replaces thoughts; it cannot be combined with --no-thinking.")
-        if not 0 <= self.seed < 2**31:
-            raise InputError(f"--seed must be from 0 to 2**31 - 1, not {self.seed}.")
-        if self.answer_start == "":
-            raise InputError("--answer_start must be a text.")
-        if self.limit is not None and self.limit < 1:
-            raise InputError(f"--limit must be 1 or more, not {self.limit}.")
-        if os.path.lexists(self.out):
-            raise InputError(f"{self.out} exists already; give another --out.")
-        if not Path(self.out).absolute().parent.is_dir():
-            raise InputError(f"the folder of {self.out} does not exist.")
+        require(
+            self.control == "live" or self.thinking,
+            f"--control {self.control} replaces thoughts; it cannot be combined with --no-thinking.",
+        )
+        require(0 <= self.seed < 2**31, f"--seed must be from 0 to 2**31 - 1, not {self.seed}.")
+        require(self.answer_start != "", "--answer_start must be a text.")
+        require(self.limit is None or self.limit >= 1, f"--limit must be 1 or more, not {self.limit}.")
+        require(not os.path.lexists(self.out), f"{self.out} exists already; give another --out.")
+        require(Path(self.out).absolute().parent.is_dir(), f"the folder of {self.out} does not exist.")
 
     @property
     def forced(self) -> int:
@@ -159,10 +160,14 @@ def opened(arguments: EvalArguments) -> tuple[Any, PreTrainedTokenizerBase, str]
         named = replace(thinking, filler=arguments.filler or thinking.filler)
         generation.filler_token_id = filler_id(tokenizer, named)
     check_room(arguments.forced, arguments.max_new_tokens, "the model's forced thoughts", "--max_new_tokens")
-    if arguments.thinking and is_untrained(model):
-        raise InputError("this model was never trained to think, so it would think at random; add --no-thinking.")
-    if arguments.thinking and marker != thinking.answer_start:
-        raise InputError(f"this model was trained to stop thinking at {thinking.answer_start!r}, not at {marker!r}.")
+    require(
+        not arguments.thinking or not is_untrained(model),
+        "this model was never trained to think, so it would think at random; add --no-thinking.",
+    )
+    require(
+        not arguments.thinking or marker == thinking.answer_start,
+        f"this model was trained to stop thinking at {thinking.answer_start!r}, not at {marker!r}.",
+    )
     if arguments.forced:
         check_filler(model, generation)
     return model, tokenizer, marker

@@ -33,7 +33,7 @@ from hrpo_patches.commands.train_flags import REST, ProblemArguments, check_push
 from hrpo_patches.device import has_bf16
 from hrpo_patches.engines.batches import Decoding, completions
 from hrpo_patches.evaluation.statistics import standard_error
-from hrpo_patches.extras import require
+from hrpo_patches.extras import require_package
 from hrpo_patches.files import alone
 from hrpo_patches.models.base import load_model
 from hrpo_patches.models.record import check_same_thinking
@@ -47,7 +47,7 @@ from hrpo_patches.training.lessons import Lesson, lesson_of
 from hrpo_patches.training.sft import HRPOSFTTrainer
 from hrpo_patches.training.sft_config import DEFAULTS, SCALE, HRPOSFTConfig
 from hrpo_thinking.config import ThinkingConfig
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, require
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import PROJECTION, parts_of, spelled
 
@@ -110,25 +110,27 @@ class SFTRun:
         """Raise `InputError` for whatever can be known to be wrong before any work."""
         about, config = self.about, self.config
         for name in ("max_prompt_length", "eval_batch_size"):
-            if getattr(about, name) < 1:
-                raise InputError(f"--{name} must be at least 1, not {getattr(about, name)}.")
+            require(getattr(about, name) >= 1, f"--{name} must be at least 1, not {getattr(about, name)}.")
         for name in ("lora_rank", "eval_problems"):
-            if getattr(about, name) < 0:
-                raise InputError(f"--{name} must be at least 0, not {getattr(about, name)}.")
-        if about.limit is not None and about.limit < 1:
-            raise InputError(f"--limit must be at least 1, not {about.limit}.")
-        if not about.eval_problems and config.eval_strategy != "no":
-            raise InputError(f"--eval_strategy {config.eval_strategy} requires --eval_problems.")
-        if config.patience and not about.eval_problems:
-            raise InputError("--patience requires --eval_problems, whose accuracy it watches.")
-        if config.enable_jit_checkpoint:
-            raise InputError("--enable_jit_checkpoint: hrpo sft saves a checkpoint upon SIGTERM by itself; remove it.")
-        if "none" in config.report_to:
-            raise InputError("--report_to none cannot be combined with other names.")
+            require(getattr(about, name) >= 0, f"--{name} must be at least 0, not {getattr(about, name)}.")
+        require(about.limit is None or about.limit >= 1, f"--limit must be at least 1, not {about.limit}.")
+        require(
+            about.eval_problems or config.eval_strategy == "no",
+            f"--eval_strategy {config.eval_strategy} requires --eval_problems.",
+        )
+        require(
+            not config.patience or about.eval_problems,
+            "--patience requires --eval_problems, whose accuracy it watches.",
+        )
+        require(
+            not config.enable_jit_checkpoint,
+            "--enable_jit_checkpoint: hrpo sft saves a checkpoint upon SIGTERM by itself; remove it.",
+        )
+        require("none" not in config.report_to, "--report_to none cannot be combined with other names.")
         for tracker in config.report_to:
-            require(tracker, f"--report_to {tracker}")
+            require_package(tracker, f"--report_to {tracker}")
         if about.report:
-            require("matplotlib", "--report")
+            require_package("matplotlib", "--report")
         check_push_flags(config, about.model_name if about.lora_rank else None)
         checkpoint = check_output(config, self.record())
         if checkpoint is not None:

@@ -55,7 +55,7 @@ from hrpo_patches.training.config import HRPOConfig
 from hrpo_patches.training.start import Place, fit_projection
 from hrpo_patches.training.termination import STATUS, NoStepsLeft, SaveOnTermination
 from hrpo_patches.training.trainer import HRPOTrainer
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import require
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import NONE, parts_of, spelled
 
@@ -159,11 +159,11 @@ def asker(run: Any, task: Task, tokenizer: PreTrainedTokenizerBase) -> Callable[
 
 def _check_enough(rows: int, config: Any) -> None:
     needed = config.generation_batch_size // config.num_generations
-    if rows < needed:
-        raise InputError(
-            f"{rows} training problems are too few: one step needs {needed} (per_device_train_batch_size x "
-            f"gradient_accumulation_steps / group_size); lower these, or give more data."
-        )
+    require(
+        rows >= needed,
+        f"{rows} training problems are too few: one step needs {needed} (per_device_train_batch_size x "
+        f"gradient_accumulation_steps / group_size); lower these, or give more data.",
+    )
 
 
 def _with_adapter(model: PreTrainedModel, run: Run) -> tuple[Any, PeftConfig | None]:

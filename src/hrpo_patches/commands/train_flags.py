@@ -26,7 +26,7 @@ from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import check_output
 from hrpo_patches.device import has_bf16
 from hrpo_patches.engines.choice import CHOICES, ENGINE_HELP
-from hrpo_patches.extras import require
+from hrpo_patches.extras import require_package
 from hrpo_patches.models.adapter import config_of
 from hrpo_patches.models.backends import BACKENDS
 from hrpo_patches.models.hub import adapter_folder
@@ -37,7 +37,7 @@ from hrpo_patches.training.config import SHARED, GRPOConfig, HRPOConfig, Thinkin
 from hrpo_patches.training.sft_config import STARTS, check_fits
 from hrpo_patches.training.shared import check_push
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, require
 from hrpo_thinking.families import NAMES
 from hrpo_thinking.parts import spelled
 from hrpo_thinking.request import check_room
@@ -180,65 +180,75 @@ class Run:
         thinking = self.thinking()
         forced = thinking.thoughts if thinking is not None else config.thoughts or 0
         check_room(forced, config.max_completion_length or 0, "--thoughts", "--max_completion_length")
-        if config.engine != "generate" and about.engine not in ("generate", "auto", config.engine):
-            raise InputError(f"--engine {about.engine} and TRL's own flags ask for two engines; remove one of them.")
+        require(
+            config.engine == "generate" or about.engine in ("generate", "auto", config.engine),
+            f"--engine {about.engine} and TRL's own flags ask for two engines; remove one of them.",
+        )
         examples_of(find_task(about.task, about.dataset, size=1), config.answer_start, about.shots, about.examples)
-        if about.format_reward < 0:
-            raise InputError(f"--format_reward must be 0 or more, not {about.format_reward}.")
+        require(about.format_reward >= 0, f"--format_reward must be 0 or more, not {about.format_reward}.")
         numbers = asdict(about) | {name: getattr(config, name) for name in ("temperature", "max_completion_length")}
         for name in ("lora_rank", "temperature", "max_prompt_length", "max_completion_length", "eval_batch_size"):
             if numbers[name] is not None and not numbers[name] > 0:
                 raise InputError(f"--{name} must be above 0, not {numbers[name]}.")
-        if about.format_reward and config.reward_weights is not None:
-            raise InputError("--format_reward and --reward_weights both give weights of rewards; remove one of them.")
-        if config.reward_weights is not None and len(config.reward_weights) != 1:
-            raise InputError(
-                f"--reward_weights needs one weight, the answer's, not {len(config.reward_weights)}; --format_reward "
-                f"is the weight of the marker."
-            )
+        require(
+            not about.format_reward or config.reward_weights is None,
+            "--format_reward and --reward_weights both give weights of rewards; remove one of them.",
+        )
+        require(
+            config.reward_weights is None or len(config.reward_weights) == 1,
+            f"--reward_weights needs one weight, the answer's, not {config.reward_weights}; --format_reward is the "
+            f"weight of the marker.",
+        )
         if about.adapter is not None and about.lora_rank != RunArguments.lora_rank:
             rank = config_of(Path(about.adapter)).r
-            if about.lora_rank != rank:
-                raise InputError(f"--lora_rank {about.lora_rank} cannot change --adapter, which has rank {rank}.")
-        if config.remove_unused_columns:
-            raise InputError("--remove_unused_columns takes the gold answers from the reward; remove it.")
-        if config.trust_remote_code:
-            raise InputError(
-                "--trust_remote_code: hrpo train runs no code of a model's repository; load the model in Python, and "
-                "hand it to HRPOTrainer."
+            require(
+                about.lora_rank == rank,
+                f"--lora_rank {about.lora_rank} cannot change --adapter, which has rank {rank}.",
             )
+        require(
+            not config.remove_unused_columns,
+            "--remove_unused_columns takes the gold answers from the reward; remove it.",
+        )
+        require(
+            not config.trust_remote_code,
+            "--trust_remote_code: hrpo train runs no code of a model's repository; load the model in Python, and "
+            "hand it to HRPOTrainer.",
+        )
         init: Any = config.model_init_kwargs or {}
-        if "thinking" in init or init.get("dtype", "float32") not in DTYPES:
-            raise InputError(
-                f"--model_init_kwargs {init}: expected options of from_pretrained, dtype one of {', '.join(DTYPES)}; "
-                f"how the model thinks has flags of its own."
-            )
-        if not about.eval_problems and (config.eval_strategy != "no" or config.eval_on_start):
-            raise InputError("--eval_strategy and --eval_on_start require --eval_problems.")
-        if config.enable_jit_checkpoint:
-            raise InputError(
-                "--enable_jit_checkpoint: hrpo train saves a checkpoint upon SIGTERM by itself; remove it."
-            )
-        if about.eval_problems < 0:
-            raise InputError(f"--eval_problems must be 0 or more, not {about.eval_problems}.")
-        if "none" in config.report_to:
-            raise InputError("--report_to none cannot be combined with other names.")
+        require(
+            "thinking" not in init and init.get("dtype", "float32") in DTYPES,
+            f"--model_init_kwargs {init}: expected options of from_pretrained, dtype one of {', '.join(DTYPES)}; "
+            f"how the model thinks has flags of its own.",
+        )
+        require(
+            about.eval_problems or (config.eval_strategy == "no" and not config.eval_on_start),
+            "--eval_strategy and --eval_on_start require --eval_problems.",
+        )
+        require(
+            not config.enable_jit_checkpoint,
+            "--enable_jit_checkpoint: hrpo train saves a checkpoint upon SIGTERM by itself; remove it.",
+        )
+        require(about.eval_problems >= 0, f"--eval_problems must be 0 or more, not {about.eval_problems}.")
+        require("none" not in config.report_to, "--report_to none cannot be combined with other names.")
         for tracker in config.report_to:
-            require(tracker, f"--report_to {tracker}")
-        if about.adapter is not None and config.residual is None:
-            raise InputError("--adapter continues a thinking adapter; it cannot be combined with --residual none.")
+            require_package(tracker, f"--report_to {tracker}")
+        require(
+            about.adapter is None or config.residual is not None,
+            "--adapter continues a thinking adapter; it cannot be combined with --residual none.",
+        )
         if about.projection_start == "lstsq":
             check_fits(config.residual, self.rest["projection_layers"], self.rest["projection_norm"])
-            if self.backend == "unsloth":
-                raise InputError("--projection_start lstsq requires --backend transformers.")
-            if about.adapter is not None:
-                raise InputError(
-                    "--projection_start lstsq starts a fresh projection; it cannot be combined with --adapter."
-                )
-        if about.init_projection and about.adapter is None:
-            raise InputError("--init_projection requires --adapter; a fresh adapter has a projection anyway.")
+            require(self.backend != "unsloth", "--projection_start lstsq requires --backend transformers.")
+            require(
+                about.adapter is None,
+                "--projection_start lstsq starts a fresh projection; it cannot be combined with --adapter.",
+            )
+        require(
+            not about.init_projection or about.adapter is not None,
+            "--init_projection requires --adapter; a fresh adapter has a projection anyway.",
+        )
         if about.report:
-            require("matplotlib", "--report")
+            require_package("matplotlib", "--report")
         check_push_flags(config, about.model_name)
         self._check_output()
 

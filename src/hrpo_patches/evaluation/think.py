@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from hrpo_patches.extras import require
+from hrpo_patches.extras import require_package
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.thinking.decoding import by_temperature, ends_of
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import require
 from hrpo_thinking.parts import RESIDUALS
 
 _CHUNK = 32  # positions whose residuals are compared with the vocabulary at once
@@ -47,10 +47,11 @@ class Thought:
 
 def check_numbers(max_new_tokens: int, temperature: float, top: int, seed: int) -> None:
     """Raise `InputError` unless `think` can work with these numbers."""
-    if max_new_tokens < 1 or top < 1:
-        raise InputError("max_new_tokens and top must be 1 or more.")
-    if not (temperature == 0 or 0.01 <= temperature < math.inf) or not 0 <= seed < 2**32:
-        raise InputError("temperature must be 0, for greedy, or 0.01 or more, and seed from 0 to 2**32 - 1.")
+    require(max_new_tokens >= 1 and top >= 1, "max_new_tokens and top must be 1 or more.")
+    require(
+        (temperature == 0 or 0.01 <= temperature < math.inf) and 0 <= seed < 2**32,
+        "temperature must be 0, for greedy, or 0.01 or more, and seed from 0 to 2**32 - 1.",
+    )
 
 
 @torch.no_grad()
@@ -80,8 +81,7 @@ def think(
     """
     check_numbers(max_new_tokens, temperature, top, seed)
     rows = [prompt_ids(tokenizer, one) for one in ([prompt] if partner is None else [prompt, partner])]
-    if not all(rows):
-        raise InputError("the prompt is empty.")
+    require(all(rows), "the prompt is empty.")
     inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
@@ -163,13 +163,10 @@ def table_of(thoughts: list[Thought], title: str) -> Table:
 
 def check_png(path: Path) -> None:
     """Raise `InputError` unless a picture can be written to `path`."""
-    require("matplotlib", "--png")
-    if path.suffix.lower() != ".png":
-        raise InputError(f"--png needs a name that ends in .png, not {path}.")
-    if path.exists():
-        raise InputError(f"{path} exists already; give another --png.")
-    if not path.parent.is_dir():
-        raise InputError(f"{path.parent} is no folder.")
+    require_package("matplotlib", "--png")
+    require(path.suffix.lower() == ".png", f"--png needs a name that ends in .png, not {path}.")
+    require(not path.exists(), f"{path} exists already; give another --png.")
+    require(path.parent.is_dir(), f"{path.parent} is no folder.")
 
 
 def draw(thoughts: list[Thought], title: str, path: Path) -> Path:

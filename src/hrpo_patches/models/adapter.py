@@ -19,12 +19,11 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 
 from hrpo_patches.models.backends import backend_of, refuse_stranger
-from hrpo_patches.models.checks import require
 from hrpo_patches.models.hub import CONFIG, adapter_folder
 from hrpo_patches.models.record import GENERATION_FILE, THINKING_FILE, read_thinking
 from hrpo_patches.thinking.backbone import patched_backbone
 from hrpo_thinking.config import OPTIONS, ThinkingConfig, about_parts
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, require
 from hrpo_thinking.parts import FALLBACK, MODULES, PROJECTION, RESIDUALS, is_thinking_parameter, parts_of
 
 

@@ -13,11 +13,10 @@ from hrpo_patches.device import has_bf16, placed
 from hrpo_patches.files import missing
 from hrpo_patches.models.adapter import config_of, holds_thinking, load_adapter, load_plain_adapter
 from hrpo_patches.models.backends import backend_named
-from hrpo_patches.models.checks import require
 from hrpo_patches.models.hub import find_adapter
 from hrpo_patches.models.smollm2 import SMOLLM2, found
 from hrpo_thinking.config import FORCED, ThinkingConfig, check_same_kind
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, require
 from hrpo_thinking.families import NAMES
 
 _VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json")

@@ -14,8 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hrpo_patches.files import replace
-from hrpo_patches.models.checks import require
 from hrpo_thinking.config import NEEDS_US
+from hrpo_thinking.errors import require
 from hrpo_thinking.parts import is_thinking_parameter
 
 _INDEX = "model.safetensors.index.json"

@@ -18,11 +18,11 @@ from hrpo_patches.models.adapter import config_of, load_adapter, weights_of
 from hrpo_patches.models.base import base_of, check_without_base, read_config, tokenizer_of
 from hrpo_patches.models.card import write_card
 from hrpo_patches.models.checkpoint import mark
-from hrpo_patches.models.checks import require
 from hrpo_patches.models.hub import adapter_folder, find_adapter
 from hrpo_patches.models.record import read_thinking, write_thinking
 from hrpo_patches.models.smollm2 import cache_folder
 from hrpo_thinking.config import ThinkingConfig, record_of
+from hrpo_thinking.errors import require
 from hrpo_thinking.families import check_vllm
 from hrpo_thinking.modules import make_projection
 from hrpo_thinking.parts import MODULES, PROJECTION, parts_of

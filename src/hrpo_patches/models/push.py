@@ -20,10 +20,9 @@ from safetensors import SafetensorError, safe_open
 
 from hrpo_patches.files import missing
 from hrpo_patches.models.card import BASE, CARD, HERE, author_of, card_of, public_name, read_card
-from hrpo_patches.models.checks import require
 from hrpo_patches.models.hub import CONFIG
 from hrpo_patches.models.record import GENERATION_FILE, THINKING_FILE, read_thinking
-from hrpo_thinking.errors import InputError, SaveError
+from hrpo_thinking.errors import InputError, SaveError, require
 from hrpo_thinking.parts import is_thinking_parameter, parts_of
 
 REPORT = "report.json"

@@ -12,12 +12,11 @@ from peft import PeftModel
 from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
-from hrpo_patches.models.checks import require
 from hrpo_patches.models.hub import find_file
 from hrpo_patches.thinking.backbone import causal_lm
 from hrpo_patches.thinking.mixin import ThinkingMixin
 from hrpo_thinking.config import OPTIONS, ThinkingConfig, about_parts, mismatch, record_of
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, require
 from hrpo_thinking.parts import parts_of, spelled
 
 THINKING_FILE = "thinking_config.json"

@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from hrpo_patches.extras import require
+from hrpo_patches.extras import require_package
 from hrpo_patches.files import missing, replace
 from hrpo_patches.monitor.log import LOG_FILE, Row, read_rows
 from hrpo_thinking.errors import InputError
@@ -234,7 +234,7 @@ def write_report(folders: list[Path], stem: Path) -> list[Path]:
     Raises:
         InputError: a folder holds no run, one of the files exists, or matplotlib is not installed.
     """
-    require("matplotlib", "report")
+    require_package("matplotlib", "report")
     if not stem.name or stem.suffix in (".png", ".md") or stem.parent.is_file():
         raise InputError(f"--out is the name of two files, without their endings .png and .md; {stem} is none.")
     runs = read_runs(folders)

@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 
 import yaml
 
-from hrpo_patches.extras import require
+from hrpo_patches.extras import require_package
 from hrpo_patches.tasks.base import Problem, Row, Task, text
 from hrpo_patches.tasks.graders.numbers import number
 from hrpo_patches.tasks.gsm8k import TASK as GSM8K
@@ -81,7 +81,7 @@ def gym_task(name: str, size: int, seed: int) -> GymTask:
     Raises:
         InputError: reasoning-gym is not installed, or does not know the name or an option.
     """
-    require("reasoning_gym", name)
+    require_package("reasoning_gym", name)
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import track
 
 from hrpo_patches.tasks.base import Problem, Task
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -35,14 +35,16 @@ def examples_of(task: Task, marker: str, shots: int, own: list[str]) -> list[str
     Raises:
         InputError: the task has fewer, or an example does not carry the marker once.
     """
-    if own and shots:
-        raise InputError("--examples and --shots are two ways to say the same; remove one.")
-    if not 0 <= shots <= len(task.examples):
-        raise InputError(f"{task.name} has {len(task.examples)} worked examples, not {shots}; give --examples.")
+    require(not own or not shots, "--examples and --shots are two ways to say the same; remove one.")
+    require(
+        0 <= shots <= len(task.examples),
+        f"{task.name} has {len(task.examples)} worked examples, not {shots}; give --examples.",
+    )
     chosen = own or [example.replace(MARKER, marker) for example in task.examples[:shots]]
     for example in chosen:
-        if example.count(marker) != 1:
-            raise InputError(f"a worked example must carry the marker {marker!r} once, unlike {example!r}.")
+        require(
+            example.count(marker) == 1, f"a worked example must carry the marker {marker!r} once, unlike {example!r}."
+        )
     return chosen
 
 
@@ -86,15 +88,15 @@ def fix_template(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], ch
     Raises:
         InputError: prompts are no conversations, or a name is no variable of a template.
     """
-    if options and not chat:
-        raise InputError("--chat_template_kwargs are of chat templates, and the prompts are plain text.")
+    require(not options or chat, "--chat_template_kwargs are of chat templates, and the prompts are plain text.")
     template: Any = tokenizer.chat_template
     for name, value in options.items():
         plain = isinstance(value, (str, int, bool, type(None))) or (isinstance(value, float) and math.isfinite(value))
-        if not name.isidentifier() or not plain:
-            raise InputError(f"--chat_template_kwargs: expected a text, number or boolean, got {name}={value!r}.")
-        if name not in str(template):
-            raise InputError(f"--chat_template_kwargs: this model's chat template has no variable {name}.")
+        require(
+            name.isidentifier() and plain,
+            f"--chat_template_kwargs: expected a text, number or boolean, got {name}={value!r}.",
+        )
+        require(name in str(template), f"--chat_template_kwargs: this model's chat template has no variable {name}.")
         if isinstance(template, dict):  # several, by name
             template = {key: _with_variable(one, name, value) for key, one in template.items()}
         else:
@@ -161,8 +163,10 @@ def uses_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> bool:
     Raises:
         InputError: a conversation is asked for and the tokenizer has no template.
     """
-    if prompt == "chat" and tokenizer.chat_template is None:
-        raise InputError("--prompt chat needs a chat template, and this model's tokenizer has none.")
+    require(
+        prompt != "chat" or tokenizer.chat_template is not None,
+        "--prompt chat needs a chat template, and this model's tokenizer has none.",
+    )
     return prompt == "chat" or (prompt == "auto" and tokenizer.chat_template is not None)
 
 
@@ -183,8 +187,7 @@ def with_prompts(
     rows: list[dict[str, Any]] = [{**problem, "prompt": ask(problem["question"])} for problem in problems]
     shown = track(rows, "Counting tokens", disable=len(rows) < MANY)
     fitting = [row for row in shown if len(prompt_ids(tokenizer, row["prompt"])) <= longest]
-    if rows and not fitting:
-        raise InputError(f"every prompt is longer than --max_prompt_length {longest} tokens.")
+    require(not rows or fitting, f"every prompt is longer than --max_prompt_length {longest} tokens.")
     if len(fitting) < len(rows):
         logger.warning(
             f"{len(rows) - len(fitting)} of {len(rows)} problems have prompts over {longest} tokens: left out."

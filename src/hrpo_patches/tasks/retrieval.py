@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.progress import track
 
-from hrpo_patches.extras import require
+from hrpo_patches.extras import require_package
 from hrpo_patches.tasks.base import Problem, Row
 from hrpo_patches.tasks.qa import TOP, documents_of, with_documents
 from hrpo_patches.tasks.sources import json_rows
@@ -22,7 +22,7 @@ class Retriever:
     """
 
     def __init__(self, documents: list[str]) -> None:
-        require("bm25s", "retrieval")
+        require_package("bm25s", "retrieval")
         if not documents:
             raise InputError("there are no documents to search.")
         import bm25s

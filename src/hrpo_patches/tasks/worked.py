@@ -11,7 +11,7 @@ import re
 from hrpo_patches.tasks.base import Problem, Row, Task
 from hrpo_patches.tasks.gsm8k import GOLD_MARKER
 from hrpo_patches.tasks.sources import rows_of
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, require
 
 _CALCULATION = re.compile(r"<<[^>]*>>")
 
@@ -38,23 +38,21 @@ def worked_problems(task: Task, dataset: str | None, split: str, marker: str) ->
     Raises:
         InputError: the data is missing, or a row (which one) has no steps, or a step with the marker.
     """
-    if task.retrieval:
-        raise InputError(f"{task.name} asks about documents, which worked solutions do not come with here.")
+    require(not task.retrieval, f"{task.name} asks about documents, which worked solutions do not come with here.")
     if (made := task.generated(split)) is not None:
         for i, problem in enumerate(made):
-            if "steps" not in problem:
-                raise InputError(f"{task.name} makes problems without steps; name worked solutions with --dataset.")
+            require(
+                "steps" in problem, f"{task.name} makes problems without steps; name worked solutions with --dataset."
+            )
             _checked(problem, f"{task.name} problem {i}", marker)
         return made
     sources = (dataset,) if dataset is not None else task.train if split == "train" else task.test
-    if not sources:
-        raise InputError(f"{task.name} has no {split} data with worked solutions; name some with --dataset.")
+    require(sources, f"{task.name} has no {split} data with worked solutions; name some with --dataset.")
     problems: list[Worked] = []
     for source in sources:
         for row, where in rows_of(source, split):
             problems.append(_checked({**task.read(row, where), "steps": steps_of(row, where)}, where, marker))
-    if not problems:
-        raise InputError(f"the data set {', '.join(sources)} has no rows.")
+    require(problems, f"the data set {', '.join(sources)} has no rows.")
     return problems
 
 
@@ -68,8 +66,10 @@ def steps_of(row: Row, where: str) -> list[str]:
     if given is None:
         solution, marker, _ = str(row.get("answer", "")).rpartition(GOLD_MARKER)
         given = _CALCULATION.sub("", solution).splitlines() if marker else []
-    if not isinstance(given, list) or not all(isinstance(step, str) for step in given):
-        raise InputError(f"{where}: expected 'steps' to be a list of texts, got {given!r}.")
+    require(
+        isinstance(given, list) and all(isinstance(step, str) for step in given),
+        f"{where}: expected 'steps' to be a list of texts, got {given!r}.",
+    )
     steps = [" ".join(step.split()) for step in given]
     if steps := [step for step in steps if step]:
         return steps
@@ -78,8 +78,7 @@ def steps_of(row: Row, where: str) -> list[str]:
 
 def _checked(problem: Worked, where: str, marker: str) -> Worked:
     solution = "".join(f"{step}\n" for step in problem["steps"])
-    if marker in solution:
-        raise InputError(f"{where} has a step with the answer marker {marker!r}: {solution!r}.")
+    require(marker not in solution, f"{where} has a step with the answer marker {marker!r}: {solution!r}.")
     try:
         solution.encode()
     except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which no tokenizer takes

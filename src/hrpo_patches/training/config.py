@@ -12,11 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.decoding import changed_distribution
 from hrpo_patches.training.trl_classes import trl_class
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, require
 from hrpo_thinking.inputs import Bptt, Depth, depth_of
 from hrpo_thinking.parts import NONE, RATES, RESIDUALS, residual_of
 from hrpo_thinking.request import FORCED_ALONE, check_residual

@@ -11,8 +11,8 @@ import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hrpo_patches.models.checks import require
 from hrpo_patches.training.sft_config import HRPOSFTConfig
+from hrpo_thinking.errors import require
 
 logger = logging.getLogger(__name__)
 

@@ -23,10 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import Trainer
 
-from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.backbone import temporarily
 from hrpo_patches.thinking.shards import give_back, in_shards, in_units, largest, like, plain, thinking_stays_float32
-from hrpo_thinking.errors import InputError, SaveError
+from hrpo_thinking.errors import InputError, SaveError, require
 
 if TYPE_CHECKING:
     from accelerate.utils import DeepSpeedPlugin, FullyShardedDataParallelPlugin

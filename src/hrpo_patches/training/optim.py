@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn, optim
 from transformers import Trainer
 
-from hrpo_patches.models.checks import require
+from hrpo_thinking.errors import require
 from hrpo_thinking.parts import RATES, group_of
 
 

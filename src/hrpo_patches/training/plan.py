@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedConfig
 
-from hrpo_patches.models.checks import require
 from hrpo_patches.thinking import adjoint
 from hrpo_patches.thinking.backbone import temporarily
 from hrpo_patches.thinking.replay import distribution_head
 from hrpo_patches.training.logprobs import forward_scores
+from hrpo_thinking.errors import require
 from hrpo_thinking.inputs import Bptt, ThinkingInputs, depth_of
 from hrpo_thinking.parts import parts_of
 

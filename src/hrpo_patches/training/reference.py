@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.shards import give_back, like
+from hrpo_thinking.errors import require
 
 START_FILE = "reference_start.safetensors"
 

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, default_data_collator
 
 from hrpo_patches.device import placed
-from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
 from hrpo_patches.thinking.replay import distribution_head
@@ -29,7 +28,7 @@ from hrpo_patches.training.sft_config import HRPOSFTConfig
 from hrpo_patches.training.shared import ThinkingTrainer
 from hrpo_patches.training.start import fit_projection, places_of
 from hrpo_thinking.config import ThinkingConfig
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, require
 from hrpo_thinking.inputs import Bptt, ThinkingInputs
 from hrpo_thinking.marker import thinking_table
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from transformers import TrainingArguments
 
-from hrpo_patches.models.checks import require
 from hrpo_patches.training.config import ThinkingArguments, require_least, require_steps
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
+from hrpo_thinking.errors import require
 from hrpo_thinking.parts import PROJECTION, parts_of
 
 ADVANCES = ("loss", "epoch", "once")

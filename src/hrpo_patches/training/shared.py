@@ -17,7 +17,6 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.trainer_utils import HubStrategy
 
 from hrpo_patches.models.card import public_name, write_card
-from hrpo_patches.models.checks import require
 from hrpo_patches.models.push import asking_the_hub, check_name, check_token, files_of, open_repository, push
 from hrpo_patches.models.record import THINKING_FILE, save_pauses, save_thinking
 from hrpo_patches.monitor.callback import ThinkingMonitor
@@ -25,7 +24,7 @@ from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.training.checks import check_model, choose_bptt
 from hrpo_patches.training.distributed import InShards
 from hrpo_patches.training.optim import regroup
-from hrpo_thinking.errors import InputError, SaveError
+from hrpo_thinking.errors import InputError, SaveError, require
 
 logger = logging.getLogger(__name__)
 

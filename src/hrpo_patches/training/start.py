@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from tqdm import trange
 
 from hrpo_patches.models.backends import backend_of
-from hrpo_patches.models.checks import require
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
 from hrpo_patches.training.lessons import Lesson
+from hrpo_thinking.errors import require
 
 if TYPE_CHECKING:
     from hrpo_patches.thinking.backbone import Model

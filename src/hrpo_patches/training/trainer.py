@@ -29,7 +29,6 @@ from hrpo_patches.engines.base import NOT_FINITE, Completions, Engine
 from hrpo_patches.engines.continuous import ContinuousEngine
 from hrpo_patches.engines.generate import GenerateEngine
 from hrpo_patches.models.backends import backend_of
-from hrpo_patches.models.checks import require
 from hrpo_patches.monitor.nonfinite import keep
 from hrpo_patches.thinking.backbone import causal_lm, temporarily, thinking_backbone
 from hrpo_patches.thinking.decoding import filler_id
@@ -51,7 +50,7 @@ from hrpo_patches.training.rewards import RewardFuncs, checked_rewards
 from hrpo_patches.training.shared import ThinkingTrainer
 from hrpo_patches.training.trl_classes import trl_class
 from hrpo_thinking.config import ThinkingConfig
-from hrpo_thinking.errors import NonFiniteError
+from hrpo_thinking.errors import NonFiniteError, require
 from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
 from hrpo_thinking.request import check_room
 
