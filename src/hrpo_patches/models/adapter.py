@@ -47,10 +47,11 @@ def config_of(folder: Path) -> Any:
 def _check_fit(problem: str | None, folder: Path, model: PreTrainedModel) -> None:
     """Raise `InputError` if there is a problem with an adapter on this base model."""
     if problem is not None:
+        named = config_of(folder).base_model_name_or_path
+        trained_on = f"the adapter was trained on {named!r}; load that one" if named else "load the adapter's own"
         raise InputError(
             f"{folder} is damaged, or belongs to another base model: {problem}. This base model is a "
-            f"{type(model).__name__} ({model.name_or_path!r}), and the adapter was trained on "
-            f"{config_of(folder).base_model_name_or_path!r}; load that one."
+            f"{type(model).__name__} ({model.name_or_path or 'without a name'}); {trained_on}."
         )
 
 
@@ -60,7 +61,7 @@ def _misfit(weights: dict[str, Tensor], expected: dict[str, Tensor]) -> str | No
         if key not in weights:
             return f"{key} is missing"
         if weights[key].shape != parameter.shape:
-            return f"{key} is {tuple(weights[key].shape)} in it, and {tuple(parameter.shape)} in this base model"
+            return f"{key} is {tuple(weights[key].shape)}, and this base model needs {tuple(parameter.shape)}"
     return None
 
 

@@ -80,7 +80,7 @@ def check_marker(tokenizer: PreTrainedTokenizerBase, marker: str, vocabulary: in
 
     TRL leaves special tokens out of completions.
     """
-    marker_table(tokenizer, marker, vocabulary)
+    marker_table(tokenizer, marker, vocabulary)  # raises where it cannot be spelled
     ids = tokenizer.encode(marker, add_special_tokens=False)
     if marker not in tokenizer.decode(ids, skip_special_tokens=True) and marker in tokenizer.decode(ids):
         raise InputError(
@@ -94,6 +94,7 @@ def check_trained(model: nn.Module, backbone: ThinkingMixin, residual: str | Non
     for name in parts_of(residual):
         module = getattr(backbone, name)
         copied = isinstance(module, ModulesToSaveWrapper)
+        # Without PEFT all weights are saved; with it, only the copies of `modules_to_save`.
         saved, trained = copied or not is_peft_model(model), module.modules_to_save if copied else module
         if not (saved and all(parameter.requires_grad for parameter in trained.parameters())):
             raise InputError(
@@ -104,6 +105,7 @@ def check_trained(model: nn.Module, backbone: ThinkingMixin, residual: str | Non
 
 def check_states(model: nn.Module, base: nn.Module, residual: ResidualKind) -> None:
     """Refuse a forward that does not return the last hidden state, if the residual is made from it."""
+    # Two tokens are enough: whether the forward was replaced (by a kernel, a wrapper) does not depend on the text.
     with torch.no_grad():
         probe = torch.zeros(1, 2, dtype=torch.long, device=next(base.parameters()).device)
         outputs = model(input_ids=probe, output_last_hidden_state=True, use_cache=False)

@@ -147,6 +147,7 @@ class ThinkingArguments(_Arguments):
             text = f"replay_passes={passes} is deprecated and will be removed in 0.4; use bptt={depth}."
             warnings.warn(text, FutureWarning, stacklevel=4)
             self.bptt, self.replay_passes = depth, None
+        # None stays: the model's backend has a default of its own, and there is no model yet.
         if self.bptt is not None:
             self.bptt = depth_of(self.bptt)  # type: ignore[assignment]
         Bptt(self.depth, self.bptt_tolerance, self.bptt_terms)  # checks them
@@ -279,6 +280,7 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
         """Raise `InputError` for generation options that `generate` does not know; vLLM has names of its own."""
         if self.use_vllm:
             return
+        # `to_dict` leaves the fields that the patches add out of a config that does not think.
         known = GenerationConfig().to_dict() | dict.fromkeys(("thinking", "thoughts", "filler_token_id"))
         for name in self.generation_kwargs or {}:
             if name not in known:

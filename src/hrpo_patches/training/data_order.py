@@ -24,6 +24,7 @@ class DataOrder(TrainerCallback):
     def on_epoch_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:
         epoch = int((state.epoch or 0.0) + 1e-6)  # a resumed run is in the middle of one
         if self.sampler is not None and getattr(self.sampler, "generator", None) is not None:
+            # An order is drawn when the iteration begins: one step into it advances the generator by an epoch.
             for _ in range(self.drawn, epoch):
                 next(iter(self.sampler), None)
         self.drawn = epoch + 1

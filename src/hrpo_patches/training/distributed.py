@@ -54,7 +54,7 @@ class InShards(_Trainer):
         check_sharding(self.args, fsdp, deepspeed)
         if fsdp is None:
             return
-        prepare = self.accelerator.prepare
+        prepare = self.accelerator.prepare  # calls `fully_shard`, with one precision for all units
 
         def prepare_thinking(*args: Any, **kwargs: Any) -> Any:
             with thinking_stays_float32():
@@ -66,6 +66,7 @@ class InShards(_Trainer):
         try:
             super()._save_checkpoint(*args, **kwargs)
         except (OSError, RuntimeError, SafetensorError) as error:
+            # torch.save has no error of its own; any other RuntimeError is a fault, not a full disk.
             if isinstance(error, RuntimeError) and not any(word in str(error) for word in _TORCH_SAVE):
                 raise
             name, why = f"checkpoint-{self.state.global_step}", " ".join(str(error).split())
@@ -77,10 +78,10 @@ class InShards(_Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         if not in_units(self.model):
             return super().save_model(output_dir, _internal_call)
-        weights = self.model.state_dict(keep_vars=True)
+        weights = self.model.state_dict(keep_vars=True)  # so that tied weights are the same objects
         ordinary = {id(weight): plain(weight.detach()).cpu() for weight in weights.values()}  # tied ones once
         state = {name: ordinary[id(weight)] for name, weight in weights.items()}
-        if self.args.should_save:
+        if self.args.should_save:  # all processes have gathered, one writes
             self._save(output_dir, state_dict=state)
         self.accelerator.wait_for_everyone()
         if self.args.push_to_hub and not _internal_call:
@@ -90,6 +91,7 @@ class InShards(_Trainer):
         if not in_units(self.model):
             return super()._save_optimizer_and_scheduler(output_dir)
         state = recursively_apply(lambda value: plain(value).cpu(), self.optimizer.state_dict())
+        # Where FSDP is enabled, transformers writes shards; told that it is not, it writes the state that it is given.
         with temporarily(self, is_fsdp_enabled=False), temporarily(self.optimizer, state_dict=lambda: state):
             super()._save_optimizer_and_scheduler(output_dir)
 
@@ -124,13 +126,14 @@ class InShards(_Trainer):
         if not in_units(self.model):
             with _whole_files(resume_from_checkpoint):
                 return super()._load_from_checkpoint(resume_from_checkpoint, model)
-        give_back(self.model)
+        give_back(self.model)  # or the units would keep the old weights that they hold whole
         peft = is_peft_model(self.model)
         named = "adapter_model.safetensors" if peft else "model*.safetensors"
         files = sorted(Path(resume_from_checkpoint).glob(named))
         with _whole_files(resume_from_checkpoint):
             held = {name: value for file in files for name, value in load_file(file).items()}
         own = get_peft_model_state_dict(self.model) if peft else self.model.state_dict(keep_vars=True)
+        # safetensors holds one of several names of a weight.
         tied = {name for name in own.keys() - held.keys() if any(own[name] is own.get(other) for other in held)}
         other = ", ".join(sorted(held.keys() ^ (own.keys() - tied))[:1])
         require(not other, f"{resume_from_checkpoint} is not of this model: {other} is in one of them only.")
@@ -175,7 +178,7 @@ def check_sharding(
         args.bptt in (None, 0, "exact", "sequential"),
         f"bptt={args.bptt} is not supported by ZeRO-3; use bptt=exact, bptt=0, ZeRO-2 or FSDP2.",
     )
-    if args.bptt in (None, "exact"):  # the series runs layers outside of the forward that gathers their weights
+    if args.bptt in (None, "exact"):  # a series of products; ZeRO-3 gives a layer's weights back after the first
         args.bptt = "sequential"
         logger.warning("ZeRO-3: bptt=exact is computed by decoding the thoughts one by one (bptt=sequential).")
 

@@ -40,6 +40,7 @@ def policy(
     if isinstance(model, str):
         if args.residual is not None:
             refuse_stranger(model)
+        # A copy: the user's own arguments are as they were, for the next trainer.
         init: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # TRL has read it
         thinking = init.pop("thinking", None)
         if args.residual is not None:
@@ -54,6 +55,7 @@ def thinking_policy(model: Model, args: ThinkingArguments) -> Model:
         return model
     refuse_stranger(model)
     backbone = patched_backbone(model)
+    # What the run does not choose stays as the model has it: trained weights may depend on it.
     current = record_of(ThinkingConfig.of(backbone.config) or ThinkingConfig(), backbone.config.thinking)
     check_same_kind(current, args.chosen, "this model")
     backbone.begin_thinking(ThinkingConfig.from_dict(current | args.chosen), current)
@@ -73,7 +75,7 @@ def _loaded(
     name: str, init: dict[str, Any], args: HRPOConfig, quantization_config: QuantizationConfigMixin | None
 ) -> PreTrainedModel:
     """The model of that name as `GRPOTrainer` loads it, from its seed on."""
-    set_seed(args.seed)
+    set_seed(args.seed)  # as TRL does before it loads a model: fresh modules are drawn here
     init.setdefault("trust_remote_code", args.trust_remote_code)
     if quantization_config is not None:
         init.setdefault("quantization_config", quantization_config)
@@ -112,6 +114,7 @@ def float32_copies(model: str | nn.Module) -> dict[str, Tensor]:
     if isinstance(model, str):
         return {}
     named = [(name, p) for name, p in model.named_parameters() if is_thinking_parameter(name)]
+    # Both have the same canonical name; of a dict's entries the last one stays.
     named.sort(key=lambda item: ".modules_to_save." in item[0])
     return {canonical(name).replace(".original_module", ""): p.detach().clone() for name, p in named}
 
@@ -120,6 +123,7 @@ def restore_float32(model: nn.Module, before: dict[str, Tensor]) -> None:
     """Undo a cast of thinking weights, as TRL does one for every trainable weight of a quantized model (QLoRA)."""
     for name, parameter in model.named_parameters():
         if is_thinking_parameter(name) and parameter.dtype != torch.float32:
+            # The copy, and not the cast value, which has lost what bfloat16 cannot hold.
             value = before.get(canonical(name), parameter)
             parameter.data = value.to(device=parameter.device, dtype=torch.float32)
 

@@ -52,6 +52,7 @@ class StartReference(TrainerCallback):
                 replaced[name] = parameter.detach().clone()
                 parameter.detach().copy_(value)
             else:
+                # `.data`: the parameter that the optimizer holds stays the same object, and nothing is copied.
                 replaced[name], parameter.data = parameter.data, value.to(parameter.device)
         return replaced
 
@@ -62,6 +63,7 @@ class StartReference(TrainerCallback):
             save_file({name: weight.cpu().contiguous() for name, weight in self.weights.items()}, file)
         elif state.global_step:
             self._read(file)
+        # The model is on its device, and in shards, only by now.
         for name, weight in self.weights.items():
             self.weights[name] = like(weight, self.model.get_parameter(name).detach())
 

@@ -44,6 +44,7 @@ def _with_check(reward: RewardFunc) -> RewardFunc:
     async def call_later(*args: Any, **kwargs: Any) -> list[object]:
         return _checked(reward, await reward(*args, **kwargs), len(kwargs["completions"]))
 
+    # Also of an object that is called. TRL asks the wrapper the same, and awaits it or does not.
     later = iscoroutinefunction(reward) or iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
     return update_wrapper(call_later if later else call, reward)
 

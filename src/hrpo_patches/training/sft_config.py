@@ -85,6 +85,7 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
     )
 
     def __post_init__(self) -> None:
+        # Before the options are read: those in a dict go over these defaults; a ThinkingConfig is complete.
         if self.residual not in (None, "none"):
             projected = PROJECTION in parts_of(str(self.residual))
             own = DEFAULTS | (SCALE if projected else {})

@@ -85,7 +85,7 @@ class ThinkingTrainer(InShards):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if not self.args.should_save:
+        if not self.args.should_save:  # another process writes
             return
         folder, fillers = str(output_dir or self.args.output_dir), self._fillers
         if self.args.residual is not None:
@@ -160,7 +160,7 @@ class ThinkingTrainer(InShards):
             InputError: as `init_hf_repo`.
             SaveError: the hub cannot be reached or refuses.
         """
-        if self.hub_model_id is None:
+        if self.hub_model_id is None:  # `args.push_to_hub` was not set
             self.init_hf_repo(token, private)
         self.save_model(_internal_call=True)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)

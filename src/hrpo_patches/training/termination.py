@@ -37,7 +37,7 @@ class SaveOnTermination(TrainerCallback):
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.received = True
         print("SIGTERM received: the step that is under way is finished and saved.", flush=True)
-        signal.signal(number, self._before)
+        signal.signal(number, self._before)  # a second signal does what it would have done
 
     def __enter__(self) -> SaveOnTermination:
         self._before = signal.signal(signal.SIGTERM, self._on_signal)

@@ -109,8 +109,6 @@ class HRPOTrainer(ThinkingTrainer, GRPOTrainer):
     _tag_names = ["trl", "grpo", "hrpo"]  # noqa: RUF012 - TRL's own type
     _name, method = "HRPO", "GRPO with thinking rollouts"
     generation_config: Any  # TRL's `GenerationConfig`, with the fields that the patches add
-    # Of a trainer that was made without its constructor, as tests of other libraries do.
-    _fillers: list[int] = []  # noqa: RUF012
     _thinking: ThinkingInputs | None = None  # of the batch at hand
     _rolled_out = 0  # the step whose weights made the rollout
 
@@ -131,11 +129,12 @@ class HRPOTrainer(ThinkingTrainer, GRPOTrainer):
             text = f"{', '.join(turns)} generates outside of one thinking turn; remove it, or set residual=None."
             require(not turns, text)
             kwargs["peft_config"] = with_thinking_modules(model, kwargs.get("peft_config"), args)
+        # Before TRL sees the model: the thinking weights are drawn from the run's seed, and in float32.
         loaded = policy(model, args, kwargs.get("quantization_config"))
         drawn = float32_copies(loaded) if args.residual is not None else {}
         with trl_constructor(args, named=isinstance(model, str)):
             super().__init__(loaded, checked_rewards(reward_funcs), args, **kwargs)
-        freeze_unused(self.model, args)
+        freeze_unused(self.model, args)  # after PEFT, which makes all of `modules_to_save` trainable
         if args.residual is not None:
             restore_float32(self.model, drawn)  # TRL casts all trainable weights of a quantized model
             self._make_thinking()
@@ -171,7 +170,7 @@ class HRPOTrainer(ThinkingTrainer, GRPOTrainer):
             thinking = ThinkingConfig(thoughts=thoughts, filler=args.filler or thinking.filler)
         text = "span='thoughts' lets forced thoughts alone think, and there are none; set thoughts."
         require(args.residual is None or thinking.span != "thoughts" or thinking.thoughts, text)
-        args.thoughts, args.filler = thinking.thoughts, thinking.filler
+        args.thoughts, args.filler = thinking.thoughts, thinking.filler  # a checkpoint's arguments say what was done
         self._fillers = []
         saved.thoughts = thinking.thoughts or None
         if not thinking.thoughts:
@@ -195,6 +194,7 @@ class HRPOTrainer(ThinkingTrainer, GRPOTrainer):
         else:
             completion_ids, logprobs = self._think(prompt_ids, *args, **kwargs)
         texts = self._tokenizer.batch_decode(completion_ids)
+        # In the text, as the reward reads it: several sequences of tokens may spell the marker.
         marked = torch.tensor([self.args.answer_start in text for text in texts], device=self.accelerator.device)
         self._record("marker_rate", self.accelerator.gather(marked).float().mean())
         return completion_ids, logprobs

@@ -21,11 +21,12 @@ def trl_class(module: str, name: str) -> Any:
 
 def _private_copy(module: ModuleType) -> ModuleType:
     package, _, name = module.__name__.rpartition(".")
-    private = f"{package}._hrpo_{name}"
+    private = f"{package}._hrpo_{name}"  # in the same package, for the file's relative imports
     if private not in sys.modules:
         assert module.__file__ is not None
         spec = spec_from_file_location(private, module.__file__)
         assert spec is not None and spec.loader is not None
+        # Under its name before it runs: dataclasses look their module up there.
         sys.modules[private] = module_from_spec(spec)
         spec.loader.exec_module(sys.modules[private])
     return sys.modules[private]
