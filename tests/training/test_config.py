@@ -78,7 +78,7 @@ def test_how_a_model_thinks_is_said_at_once_and_reaches_it(tmp_path, given):
         ({"thinking": {"thoughts": 2}, "thoughts": 3}, "thoughts is 3, and thinking says 2"),
         ({"thinking": {"residual": "embedding"}, "residual": None}, "cannot be combined with residual='none'"),
         ({"thinking": {"layers": 2}}, "unknown thinking option 'layers'"),
-        ({"thinking": "{"}, "thinking is no JSON"),
+        ({"thinking": "{"}, "thinking is not valid JSON"),
         ({"thinking": 3}, "must be a ThinkingConfig or a dict"),
         (
             {"thinking": {"residual": "embedding", "projection_layers": 2}},

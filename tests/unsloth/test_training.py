@@ -175,7 +175,7 @@ def test_trls_fused_head_is_left_alone_on_a_gpu_too(runs, monkeypatch):
 
 
 def test_an_adapter_that_unsloth_did_not_make_is_refused(load, tokenizer, tmp_path):
-    with pytest.raises(InputError, match="leave peft_config out, and wrap the model with FastLanguageModel"):
+    with pytest.raises(InputError, match="remove peft_config, and wrap the model with FastLanguageModel"):
         HRPOTrainer(
             load("plain-llama", torch.float32, thinking={}),
             lambda completions, **_: [0.0] * len(completions),

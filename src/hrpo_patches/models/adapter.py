@@ -169,31 +169,31 @@ def load_adapter(
     text = "load_adapter takes a base model, and this one already has an adapter; load the base again."
     require(not isinstance(model, PeftModel), text)
     folder = adapter_folder(folder)
-    weights, held = _read_weights(folder)
-    published = {"residual": next((name for name in RESIDUALS if set(parts_of(name)) <= held), FALLBACK)}
+    weights, own_modules = _read_weights(folder)
+    published = {"residual": next((name for name in RESIDUALS if set(parts_of(name)) <= own_modules), FALLBACK)}
     record = read_thinking(folder) or published  # a published adapter's weights alone say how it thinks
     residual = residual or record["residual"]
     require(
-        init_projection or PROJECTION not in set(parts_of(residual)) - held,
+        init_projection or PROJECTION not in set(parts_of(residual)) - own_modules,
         f"{folder} has no thinking_projection (it was trained with the embedding residual); load it with "
         f"residual='embedding', or start a new projection with init_projection=True (--init_projection).",
     )
     base = _base_model(model, folder, record)
     options = {key: record[key] for key in OPTIONS if key in record}
     if PROJECTION not in parts_of(residual) and _drop_variant(options):
-        held.discard(PROJECTION)  # a projection of another kind, which this residual has no use for
+        own_modules.discard(PROJECTION)  # a projection of another kind, which this residual has no use for
         weights = {key: value for key, value in weights.items() if f".{PROJECTION}." not in key}
     thinking = ThinkingConfig.from_dict(options | {"residual": residual})
     backbone = patched_backbone(base)
     with _restored_on_failure(base):
         backbone.begin_thinking(thinking, record)
-        modules = sorted(held | set(parts_of(residual)))
+        modules = sorted(own_modules | set(parts_of(residual)))
         expected = {
             f"base_model.model.{base.base_model_prefix}.{module}.{name}": parameter
             for module in modules
             for name, parameter in getattr(backbone, module).named_parameters()
         }
-        if init_projection and PROJECTION not in held:
+        if init_projection and PROJECTION not in own_modules:
             weights |= {key: value.detach().clone() for key, value in expected.items() if f".{PROJECTION}." in key}
         _check_fit(_misfit(weights, expected), folder, base)
         peft_model = _attach(base, folder, modules, weights, is_trainable)
@@ -215,14 +215,14 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], set[str]]:
     inner = {"modules_to_save", "original_module"}
     read = weights_of(folder) if file.is_file() else {}
     weights = {key: value for key, value in read.items() if not inner & set(key.split("."))}
-    held = {name for name in MODULES if any(f".{name}." in key for key in weights)}
-    if not held:
+    own_modules = {name for name in MODULES if any(f".{name}." in key for key in weights)}
+    if not own_modules:
         raise InputError(
             f"{folder} holds no thinking weights; load a plain adapter with load_plain_adapter."
             if file.is_file()
             else f"{folder} holds no adapter: {file.name} is missing."
         )
-    return weights, held
+    return weights, own_modules
 
 
 def _base_model(model: str | PreTrainedModel, folder: Path, record: dict[str, Any]) -> PreTrainedModel:

@@ -105,21 +105,21 @@ def refuse_stranger(model: str | Model) -> None:
         backend.refuse_stranger(model)
 
 
-def choose_backend(wanted: str) -> tuple[str, str]:
+def choose_backend(name: str) -> tuple[str, str]:
     """("transformers" or "unsloth", why). Imports torch to ask for a GPU, and nothing else.
 
     Raises:
         InputError: the backend is unknown, or unsloth was asked for and cannot be used.
         PatchError: unsloth was asked for and there are no patches for the installed version.
     """
-    if wanted not in BACKENDS:
-        raise InputError(f"--backend must be auto, transformers or unsloth, not {wanted!r}.")
-    if wanted == "transformers":
+    if name not in BACKENDS:
+        raise InputError(f"--backend must be auto, transformers or unsloth, not {name!r}.")
+    if name == "transformers":
         return "transformers", "asked for"
-    obstacle = _obstacle(refuse=wanted == "unsloth")
+    obstacle = _obstacle(refuse=name == "unsloth")
     if obstacle is None:
-        return "unsloth", "asked for" if wanted == "unsloth" else "it is installed and a GPU is there"
-    if wanted == "unsloth":
+        return "unsloth", "asked for" if name == "unsloth" else "it is installed and a GPU is there"
+    if name == "unsloth":
         raise InputError(f"--backend unsloth cannot be used: {obstacle}.")
     return "transformers", obstacle
 
@@ -145,19 +145,19 @@ def _obstacle(refuse: bool) -> str | None:
     return None
 
 
-def start_backend(wanted: str) -> str:
+def start_backend(name: str) -> str:
     """Import unsloth if it is to be used, and say in one line what was chosen and why; returns the backend.
 
     Raises:
         InputError, PatchError: as `choose_backend`.
     """
-    backend, why = choose_backend(wanted)
+    backend, why = choose_backend(name)
     if backend == "unsloth":
         import_module("unsloth")
     if not _said:
-        name = f"{backend} {installed_version(backend)}"
-        print(f"backend: {name} ({why})")
-        _said.append(name)
+        label = f"{backend} {installed_version(backend)}"
+        print(f"backend: {label} ({why})")
+        _said.append(label)
     return backend
 
 

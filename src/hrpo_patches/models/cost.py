@@ -64,12 +64,12 @@ def costs(source: str, thinking: ThinkingConfig) -> list[Cost]:
     config = config_that_thinks(source, thinking)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    whole = sum(p.numel() for name, p in model.named_parameters() if not is_thinking_parameter(name))
+    parameters = sum(p.numel() for name, p in model.named_parameters() if not is_thinking_parameter(name))
     backbone = model.get_decoder()
     added = [_cost(name, getattr(backbone, name)) for name in MODULES]
     linear = _cost("", model).multiply_adds - sum(row.multiply_adds for row in added)
     size = config.vocab_size * config.hidden_size
-    return [Cost("base model", whole, linear), *added, Cost("embedding residual", 0, size)]
+    return [Cost("base model", parameters, linear), *added, Cost("embedding residual", 0, size)]
 
 
 def table_of(rows: list[Cost], title: str) -> Table:

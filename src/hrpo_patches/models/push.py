@@ -240,7 +240,7 @@ def asking_the_hub(what: str) -> Iterator[None]:
         raise SaveError(f"{what} failed: {why.rstrip('.')}.") from error
 
 
-def held_files(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
+def files_on_hub(api: HfApi, repo_id: str, revision: str | None) -> set[str]:
     """The files of a repository at a revision; empty where one of them does not exist."""
     try:
         info = api.model_info(repo_id, revision=revision)
@@ -292,17 +292,17 @@ def push(
     check_token(token)
     api = HfApi(token=token)
     with asking_the_hub(f"pushing to {repo_id}"):
-        held = held_files(api, repo_id, revision)
-        names = ", ".join(sorted(held)[:4]) + (", ..." if len(held) > 4 else "")
+        existing = files_on_hub(api, repo_id, revision)
+        names = ", ".join(sorted(existing)[:4]) + (", ..." if len(existing) > 4 else "")
         require(
-            not held or others != "refuse",
+            not existing or others != "refuse",
             f"{repo_id} already holds files ({names}); push to another name or another --revision, or replace them by "
             f"--overwrite.",
         )
         repo_id = open_repository(api, repo_id, private)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        stale = held_files(api, repo_id, revision) - set(files) if others != "keep" else set()  # or what main has
+        stale = files_on_hub(api, repo_id, revision) - set(files) if others != "keep" else set()  # or what main has
         api.create_commit(
             repo_id,
             [

@@ -51,7 +51,7 @@ def trained_thinking(model: nn.Module) -> dict[str, Tensor]:
         InputError: several adapters are active, or none, so that it is not clear whose weights they are.
     """
     base = causal_lm(model)
-    found: dict[str, Tensor] = {}
+    weights: dict[str, Tensor] = {}
     trained = False
     for name, module in base.named_modules():
         if name.rpartition(".")[2] not in MODULES:
@@ -62,8 +62,8 @@ def trained_thinking(model: nn.Module) -> dict[str, Tensor]:
                 raise InputError(f"{name} has the active adapters {active}; one must be set to be saved or merged.")
             module, trained = module.modules_to_save[active[0]], True
         trained |= not all(part.is_fresh() for part in module.modules() if isinstance(part, ThinkingModule))
-        found |= {f"{name}.{parameter}": value for parameter, value in module.named_parameters()}
-    return found if trained else {}
+        weights |= {f"{name}.{parameter}": value for parameter, value in module.named_parameters()}
+    return weights if trained else {}
 
 
 def guard_saving(model: object) -> None:

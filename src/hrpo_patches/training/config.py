@@ -159,7 +159,7 @@ class ThinkingArguments(_Arguments):
             try:
                 thinking = json.loads(thinking)
             except ValueError as error:
-                raise InputError(f"thinking is no JSON: {error}.") from None
+                raise InputError(f"thinking is not valid JSON: {error}.") from None
         require(
             isinstance(thinking, (ThinkingConfig, dict, type(None))),
             f"thinking must be a ThinkingConfig or a dict of its options, not {thinking!r}.",

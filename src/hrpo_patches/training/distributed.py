@@ -71,7 +71,7 @@ class InShards(_Trainer):
                 raise
             name, why = f"checkpoint-{self.state.global_step}", " ".join(str(error).split())
             raise SaveError(
-                f"{name} could not be written to {self.args.output_dir} ({why}); those before it are whole: make "
+                f"{name} could not be written to {self.args.output_dir} ({why}); those before it are complete: make "
                 f"room, and resume from the last one (--resume_from_checkpoint latest)."
             ) from error
 
@@ -131,14 +131,14 @@ class InShards(_Trainer):
         named = "adapter_model.safetensors" if peft else "model*.safetensors"
         files = sorted(Path(resume_from_checkpoint).glob(named))
         with _whole_files(resume_from_checkpoint):
-            held = {name: value for file in files for name, value in load_file(file).items()}
+            saved = {name: value for file in files for name, value in load_file(file).items()}
         own = get_peft_model_state_dict(self.model) if peft else self.model.state_dict(keep_vars=True)
         # safetensors holds one of several names of a weight.
-        tied = {name for name in own.keys() - held.keys() if any(own[name] is own.get(other) for other in held)}
-        other = ", ".join(sorted(held.keys() ^ (own.keys() - tied))[:1])
+        tied = {name for name in own.keys() - saved.keys() if any(own[name] is own.get(other) for other in saved)}
+        other = ", ".join(sorted(saved.keys() ^ (own.keys() - tied))[:1])
         require(not other, f"{resume_from_checkpoint} is not of this model: {other} is in one of them only.")
         with torch.no_grad():
-            for name, value in held.items():
+            for name, value in saved.items():
                 own[name].copy_(like(value, own[name].detach()))
 
 

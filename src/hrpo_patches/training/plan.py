@@ -147,10 +147,10 @@ def plan(config: PreTrainedConfig, shapes: Shapes) -> Plan:
     with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True), living:
         warnings.simplefilter("ignore", FutureWarning)  # names that the oldest transformers needs
         model = model.to_empty(device="cpu")
-        held = living.now
-        rollout = _rollout(model, shapes, living) - held
-        loss = _loss(model, shapes, living) - held
-    weights, engine = held - trained, 0
+        base = living.now
+        rollout = _rollout(model, shapes, living) - base
+        loss = _loss(model, shapes, living) - base
+    weights, engine = base - trained, 0
     if shapes.engine == "vllm":
         engine = weights + rollout
         rollout = 0
@@ -204,20 +204,20 @@ def _loss(model: PeftModel, shapes: Shapes, living: _Living) -> int:
     return living.most
 
 
-def table_of(found: Plan, title: str) -> Table:
+def table_of(estimate: Plan, title: str) -> Table:
     """The plan as a table, in GiB."""
     table = Table(title=title, caption="GiB on one device; what a process takes before it has a model comes on top.")
     table.add_column("", no_wrap=True)
     table.add_column("GiB", justify="right")
     rows = {
-        "weights": found.weights,
-        "adapter": found.trained,
-        "optimizer": found.optimizer,
-        "vLLM": found.engine,
-        "rollout (temporary)": found.rollout,
-        "loss and gradient (temporary)": found.loss,
+        "weights": estimate.weights,
+        "adapter": estimate.trained,
+        "optimizer": estimate.optimizer,
+        "vLLM": estimate.engine,
+        "rollout (temporary)": estimate.rollout,
+        "loss and gradient (temporary)": estimate.loss,
     }
     for name, size in rows.items():
         table.add_row(name, f"{size / GIB:.2f}", end_section=name.startswith("loss"))
-    table.add_row("peak", f"{found.peak / GIB:.2f}")
+    table.add_row("peak", f"{estimate.peak / GIB:.2f}")
     return table

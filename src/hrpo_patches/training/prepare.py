@@ -32,7 +32,7 @@ def policy(
 ) -> str | Model:
     """`model` as the run trains it: with the thinking modules, unless it is plain GRPO.
 
-    A name is loaded here where thinking is to be said, with `args.model_init_kwargs` as TRL would.
+    If thinking is configured, a model's name is loaded here, with `args.model_init_kwargs` as TRL would.
 
     Raises:
         InputError: the model cannot think, thinks in another way already, or is told to in two ways.
@@ -96,7 +96,7 @@ def with_thinking_modules(
         return None
     if not isinstance(model, str) and backend_of(model).own_adapters:
         raise InputError(
-            "this model runs unsloth's forward, which needs an adapter that unsloth made; leave peft_config out, and "
+            "this model runs unsloth's forward, which needs an adapter that unsloth made; remove peft_config, and "
             "wrap the model with FastLanguageModel.get_peft_model(model, ..., modules_to_save=[...])."
         )
     if getattr(peft_config, "bias", None) == "lora_only" and Version(version("peft")) < Version("0.21"):

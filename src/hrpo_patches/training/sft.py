@@ -264,8 +264,8 @@ class HRPOSFTTrainer(ThinkingTrainer):
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         output = super().evaluation_loop(*args, **kwargs)
         prefix = kwargs.get("metric_key_prefix", "eval")
-        found = self._accuracies(self) if self._accuracies is not None else {}
-        output.metrics.update({f"{prefix}_{name}": value for name, value in found.items()})
+        accuracies = self._accuracies(self) if self._accuracies is not None else {}
+        output.metrics.update({f"{prefix}_{name}": value for name, value in accuracies.items()})
         output.metrics[f"{prefix}_stage"] = self.curriculum.stage
         return output
 
