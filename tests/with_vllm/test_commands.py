@@ -58,6 +58,16 @@ def test_a_sampled_evaluation_that_is_resumed_is_the_whole_one(folder):
     assert list(complete(model, tokenizer, ids, Decoding(**vars(way) | {"seed": 7}))) != whole
 
 
+def test_a_completion_ends_at_the_end_tokens_that_the_adapter_has(folder):
+    model, tokenizer = open_model(str(folder / "adapter"))
+    ids = [tokenizer(text)["input_ids"] for text in ("Hi", "Why?")]
+    ((_, whole),) = complete(model, tokenizer, ids, Decoding(16, True))
+    model.generation_config.eos_token_id = [whole[0][4]]  # as `load_adapter` takes them from the adapter's folder
+    expected = list(complete(model, tokenizer, ids, Decoding(16, True)))
+    assert len(expected[0][1][0]) <= 5
+    assert list(complete(model, tokenizer, ids, Decoding(16, True, engine="vllm"))) == expected
+
+
 def test_what_vllm_cannot_do_in_an_evaluation_is_said_and_auto_takes_another(folder):
     model, _ = open_model(str(folder / "adapter"))
     for options, why in (

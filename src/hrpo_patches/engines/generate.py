@@ -10,6 +10,7 @@ from trl.trainer.utils import pad
 
 from hrpo_patches.engines.base import Completions, Sampling, check_prompts
 from hrpo_patches.thinking.backbone import causal_lm, temporarily
+from hrpo_patches.thinking.decoding import end_ids
 from hrpo_thinking.inputs import ThinkingInputs
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class GenerateEngine:
         if not (sampling.thinking and sampling.return_dict_in_generate):
             # Without a record there is no mask of what was sampled; the end tokens tell.
             tokens = out.sequences if sampling.return_dict_in_generate else out
-            return Completions([_up_to_end(row, sampling.eos_token_id) for row in tokens[:, own].tolist()])
+            return Completions([_up_to_end(row, end_ids(sampling)) for row in tokens[:, own].tolist()])
         tokens, kept = out.sequences[:, own].cpu(), out.attention_mask[:, own].cpu().bool()
         # The states keep the forced thoughts: they are columns of the replay, though no text.
         completions = [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
@@ -56,7 +57,6 @@ class GenerateEngine:
         return Completions(completions, thinking=thinking, ratio=out.thinking_ratio)
 
 
-def _up_to_end(row: list[int], ends: int | list[int] | None) -> list[int]:
+def _up_to_end(row: list[int], ends: list[int]) -> list[int]:
     """A completion without the padding behind its end token, which is kept."""
-    known = {ends} if isinstance(ends, int) else set(ends or ())
-    return next((row[: i + 1] for i, token in enumerate(row) if token in known), row)
+    return next((row[: i + 1] for i, token in enumerate(row) if token in ends), row)

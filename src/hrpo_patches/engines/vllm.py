@@ -25,6 +25,7 @@ from trl.generation.vllm_generation import VLLMGeneration
 
 from hrpo_patches.engines.base import NOT_FINITE, Completions, Sampling
 from hrpo_patches.thinking.backbone import causal_lm, ratio_of, temporarily, thinking_backbone
+from hrpo_patches.thinking.decoding import end_ids
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.inputs import ThinkingInputs
@@ -143,6 +144,14 @@ class ThinkingVLLM(VLLMGeneration):
                 own["kv_cache_memory_bytes"] = CACHE
         return own
 
+    def _filler_id(self) -> int | None:
+        """The id of the token that vLLM takes for a forced thought; None where the tokenizer lacks it."""
+        thinking = ThinkingConfig.of(causal_lm(self.model).config)
+        if self._filler is not None or thinking is None:
+            return self._filler
+        tokenizer: Any = self.processing_class
+        return tokenizer.get_vocab().get(thinking.filler)
+
     def sync_weights(self) -> None:
         if (
             self.accelerator.device.type == "cpu"
@@ -208,10 +217,20 @@ class ThinkingVLLM(VLLMGeneration):
         """As `Engine.complete`, by the sampling alone, whatever training asks this engine for.
 
         Each completion has a seed of its own, drawn from torch's generator.
+
+        Raises:
+            InputError: the filler of the sampling's forced thoughts is not the one that this engine was started with.
         """
-        forced = sampling.thoughts or 0
+        forced, filler = sampling.thoughts or 0, self._filler_id()
+        if forced and sampling.filler_token_id not in (None, filler):
+            raise InputError(
+                f"this vLLM engine was started with the filler token {filler}, and filler_token_id is "
+                f"{sampling.filler_token_id}; start another engine for it."
+            )
         seeds = torch.randint(2**31, (len(prompts),)).tolist()
-        own = {"thinking": bool(sampling.thinking), "forced": forced, "seeds": seeds, "generation_kwargs": {}}
+        # vLLM has its own end tokens from the files of the base model; an adapter may have been trained with others.
+        ends = {"ignore_eos": True, "stop_token_ids": end_ids(sampling)}
+        own = {"thinking": bool(sampling.thinking), "forced": forced, "seeds": seeds, "generation_kwargs": ends}
         own |= {"max_completion_length": sampling.max_new_tokens}
         own |= {"temperature": sampling.temperature if sampling.do_sample else 0.0}
         with temporarily(self, **own, top_p=1.0, top_k=0, min_p=None, repetition_penalty=1.0):

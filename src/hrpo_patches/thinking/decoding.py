@@ -25,7 +25,7 @@ from hrpo_thinking.parts import FALLBACK, RESIDUALS, parts_of
 from hrpo_thinking.request import check_room
 
 if TYPE_CHECKING:  # transformers is importing this module
-    from transformers import PreTrainedTokenizerBase, StoppingCriteriaList
+    from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
     from transformers.utils import ModelOutput
 
     from hrpo_patches.thinking.backbone import Model
@@ -71,10 +71,15 @@ def by_temperature(model: Model) -> AbstractContextManager[None]:
 
 def ends_of(model: Model, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """The token ids that end a completion, as in training: the model's, and the tokenizer's end token."""
-    own = causal_lm(model).generation_config.eos_token_id
-    ends = [] if own is None else list(own) if isinstance(own, list) else [own]
+    ends = end_ids(causal_lm(model).generation_config)
     end: Any = tokenizer.eos_token_id
     return ends if end is None or end in ends else [end, *ends]
+
+
+def end_ids(generation_config: GenerationConfig) -> list[int]:
+    """The token ids that end a completion by this config, which holds one, several or none."""
+    ends = getattr(generation_config, "eos_token_id", None)
+    return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
 
 
 def refuse_thinking(generation_config: Any, what: str) -> None:
@@ -141,11 +146,11 @@ def check_request(
 
 def check_filler(model: Model, generation_config: Any) -> None:
     """Raise `InputError` unless the filler of forced thoughts is a token of the model that ends no completion."""
-    filler, ends = generation_config.filler_token_id, generation_config.eos_token_id
+    filler = generation_config.filler_token_id
     table: Any = model.get_input_embeddings().weight  # (V, d)
     if not isinstance(filler, int) or not 0 <= filler < len(table):
         raise InputError(f"filler_token_id must be the id of one of the model's tokens, not {filler!r}.")
-    if filler in (ends if isinstance(ends, list) else [ends]):
+    if filler in end_ids(generation_config):
         raise InputError(f"the filler of forced thoughts, token {filler}, ends a completion; name another one.")
 
 
