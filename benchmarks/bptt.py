@@ -26,7 +26,7 @@ from rich.progress import track
 from rich.table import Table
 
 from hrpo_patches import HRPOConfig, HRPOTrainer, ThinkingConfig
-from hrpo_patches.commands.main import said
+from hrpo_patches.commands.main import exit_status
 from hrpo_patches.models.base import load_model
 from hrpo_patches.thinking.replay import replay_forward
 
@@ -222,4 +222,4 @@ def main(flags: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(said(main))
+    sys.exit(exit_status(main))

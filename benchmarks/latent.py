@@ -28,7 +28,7 @@ from safetensors.torch import load_model, save_model
 from torch.nn.functional import cross_entropy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from hrpo_patches.commands.main import said
+from hrpo_patches.commands.main import exit_status
 from hrpo_patches.thinking.controls import CONTROLS, controlled
 from hrpo_patches.thinking.replay import replay_forward
 
@@ -358,4 +358,4 @@ def main(flags: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(said(main))
+    sys.exit(exit_status(main))

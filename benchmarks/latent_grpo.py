@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from hrpo_patches import HRPOConfig, HRPOTrainer
-from hrpo_patches.commands.main import said
+from hrpo_patches.commands.main import exit_status
 from hrpo_patches.thinking.replay import replay_forward
 
 
@@ -168,4 +168,4 @@ def main(flags: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(said(main))
+    sys.exit(exit_status(main))

@@ -27,7 +27,7 @@ from rich.table import Table
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hrpo_patches import HRPOConfig, HRPOTrainer, ThinkingConfig
-from hrpo_patches.commands.main import said
+from hrpo_patches.commands.main import exit_status
 from hrpo_patches.models.base import load_model
 from hrpo_patches.models.smollm2 import SMOLLM2
 
@@ -166,4 +166,4 @@ def main(flags: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(said(main))
+    sys.exit(exit_status(main))

@@ -3,7 +3,7 @@
 import sys
 
 from hrpo_patches.commands.main import evaluate as main
-from hrpo_patches.commands.main import said
+from hrpo_patches.commands.main import exit_status
 
 if __name__ == "__main__":
-    sys.exit(said(main))
+    sys.exit(exit_status(main))

@@ -3,9 +3,9 @@
 import sys
 from functools import partial
 
-from hrpo_patches.commands.main import said, train
+from hrpo_patches.commands.main import exit_status, train
 
 main = partial(train, task="math", prog="hrpo_math.py")
 
 if __name__ == "__main__":
-    sys.exit(said(main))
+    sys.exit(exit_status(main))

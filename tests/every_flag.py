@@ -22,7 +22,7 @@ import hrpo_patches  # noqa: F401  before transformers
 from rich.progress import track
 from tiny import byte_tokenizer, tiny_model
 
-from hrpo_patches.commands.main import said, train
+from hrpo_patches.commands.main import exit_status, train
 from hrpo_patches.commands.train_flags import TrainingFlags
 
 # They are of this script, take minutes (a compiler) or reach out (a login).
@@ -65,7 +65,7 @@ def tried(command, folder, name, *values):
     said_out, said_err = StringIO(), StringIO()
     try:
         with redirect_stdout(said_out), redirect_stderr(said_err):
-            status = said(train, [*command, "--output_dir", str(folder), f"--{name}", *values])
+            status = exit_status(train, [*command, "--output_dir", str(folder), f"--{name}", *values])
     except SystemExit as error:
         return "TRACEBACK", f"SystemExit: {error}"
     except Exception as error:

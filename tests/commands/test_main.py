@@ -1,5 +1,6 @@
 """`python -m hrpo_patches`."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -89,7 +90,21 @@ def test_a_command_hides_what_libraries_say_of_each_others_names_and_nothing_els
         warnings.warn("`loss` is deprecated and will be removed in v6.", FutureWarning, stacklevel=1)
 
     with pytest.warns(FutureWarning) as shown:
-        assert cli.said(entry, []) == 0
+        assert cli.exit_status(entry, []) == 0
     assert [str(warning.message)[:6] for warning in shown] == ["`loss`"]
     with pytest.warns(FutureWarning, match="gradient_checkpointing"):  # a program that is no command sees it
         warnings.warn(old, FutureWarning, stacklevel=1)
+
+
+@pytest.mark.parametrize(("rank", "printed"), [("0", "3 of 4\nlonger\n"), ("1", "")])
+def test_what_the_library_logs_is_printed_by_the_first_process(monkeypatch, capsys, rank, printed):
+    logger = logging.getLogger("hrpo_patches.tasks.prompts")
+    monkeypatch.setenv("RANK", rank)
+
+    def entry(argv):
+        logger.info("3 of 4")
+        logger.warning("longer")
+
+    assert cli.exit_status(entry, []) == 0
+    assert capsys.readouterr().err == printed
+    assert not logging.getLogger("hrpo_patches").handlers

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from transformers import TrainerCallback
 
 from hrpo_patches import NonFiniteError
-from hrpo_patches.commands.main import said
+from hrpo_patches.commands.main import exit_status
 from hrpo_patches.monitor.nonfinite import refuse_nonfinite
 
 
@@ -96,7 +96,7 @@ def test_a_script_says_it_in_a_sentence(capsys):
     def main(argv):
         raise NonFiniteError("a gradient of step 3 is not finite")
 
-    assert said(main, []) == 2
+    assert exit_status(main, []) == 2
     assert capsys.readouterr().err == "error: a gradient of step 3 is not finite\n"
 
 

@@ -6,12 +6,13 @@ So that a version that cannot be patched is a sentence, and unsloth can be impor
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import ExitStack, redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from difflib import get_close_matches
 from importlib import import_module
 from typing import Any
@@ -99,18 +100,18 @@ def main(argv: Written | None = None) -> int:
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(COMMANDS)}."
         print(f"error: unknown command {argv[0]!r}; {hint}", file=sys.stderr)
         return 2
-    return said(COMMANDS[argv[0]][0], argv[1:])
+    return exit_status(COMMANDS[argv[0]][0], argv[1:])
 
 
-def said(entry: Callable[[Written], Any], argv: Written | None = None) -> int:
-    """Run `entry` for a person: what they can mend is one sentence and exit status 2, not a traceback.
+def exit_status(entry: Callable[[Written], Any], argv: Written | None = None) -> int:
+    """Run `entry` for a person; an error that they can fix is one sentence and status 2, not a traceback.
 
-    Where stderr is a file or a pipe, no library redraws a bar in it.
+    What the library logs is printed on stderr. Where that is a file or a pipe, no library redraws a bar in it.
     """
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # which tqdm reads when it is imported
     try:
-        with warnings.catch_warnings():
+        with _messages(), warnings.catch_warnings():
             warnings.filterwarnings("ignore", OLD_NAMES, FutureWarning)
             status = entry(sys.argv[1:] if argv is None else argv)
     except (InputError, NonFiniteError, PatchError, SaveError) as error:
@@ -128,6 +129,28 @@ def _complain(sentence: str) -> None:
     from tqdm import tqdm
 
     tqdm.write(f"error: {sentence}", file=sys.stderr)  # which makes room beside a bar
+
+
+class _Printed(logging.Handler):
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a message beside the bars of others."""
+        from tqdm import tqdm
+
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+@contextmanager
+def _messages() -> Iterator[None]:
+    """Within, what this package logs is printed; of several processes, the first prints."""
+    logger, printed = logging.getLogger("hrpo_patches"), _Printed()
+    level = logger.level
+    logger.addHandler(printed)
+    logger.setLevel(logging.ERROR if int(os.environ.get("RANK", 0)) else logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(printed)
+        logger.setLevel(level)
 
 
 def no_room(error: Exception) -> str | None:
