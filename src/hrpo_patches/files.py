@@ -46,7 +46,7 @@ def create(path: Path, text: str) -> None:
     """Write a text to a file that is not there yet.
 
     Raises:
-        InputError: there is one meanwhile; the text is in another file beside it, which the message names.
+        InputError: another process has created one; the text is in a file beside it, which the message names.
     """
     building = path.with_name(path.name + ".whole")
     with _named(path):
@@ -54,7 +54,10 @@ def create(path: Path, text: str) -> None:
     try:
         os.link(building, path)  # which replaces nothing
     except FileExistsError:
-        raise InputError(f"{path} has come into being meanwhile; the results are in {building}.") from None
+        raise InputError(
+            f"{path} was created by another process while this one ran, and is not overwritten. The results are in "
+            f"{building}; rename that file."
+        ) from None
     building.unlink()
 
 

@@ -56,7 +56,16 @@ def test_test_problems_are_others_and_answers_are_graded_by_name():
     assert task.is_right(problem, f" {gold}.") and not task.is_right(problem, "nobody")
 
 
-@pytest.mark.parametrize("option", ["moves=0", "moves=3-2", "moves=x", "names=2", "step=none", "asked=5", "colour=1"])
-def test_an_option_that_cannot_be_is_refused_by_name(option):
-    with pytest.raises(InputError, match=option):
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        *((f"moves={value}", f"moves must be N or N-M, .* not '{value}'") for value in ("0", "3-2", "x", "", "-1")),
+        ("names=2", "names must be 0 or 1, not '2'"),
+        ("step=none", "step must be holder or all, not 'none'"),
+        ("asked=5", "asked must be a number from 0 to 4, not '5'"),
+        ("colour=1", "unknown option 'colour'; the options are moves, names"),
+    ],
+)
+def test_an_option_that_cannot_be_is_refused_with_its_values(option, message):
+    with pytest.raises(InputError, match=message):
         find_task(f"passing?{option}", None)

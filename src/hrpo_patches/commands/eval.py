@@ -166,7 +166,8 @@ def opened(arguments: EvalArguments) -> tuple[Any, PreTrainedTokenizerBase, str]
     )
     require(
         not arguments.thinking or marker == thinking.answer_start,
-        f"this model was trained to stop thinking at {thinking.answer_start!r}, not at {marker!r}.",
+        f"--answer_start {marker!r} cannot be used with a model that was trained to stop thinking at "
+        f"{thinking.answer_start!r}; remove it, or add --no-thinking.",
     )
     if arguments.forced:
         check_filler(model, generation)

@@ -16,8 +16,13 @@ class Progressed:
     """What an evaluation has done so far, in a file beside its results: the settings, then a line for each batch.
 
     Raises:
-        InputError: the file is damaged, in use, or belongs to an evaluation with other settings.
+        InputError: the file belongs to an evaluation with other settings, or is damaged.
+
+    Attributes:
+        batches: the samples of each batch so far.
     """
+
+    batches: list[list[dict[str, Any]]]
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.path = out.with_name(out.name + ".part")
@@ -31,18 +36,26 @@ class Progressed:
             raise InputError(f"{out} cannot be written: {error.strerror}.") from None
         lines = self.path.read_text(errors="replace").splitlines(keepends=True)
         complete = [line for line in lines if line.endswith("\n")]  # a kill may cut the last one
-        try:
-            before, *batches = [json.loads(line) for line in complete] or [settings]
-        except ValueError as error:
-            raise InputError(f"{self.path} is damaged ({error}); remove it, or give another --out.") from None
-        if before != settings:
-            other = sorted(key for key in settings if not isinstance(before, dict) or before.get(key) != settings[key])
+        header, *self.batches = [self._read(number, line) for number, line in enumerate(complete, 1)] or [settings]
+        if other := sorted(name for name in settings if header.get(name) != settings[name]):
             raise InputError(
                 f"{self.path} belongs to another evaluation (other {', '.join(other)}); give another --out, or remove "
-                f"it."
+                f"the file."
             )
-        self.batches: list[list[dict[str, Any]]] = batches
         self.path.write_text("".join(complete) or json.dumps(settings) + "\n")
+
+    def _read(self, number: int, line: str) -> Any:
+        """What a line holds: the settings in the first, in others a list of samples."""
+        try:
+            content = json.loads(line)
+        except ValueError:
+            content = None
+        if not isinstance(content, dict if number == 1 else list):
+            raise InputError(
+                f"line {number} of {self.path} is not what an evaluation writes there: the file is damaged. Remove it "
+                f"to begin again, or give another --out."
+            )
+        return content
 
     def add(self, samples: list[dict[str, Any]]) -> None:
         """Write one batch's samples, in one call of the operating system."""

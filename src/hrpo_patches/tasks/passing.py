@@ -8,6 +8,7 @@ problems of 4 to 16 moves, with the second set of names.
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
@@ -23,6 +24,14 @@ THINGS = (("ball", "book", "hat", "key", "cup"), ("coin", "pen", "ring", "box", 
 CYCLES = ("{0} gives to {1}, {1} to {2}, {2} to {0}.", "{0} passes on to {1}, who passes to {2}, who passes to {0}.")
 SWAPS = ("{0} and {1} swap, {2} and {3} swap.", "{0} trades with {1}, and {2} trades with {3}.")
 STEPS = ("holder", "all")
+OPTIONS = {  # and the values of each
+    "moves": "N or N-M, two numbers from 1 on, the smaller one first",
+    "names": "0 or 1",
+    "things": "0 or 1",
+    "phrasing": "0 or 1",
+    "step": " or ".join(STEPS),
+    "asked": "a number from 0 to 4",
+}
 
 
 @dataclass(frozen=True)
@@ -88,6 +97,17 @@ def same_name(gold: str, answer: str) -> bool:
     return answer.strip().rstrip(".").casefold() == gold.casefold()
 
 
+def _value(option: str, text: str) -> int | str | tuple[int, int] | None:
+    """An option's value in a task's name; None if it cannot have this one."""
+    if option == "step":
+        return text if text in STEPS else None
+    if option == "moves":
+        pair = re.fullmatch(r"(\d+)(?:-(\d+))?", text, re.ASCII)
+        fewest, most = (int(pair[1]), int(pair[2] or pair[1])) if pair else (0, 0)
+        return (fewest, most) if 1 <= fewest <= most else None
+    return int(text) if text in list("01234" if option == "asked" else "01") else None
+
+
 def passing(name: str, size: int, seed: int) -> Passing:
     """The task `passing?option=value&...`, with `size` problems.
 
@@ -95,23 +115,12 @@ def passing(name: str, size: int, seed: int) -> Passing:
         InputError: the option is unknown, or cannot have this value.
     """
     options: dict[str, Any] = {}
-    for key, value in parse_qsl(name.partition("?")[2], keep_blank_values=True):
-        try:
-            if key == "moves":
-                low, _, high = value.partition("-")
-                options[key] = (int(low), int(high or low))
-                assert 1 <= options[key][0] <= options[key][1]
-            elif key in ("names", "things", "phrasing", "asked"):
-                options[key] = int(value)
-                assert options[key] in range(5 if key == "asked" else 2)
-            else:
-                assert key == "step" and value in STEPS
-                options[key] = value
-        except (ValueError, AssertionError):
-            raise InputError(
-                f"{NAME} has no option {key}={value}; there are moves=N or moves=N-M, names, things and phrasing of 0 "
-                f"or 1, step of {' or '.join(STEPS)}, and asked from 0 to 4."
-            ) from None
+    for option, value in parse_qsl(name.partition("?")[2], keep_blank_values=True):
+        if option not in OPTIONS:
+            raise InputError(f"--task {name}: unknown option {option!r}; the options are {', '.join(OPTIONS)}.")
+        if (read := _value(option, value)) is None:
+            raise InputError(f"--task {name}: {option} must be {OPTIONS[option]}, not {value!r}.")
+        options[option] = read
     return Passing(
         name=NAME,
         train=(),
