@@ -1,7 +1,6 @@
 """`eval` as a person runs it: what it writes, how it goes on after a kill, and what it refuses."""
 
 import json
-import re
 import shutil
 from pathlib import Path
 
