@@ -1,8 +1,9 @@
 """Do thoughts carry anything on language? Five people pass things on, and one thought replaces a whole sentence.
 
 A problem is `passing`'s: a line of English per move, then a question; the moves generate A5, so that no fixed number
-of layers follows long chains. A written step is a sentence ("After move 3, Bob has the ball.", eight or nine tokens),
-and `hrpo sft` replaces it by one thought. All arms of a seed go on from one model, which writes all steps:
+of layers follows long chains. A written step is a sentence ("After move 3, Bob has the ball.", eleven tokens), and
+`hrpo sft` replaces it by one thought. The model is SmolLM2-135M, pretrained and whole. All arms of a seed start from
+one model, which writes all steps:
 
     exact       thoughts, the exact gradient through them
     published   thoughts, their states as constants (--bptt 0)
@@ -14,14 +15,14 @@ and `hrpo sft` replaces it by one thought. All arms of a seed go on from one mod
 The verdict, written before the first run. Thoughts carry the moves on language if, at the most moves that were trained
 (16 for the claim; fewer is a pilot and says nothing about depth), in each of three seeds:
 
-    exact - fillers >= 0.30, also for fillers with twice the layers (--layers)
+    exact - fillers >= 0.30
     swapped thoughts give the partner's answer for at least half of the problems
     exact, thoughts zeroed <= 0.30 (chance is 0.20)
 
 The gradient through the thoughts is needed for it if exact - published >= 0.10 in each seed.
 
     python benchmarks/tracking.py OUT --seeds 0 1 2                  # the claim: days on two cores
-    python benchmarks/tracking.py OUT --moves 4 --start_steps 200 300 --steps 300 --arms exact fillers
+    python benchmarks/tracking.py OUT --moves 6 --start_steps 100 80 130 150 --steps 320 --arms exact fillers
 
 Each part is a folder under OUT, and what is complete there is not run again; an interrupted part is resumed. The
 table goes to OUT/tracking.md, and its numbers to OUT/tracking.json.
@@ -34,11 +35,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import matplotlib.pyplot as plt
 import torch
+from tokenizers import Tokenizer
 
 import hrpo_patches  # noqa: F401  before transformers
 from hrpo_patches.models.base import load_model
+from hrpo_patches.tasks.passing import passing
+from hrpo_patches.tasks.prompts import prompt_of
 
 ARMS = ("exact", "published", "fillers", "embedding", "fit", "written")
 FLAGS = {
@@ -50,7 +56,7 @@ FLAGS = {
 }
 RATES = ("lr", "lr_thinking_projection", "lr_residual_gate", "lr_residual_Lambda")
 FLAGS["fit"] += [word for name in RATES for word in (f"--{name}", "0")]
-TOKENS_A_STEP = 10
+TOKENS_A_STEP = 11
 
 
 def hrpo(*words: object) -> None:
@@ -65,7 +71,7 @@ def task_of(moves: object) -> str:
 
 
 def base_of(out: Path, layers: int) -> Path:
-    """The pretrained model's first layers, as a folder."""
+    """The pretrained model's first layers, with the tokens that the task's texts consist of, as a folder."""
     folder = out / f"base-{layers}"
     if not (folder / "model.safetensors").is_file():
         model, tokenizer = load_model("smollm2-135m", None, dtype=torch.float32)
@@ -73,9 +79,53 @@ def base_of(out: Path, layers: int) -> Path:
         model.config.num_hidden_layers = layers
         if getattr(model.config, "layer_types", None):
             model.config.layer_types = model.config.layer_types[:layers]
+        tokenizer = with_fewer_tokens(model, tokenizer, texts())
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     return folder
+
+
+def texts() -> list[str]:
+    """Texts with every word of the task."""
+    found = []
+    for names, things, phrasing in ((0, 0, 0), (1, 1, 1)):
+        task = passing(f"passing?moves=30&names={names}&things={things}&phrasing={phrasing}", 100, 0)
+        for row in task.generated(""):
+            found += [prompt_of(task, row["question"], "####", [], False), f"#### {row['answer'][0]}"]
+            found += [step + "\n" for step in row["steps"]]
+    return found
+
+
+def with_fewer_tokens(model: Any, tokenizer: Any, texts: list[str]) -> Any:
+    """Take from a model the tokens that these texts do not contain; its tokenizer without them.
+
+    Nothing else of the model changes: these texts have the same tokens, and their logits are the same numbers. Of
+    SmolLM2's 49,152 tokens some 500 are left, and neither the LM head nor its optimizer takes time any more.
+    """
+    spec = json.loads(tokenizer.backend_tokenizer.to_str())
+    vocabulary, merges = spec["model"]["vocab"], [tuple(pair) for pair in spec["model"]["merges"]]
+    name_of = {number: name for name, number in vocabulary.items()}
+    before = tokenizer(texts)["input_ids"]
+    wanted = [name_of[number] for row in before for number in row]
+    kept = {name for name in vocabulary if len(name) == 1} | {token["content"] for token in spec["added_tokens"]}
+    pairs: dict[str, list[tuple[str, str]]] = {}
+    for left, right in merges:
+        pairs.setdefault(left + right, []).append((left, right))
+    while wanted:  # a token, and the tokens that it is merged from
+        name = wanted.pop()
+        if name not in kept:
+            kept.add(name)
+            wanted += [part for pair in pairs.get(name, ()) for part in pair]
+    numbers = sorted(vocabulary[name] for name in kept)  # special tokens come first, and keep their numbers
+    spec["model"]["vocab"] = {name_of[number]: new for new, number in enumerate(numbers)}
+    spec["model"]["merges"] = [pair for pair in merges if {*pair, "".join(pair)} <= kept]
+    tokenizer._tokenizer = Tokenizer.from_str(json.dumps(spec))
+    if [[numbers[new] for new in row] for row in tokenizer(texts)["input_ids"]] != before:
+        raise RuntimeError("the texts have other tokens now")
+    embeddings = model.get_input_embeddings().weight.data[numbers].clone()
+    model.resize_token_embeddings(len(numbers))
+    model.get_input_embeddings().weight.data.copy_(embeddings)
+    return tokenizer
 
 
 def sft(folder: Path, model: Path, task: str, args: argparse.Namespace, seed: int, *words: object) -> Path:
@@ -86,7 +136,7 @@ def sft(folder: Path, model: Path, task: str, args: argparse.Namespace, seed: in
     hrpo(
         "sft", "--model_name", model, "--task", task, "--limit", args.problems, "--prompt", "plain", "--seed", seed,
         "--output_dir", folder, "--lora_rank", 0, "--bf16", "true", "--per_device_train_batch_size", args.batch,
-        "--max_completion_length", TOKENS_A_STEP * args.moves + 10, "--adam_beta2", 0.98, "--save_steps", 100,
+        "--max_completion_length", TOKENS_A_STEP * args.moves + 10, "--adam_beta2", 0.98, "--save_steps", 50,
         "--save_total_limit", 1, "--report", "false", "--logging_steps", 10, *words, *resumed,
     )  # fmt: skip
     return folder
@@ -95,8 +145,8 @@ def sft(folder: Path, model: Path, task: str, args: argparse.Namespace, seed: in
 def start(out: Path, args: argparse.Namespace, seed: int) -> Path:
     """A model that writes all steps: problems of two moves first, then of twice as many, and so on."""
     model, most = base_of(out, args.layers), 2
-    for steps in args.start_steps:
-        folder, task = out / f"{seed}-start-{most}", task_of(f"1-{most}")
+    for number, steps in enumerate(args.start_steps):
+        folder, task = out / f"{seed}-start-{number}", task_of(f"1-{most}")
         words = ("--until", 0, "--lr", args.start_lr, "--residual", "none", "--max_steps", steps)
         model = sft(folder, model, task, args, seed, *words)
         most = min(2 * most, args.moves)
@@ -108,7 +158,7 @@ def trained(out: Path, args: argparse.Namespace, seed: int, arm: str) -> Path:
     model = start(out, args, seed)
     if arm == "written":
         return model
-    words = ("--until", args.moves, "--lr", args.lr, "--max_steps", args.steps)
+    words = ("--until", args.moves, "--lr", args.lr, "--max_steps", args.steps, "--advance", args.advance)
     rule = ("--advance_loss", args.advance_loss, "--advance_batches", 15)
     return sft(out / f"{seed}-{arm}", model, task_of(f"1-{args.moves}"), args, seed, *words, *rule, *FLAGS[arm])
 
@@ -144,21 +194,40 @@ def table_of(found: dict[str, dict]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def draw(out: Path, seeds: list[int], arms: list[str], png: Path) -> None:
+    """Draw the steps that are thoughts, and the loss, over the optimizer's steps: a line per arm and seed."""
+    _, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), layout="constrained")
+    for seed in seeds:
+        for number, arm in enumerate(arm for arm in arms if arm not in ("written", "fit")):
+            log = json.loads((out / f"{seed}-{arm}" / "report.json").read_text())["log"]
+            rows = [row for row in log if "loss" in row]
+            style = {"color": f"C{number}", "label": arm if seed == seeds[0] else None}
+            left.plot([row["step"] for row in rows], [row["stage"] for row in rows], **style)
+            right.plot([row["step"] for row in rows], [row["loss"] for row in rows], **style)
+    left.set(xlabel="optimizer step", ylabel="sentences replaced by thoughts")
+    right.set(xlabel="optimizer step", ylabel="loss, nats per token", yscale="log")
+    left.legend()
+    plt.savefig(png, dpi=120)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--layers", type=int, default=6, help="of SmolLM2's 30, the first (default: 6)")
+    parser.add_argument(
+        "--layers", type=int, default=30, help="the first of SmolLM2's; fewer learn little (default: 30)"
+    )
     parser.add_argument("--moves", type=int, default=16, help="the most in training (default: 16)")
     parser.add_argument("--test", nargs="+", type=int, help="moves that are tested (default: a quarter, half, all)")
-    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--problems", type=int, default=20_000)
     parser.add_argument("--tested", type=int, default=200, help="problems of each read-out (default: 200)")
-    parser.add_argument("--start_steps", nargs="+", type=int, default=[300, 300, 400, 600])
-    parser.add_argument("--start_lr", type=float, default=5e-4)
+    parser.add_argument("--start_steps", nargs="+", type=int, default=[100, 100, 150, 300])
+    parser.add_argument("--start_lr", type=float, default=2e-4)
     parser.add_argument("--steps", type=int, default=2000, help="of an arm (default: 2000)")
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--advance", default="loss", help="when the next sentence is replaced (default: loss)")
     parser.add_argument("--advance_loss", type=float, default=0.06, help="chance is 0.18 (default: 0.06)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -172,6 +241,7 @@ def main() -> None:
     kept = {name: [one["scores"] for one in results.get("variations", [results])] for name, results in found.items()}
     (args.out / "tracking.json").write_text(json.dumps(kept, indent=1) + "\n")
     (args.out / "tracking.md").write_text(table_of(found))
+    draw(args.out, args.seeds, args.arms, args.out / "tracking.png")
     print(table_of(found))
 
 

@@ -1,0 +1,59 @@
+"""The experiment on language: the tokens that it leaves a model, and one run of it from end to end."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import processes
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+pytestmark = [pytest.mark.smollm2, pytest.mark.xdist_group("tracking")]
+SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tracking.py"
+QUESTION = (
+    "At the start, Bob has the ball, Alice has the book.\n1. Bob and Alice swap.\nAfter move 1, Alice has the ball."
+)
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory):
+    return tmp_path_factory.mktemp("tracking")
+
+
+def test_a_model_with_fewer_tokens_reads_the_same_words_and_computes_the_same_logits(smollm2, out, monkeypatch):
+    folder = runpy.run_path(str(SCRIPT))["base_of"](out, 2)
+    small, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    model, before = smollm2
+    monkeypatch.setattr(model.model, "layers", model.model.layers[:2])
+    ids, rows = tokenizer(QUESTION)["input_ids"], before(QUESTION)["input_ids"]
+    assert tokenizer.convert_ids_to_tokens(ids) == before.convert_ids_to_tokens(rows)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (before.eos_token_id, before.pad_token_id)
+    assert len(tokenizer) == small.config.vocab_size < 600
+    names = before.convert_tokens_to_ids(tokenizer.convert_ids_to_tokens(range(len(tokenizer))))
+    with torch.no_grad():
+        logits = small(torch.tensor([ids])).logits
+        torch.testing.assert_close(logits, model(torch.tensor([rows])).logits[..., names], rtol=0, atol=1e-4)
+
+
+def test_arms_are_trained_from_one_start_read_out_drawn_and_not_run_twice(smollm2, out, monkeypatch):
+    commands = []
+
+    def forked(command, **_):
+        commands.append(command[3])
+        done = processes.run(processes.module, *command[1:])
+        assert done.returncode == 0, done.stderr
+
+    monkeypatch.setattr("subprocess.run", forked)
+    flags = "--layers 2 --moves 2 --start_steps 1 --steps 1 --batch 2 --problems 16 --tested 2 --advance once --test 2"
+    monkeypatch.setattr(
+        sys, "argv", ["tracking.py", str(out), *flags.split(), "--arms", "exact", "fillers", "written"]
+    )
+    for _ in range(2):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    assert commands == ["sft", "sft", "eval", "sft", "eval", "eval"]
+    assert (out / "tracking.png").stat().st_size > 1000
+    found = json.loads((out / "tracking.json").read_text())
+    assert [len(found[f"0 {arm} 2"]) for arm in ("exact", "fillers", "written")] == [6, 1, 1]
+    assert "partner's answer" in (out / "tracking.md").read_text()
