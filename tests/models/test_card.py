@@ -38,6 +38,16 @@ def test_a_card_that_a_user_wrote_is_kept_and_one_of_a_library_is_not(tmp_path):
     assert "base_model: someone/base" in (tmp_path / "README.md").read_text()  # ours, which is written again
 
 
+@pytest.mark.parametrize("residual", ["projection", None], ids=["thinking", "plain"])
+def test_a_run_keeps_the_card_that_a_user_wrote_in_its_folder(tmp_path, residual):
+    (tmp_path / "README.md").write_text("# My model\n\nNotes.\n")
+    model = tiny_model("llama", thinking=None)
+    trainer = small_trainer(tmp_path, model=model, residual=residual, save_strategy="steps", save_steps=1)
+    trainer.train()
+    trainer.save_model()
+    assert "# My model\n\nNotes.\n" in (tmp_path / "README.md").read_text()
+
+
 def test_only_a_hub_id_is_public():
     assert public_name("Qwen/Qwen2.5-1.5B-Instruct") == "Qwen/Qwen2.5-1.5B-Instruct"
     assert public_name(str(cache_folder() / SMOLLM2)) == "HuggingFaceTB/SmolLM2-135M-Instruct"

@@ -16,7 +16,7 @@ from torch import nn, optim
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 from transformers.trainer_utils import HubStrategy
 
-from hrpo_patches.models.card import public_name, write_card
+from hrpo_patches.models.card import author_of, public_name, read_card, write_card
 from hrpo_patches.models.push import asking_the_hub, check_name, check_token, files_of, open_repository, push
 from hrpo_patches.models.record import THINKING_FILE, save_pauses, save_thinking
 from hrpo_patches.monitor.callback import ThinkingMonitor
@@ -100,9 +100,10 @@ class ThinkingTrainer(InShards):
             write_card(folder, self._base_model().config._name_or_path, self.method, list(self._tag_names))
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """As TRL's and transformers', but that of a model that thinks says so (`write_card`)."""
+        """As TRL's and transformers', but that of a model that thinks says so, and one that a user wrote is kept."""
         if self.args.residual is None:
-            super().create_model_card(*args, **kwargs)
+            if author_of(read_card(Path(self.args.output_dir))) != "the user":
+                super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():
             self.write_card(self.args.output_dir)
 
