@@ -506,5 +506,7 @@ def test_the_end_of_a_run_names_commands_that_work(tmp_path, capsys, residual):
     asked = commands[0][commands[0].index("--shots") :][:2], commands[0][commands[0].index("--max_new_tokens") :][:2]
     assert asked == (["--shots", "1"], ["--max_new_tokens", "8"])
     assert [words[1] for words in commands] == expected
+    first = json.loads(Path(words[words.index("--dataset") + 1]).read_text().splitlines()[0])["question"]
+    assert all(one[one.index("--prompt") + 1] == first for one in commands if one[1] == "think")
     for program, *words in commands:
         assert program == "hrpo" and cli(words) == 0, (words, capsys.readouterr().err)

@@ -100,11 +100,19 @@ class SFTFlags(HRPOSFTConfig):
 
 @dataclass
 class SFTRun:
-    """All that a command line says: what the run is about, the arguments of its trainer, and its words."""
+    """All that a command line says.
+
+    Attributes:
+        about: what the run is about.
+        config: of the trainer.
+        words: of the command line.
+        question: that of the first problem, once the problems are read.
+    """
 
     about: SFTArguments
     config: SFTFlags
     words: Written = field(default_factory=list)
+    question: str = ""
 
     def check(self) -> None:
         """Raise `InputError` for whatever can be known to be wrong before any work."""
@@ -226,6 +234,7 @@ def make_trainer(run: SFTRun) -> tuple[HRPOSFTTrainer, Task, list[dict[str, Any]
     marker_table(tokenizer, config.answer_start)
     ask = asker(run, task, tokenizer)
     rows, held_out_rows = (with_prompts(part, ask, tokenizer, about.max_prompt_length) for part in (train, held_out))
+    run.question = rows[0]["question"]
 
     def lesson(row: dict[str, Any]) -> Lesson:
         prompt = prompt_ids(tokenizer, row["prompt"])
@@ -296,6 +305,6 @@ def trained(run: SFTRun) -> dict[str, Any]:
         record["after"] = counts | {"mean": sum(verdicts) / len(verdicts), "standard_error": standard_error(verdicts)}
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
     if trainer.accelerator.is_main_process:
-        finish(trainer, record, Path(str(run.config.output_dir)), run.about.report)
+        finish(trainer, record, run)
         print(f"stage {record['stage']} of {record['last_stage']}: {record['thoughts']} forced thoughts")
     return record

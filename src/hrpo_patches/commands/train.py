@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
@@ -59,6 +59,10 @@ from hrpo_thinking.errors import require
 from hrpo_thinking.marker import marker_table
 from hrpo_thinking.parts import NONE, parts_of, spelled
 
+if TYPE_CHECKING:
+    from hrpo_patches.commands.sft import SFTRun
+    from hrpo_patches.training.sft import HRPOSFTTrainer
+
 FITTED, WRITTEN = 64, 64  # prompts that a projection is fitted on, and tokens of each completion
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -86,6 +90,7 @@ def make_trainer(run: Run) -> tuple[HRPOTrainer, Task, list[dict[str, Any]]]:
     fix_template(tokenizer, template_options, uses_chat(about.prompt, tokenizer))
     ask = asker(run, task, tokenizer)
     rows, held_out_rows = (with_prompts(part, ask, tokenizer, about.max_prompt_length) for part in (train, held_out))
+    run.question = rows[0]["question"]
     _check_enough(len(rows), config)
     _use_engine(engine_of(run, model, longest), config, model, longest)
     if about.projection_start == "lstsq":
@@ -268,21 +273,27 @@ def trained(run: Run) -> dict[str, Any]:
         record["after"] = evaluate(trainer, chosen, held_out, run.about.eval_batch_size, "Answering after")
     record |= {"seconds": round(time.monotonic() - started, 1), "log": trainer.state.log_history}
     if trainer.accelerator.is_main_process:
-        finish(trainer, record, Path(str(run.config.output_dir)), run.about.report)
+        finish(trainer, record, run)
     return record
 
 
-def finish(trainer: Any, record: dict[str, Any], folder: Path, picture: bool) -> None:
+def finish(trainer: HRPOTrainer | HRPOSFTTrainer, record: dict[str, Any], run: Run | SFTRun) -> None:
     """Write a run's `report.json`, model card and, if asked for, picture, and print its accuracies and warnings.
+
+    Args:
+        trainer: has trained.
+        record: of the report.
+        run: says where, and what comes next.
 
     Raises:
         SaveError: the run is to be pushed, and the hub cannot be reached or refuses.
     """
+    folder = Path(str(run.config.output_dir))
     written = [write_json(record, folder)]
     trainer.write_card(folder)
-    run = read_run(folder)
-    if picture:
-        written.append(draw([run], folder / "report.png"))
+    finished = read_run(folder)
+    if run.about.report:
+        written.append(draw([finished], folder / "report.png"))
     table = Table(title=record["title"])
     for column in ("", "greedy accuracy", "standard error", "problems"):
         table.add_column(column)
@@ -295,16 +306,16 @@ def finish(trainer: Any, record: dict[str, Any], folder: Path, picture: bool) ->
     console = stdout_console()
     if table.row_count:
         console.print(table)
-    for text in run.warnings:
+    for text in finished.warnings:
         console.print(f"[bold]warning:[/bold] {escape(text)}")
     console.print(f"saved in {folder}; {' and '.join(str(path) for path in written)} in {record['seconds']:.0f} s")
     if trainer.args.push_to_hub:
         print(f"pushed: {trainer.push_saved(str(folder))}")
-    print("next:", *next_commands(record["arguments"], folder), sep="\n  ")
+    print("next:", *next_commands(record["arguments"], folder, run.question), sep="\n  ")
 
 
-def next_commands(arguments: dict[str, Any], folder: Path) -> list[str]:
-    """What a person may want to do with what a run has saved: command lines, with its paths."""
+def next_commands(arguments: dict[str, Any], folder: Path, question: str) -> list[str]:
+    """What a person may want to do with what a run has saved: command lines, with its paths and a question."""
     thinks, full = arguments["residual"] != NONE, not arguments["lora_rank"]
     evaluation = ["eval", "--model" if full else "--adapter", folder, "--task", arguments["task"]]
     for name in ("dataset", "corpus", "prompt", "shots"):
@@ -318,7 +329,7 @@ def next_commands(arguments: dict[str, Any], folder: Path) -> list[str]:
     evaluation += ["--control", "all"] if thinks else ["--no-thinking"]
     commands = [[*evaluation, "--out", folder / "eval.json"]]
     if thinks:
-        commands.append(["think", folder, "--prompt", "What is 3 + 4?"])
+        commands.append(["think", folder, "--prompt", question])
     if thinks and not full:
         commands.append(["merge", folder, folder.with_name(f"{folder.name}-merged")])
     return [shlex.join(["hrpo", *map(str, words)]) for words in commands]

@@ -145,6 +145,7 @@ class Run:
         rest: the options of thinking that the trainer's config has no field for.
         backend: as it was asked for.
         words: of the command line.
+        question: that of the first problem, once the problems are read.
     """
 
     about: RunArguments
@@ -152,6 +153,7 @@ class Run:
     rest: dict[str, Any]
     backend: str = "auto"
     words: Written = field(default_factory=list)
+    question: str = ""
 
     def thinking(self) -> ThinkingConfig | None:
         """How the model is to think; None for plain GRPO."""
