@@ -1,6 +1,7 @@
 """`eval` as a person runs it: what it writes, how it goes on after a kill, and what it refuses."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -263,16 +264,6 @@ def test_a_generator_is_evaluated_on_draws_of_its_own(folder, tmp_path):
     assert not any(prompt.strip().rpartition("\n")[2] in trained for prompt in prompts["test"])
 
 
-def test_problems_of_the_runs_own_training_are_announced(command, folder, tmp_path, capsys):
-    adapter = shutil.copytree(folder / "adapter", tmp_path / "adapter")
-    (adapter / "run.json").write_text(json.dumps({"task": "gsm8k", "dataset": str(folder / "problems.jsonl")}))
-    other = shutil.copy(folder / "problems.jsonl", tmp_path / "other.jsonl")
-    for number, (data, announced) in enumerate(((folder / "problems.jsonl", True), (other, False))):
-        flags = ("--adapter", str(adapter), "--dataset", str(data), "--limit", "2")
-        main(command(*flags, out=f"{number}.json"))
-        assert ("the model may have been trained on these problems" in capsys.readouterr().out) == announced
-
-
 def test_a_repetition_penalty_in_the_models_file_is_not_greedy_decoding(command, folder, tmp_path):
     plain = main(command(out="plain.json"))
     base = AutoModelForCausalLM.from_pretrained(folder / "base")
@@ -309,6 +300,32 @@ def test_an_evaluation_does_not_go_on_with_another_model(command, folder, tmp_pa
     file.write_text(file.read_text() + " ")
     with pytest.raises(InputError, match="another evaluation .other adapter_files"):
         main(flags)
+
+
+@pytest.mark.parametrize(
+    ("record", "flags", "warning"),
+    [
+        (None, [], None),
+        (None, ["--split", "train"], "--split train takes problems that models are trained on"),
+        ({"task": "gsm8k", "dataset": "problems.jsonl"}, [], "adapter was trained on .*problems.jsonl"),
+        ({"task": "gsm8k", "dataset": "others.jsonl"}, [], None),
+        ({"task": "gsm8k", "dataset": None}, [], None),
+        ({"task": "gsm8k", "dataset": None}, ["--dataset", "openai/gsm8k:main@train"], "on openai/gsm8k:main@train"),
+        ({"task": "gsm8k", "dataset": "."}, ["--dataset", "."], None),
+    ],
+)
+def test_problems_of_the_training_are_a_warning(folder, tmp_path, monkeypatch, caplog, record, flags, warning):
+    shutil.copytree(folder / "adapter", tmp_path / "adapter")
+    for name in ("problems.jsonl", "train.jsonl", "test.jsonl"):
+        shutil.copy(folder / "problems.jsonl", tmp_path / name)
+    if record is not None:
+        (tmp_path / "adapter" / "run.json").write_text(json.dumps(record))
+    monkeypatch.chdir(tmp_path)
+    arguments = parse(["--adapter", "adapter", "--dataset", str(tmp_path / "problems.jsonl"), *flags])
+    evaluation.warn_of_training_data(arguments, find_task("gsm8k", None))
+    messages = [one.getMessage() for one in caplog.records if one.name == evaluation.__name__]
+    assert len(messages) == (warning is not None)
+    assert warning is None or re.search(f"{warning}.*: the accuracy is not that on unseen problems.", messages[0])
 
 
 def test_two_evaluations_do_not_write_one_file(command, tmp_path, monkeypatch):

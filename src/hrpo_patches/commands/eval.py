@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -22,15 +23,18 @@ from hrpo_patches.evaluation.statistics import paired, summarise
 from hrpo_patches.files import create, listed
 from hrpo_patches.models.base import base_of, open_model
 from hrpo_patches.models.hub import adapter_folder
-from hrpo_patches.tasks.base import Problem
+from hrpo_patches.tasks.base import Problem, Task
 from hrpo_patches.tasks.problems import find_task, load_problems
-from hrpo_patches.tasks.prompts import PROMPTS, RUN_FILE, examples_of, prompt_ids, prompt_of, uses_chat
+from hrpo_patches.tasks.prompts import PROMPTS, examples_of, prompt_ids, prompt_of, run_records, uses_chat
+from hrpo_patches.tasks.sources import place_of, sources_of
 from hrpo_patches.thinking.backbone import causal_lm, is_untrained
 from hrpo_patches.thinking.controls import CONTROLS, check_control
 from hrpo_patches.thinking.decoding import check_filler, filler_id
 from hrpo_thinking.config import ThinkingConfig
 from hrpo_thinking.errors import InputError, require
 from hrpo_thinking.request import check_room
+
+logger = logging.getLogger(__name__)
 
 # Added to the seed of a generator, whose i-th problem comes of seed + i, so that no draw of a training is drawn again.
 UNSEEN = 10**8
@@ -174,6 +178,23 @@ def opened(arguments: EvalArguments) -> tuple[Any, PreTrainedTokenizerBase, str]
     return model, tokenizer, marker
 
 
+def warn_of_training_data(arguments: EvalArguments, task: Task) -> None:
+    """Warn if the problems are those that the model was trained on, as far as its run's record or --split says."""
+    folder = str(arguments.model) if arguments.adapter is None else str(adapter_folder(arguments.adapter))
+    record = next((one for one in run_records(folder) if "task" in one), {})
+    trained: set[str] = set()
+    if record.get("dataset") is not None or record.get("task") == arguments.task:
+        trained = {place_of(source, "train") for source in sources_of(task, record.get("dataset"), "train")}
+    places = {place_of(source, arguments.split) for source in sources_of(task, arguments.dataset, arguments.split)}
+    if seen := sorted(trained & places):
+        why = f"{folder} was trained on {', '.join(seen)}"
+    elif arguments.split == "train":
+        why = "--split train takes problems that models are trained on"
+    else:
+        return
+    logger.warning(f"{why}: the accuracy is not that on unseen problems.")
+
+
 def use_engine(arguments: EvalArguments, model: PreTrainedModel, longest: int) -> None:
     """Put the engine that answers into `arguments`; `longest`: tokens of a prompt and its completion.
 
@@ -212,8 +233,7 @@ def main(argv: Written) -> dict[str, Any]:
     seed = arguments.seed + (UNSEEN if arguments.split == "test" else 0)
     task = find_task(arguments.task, arguments.dataset, arguments.limit or 1000, seed)
     problems = load_problems(task, arguments.dataset, arguments.split, arguments.corpus)[: arguments.limit]
-    if _may_be_trained_on(arguments):
-        print("warning: the model may have been trained on these problems; --split and --dataset name others.")
+    warn_of_training_data(arguments, task)
     model, tokenizer, marker = opened(arguments)
     examples = examples_of(task, marker, arguments.shots, arguments.examples)
     chat = uses_chat(arguments.prompt, tokenizer)
@@ -244,15 +264,6 @@ def main(argv: Written) -> dict[str, Any]:
     else:
         show(written["scores"], title, out)
     return written
-
-
-def _may_be_trained_on(arguments: EvalArguments) -> bool:
-    """Whether a run's own training data is evaluated: its split, or a file of it, which has one split."""
-    file = Path(arguments.adapter or arguments.model or "") / RUN_FILE
-    asked = json.loads(file.read_text()) if file.is_file() else {}
-    if asked.get("task") != arguments.task or asked.get("dataset") != arguments.dataset:
-        return False
-    return arguments.split == "train" or Path(arguments.dataset or "").is_file()
 
 
 def graded(questions: Questions, prompts: list[Any], done: Progressed) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from hrpo_patches.tasks.gym import gym_task
 from hrpo_patches.tasks.passing import NAME as PASSING
 from hrpo_patches.tasks.passing import passing
 from hrpo_patches.tasks.retrieval import with_retrieved
-from hrpo_patches.tasks.sources import rows_of
+from hrpo_patches.tasks.sources import task_rows
 from hrpo_thinking.errors import InputError
 
 
@@ -51,12 +51,7 @@ def load_problems(
     """
     if (made := task.generated(split)) is not None:
         return made
-    sources = (dataset,) if dataset is not None else task.train if split == "train" else task.test
-    if not sources:
-        raise InputError(f"{task.name} has no {split} data; name some with --dataset.")
-    rows = [pair for source in sources for pair in rows_of(source, split)]
-    if not rows:
-        raise InputError(f"the data set {', '.join(sources)} has no rows.")
+    rows = task_rows(task, dataset, split)
     problems = [task.read(row, where) for row, where in rows]
     return with_retrieved(problems, [row for row, _ in rows], corpus) if task.retrieval else problems
 

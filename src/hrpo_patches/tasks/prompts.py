@@ -111,19 +111,31 @@ def _with_variable(template: str, name: str, value: object) -> str:
     return f"{{%- set {name} = {value!r} %}}\n{before.sub(lambda match: match[1], template)}"
 
 
-def recorded_prompt(folder: str) -> Any:
-    """The prompt, around `QUESTION`, in `report.json`, which a finished run has, or in `run.json`."""
-    places = [folder, str(Path(folder).parent)] if Path(folder).name.startswith("checkpoint-") else [folder]
-    for place in places:
-        for name, key in (("report.json", "prompt"), (RUN_FILE, TEMPLATE)):
-            file = Path(place) / name
+def run_records(folder: str) -> list[dict[str, Any]]:
+    """What a run was asked for, by flag, with its prompt around `QUESTION` as `TEMPLATE`.
+
+    Args:
+        folder: of a run, also one that has not finished, of a checkpoint in it, or of a model merged from it, which
+            keeps the prompt alone.
+
+    Returns:
+        the records that are found: `report.json`, which a finished run has, before `run.json`.
+    """
+    place, records = Path(folder), []
+    for parent in (place, place.parent) if place.name.startswith("checkpoint-") else (place,):
+        for file in (parent / "report.json", parent / RUN_FILE):
             try:
-                record = json.loads(file.read_text()) if file.is_file() else None
-            except ValueError:
+                record = json.loads(file.read_text()) if file.is_file() else {}
+                flags = record if file.name == RUN_FILE else record.get("arguments", {})
+                records.append({TEMPLATE: record.get("prompt"), **flags})
+            except (ValueError, TypeError, AttributeError):  # damaged, or another program's
                 continue
-            if isinstance(record, dict) and record.get(key):
-                return record[key]
-    return None
+    return records
+
+
+def recorded_prompt(folder: str) -> Any:
+    """The prompt, around `QUESTION`, in the records of a run; None without one."""
+    return next((record[TEMPLATE] for record in run_records(folder) if record[TEMPLATE]), None)
 
 
 def prompt_as_trained(folder: str, question: str) -> Prompt | None:

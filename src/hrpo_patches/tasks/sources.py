@@ -10,6 +10,7 @@ from typing import Any
 from datasets import load_dataset
 
 from hrpo_patches.files import missing
+from hrpo_patches.tasks.base import Task
 from hrpo_thinking.errors import InputError
 
 Rows = Iterator[tuple[dict[str, Any], str]]
@@ -46,6 +47,34 @@ def _hub_rows(source: str, split: str) -> Rows:
             f".jsonl, or be a folder with train.jsonl and test.jsonl."
         ) from None
     return ((dict(row), f"{name}[{split}] row {i}") for i, row in enumerate(data))
+
+
+def sources_of(task: Task, dataset: str | None, split: str) -> tuple[str, ...]:
+    """Where the rows of a task are: the data set, or the task's own for "train" or "test", which may be none."""
+    return (dataset,) if dataset is not None else task.train if split == "train" else task.test
+
+
+def task_rows(task: Task, dataset: str | None, split: str) -> list[tuple[dict[str, Any], str]]:
+    """All rows of a task, each with a name for errors.
+
+    Raises:
+        InputError: as `rows_of`; or there are none.
+    """
+    sources = sources_of(task, dataset, split)
+    rows = [pair for source in sources for pair in rows_of(source, split)]
+    if not rows:
+        none = f"the data set {', '.join(sources)} has no rows" if sources else f"{task.name} has no {split} data"
+        raise InputError(f"{none}; name some with --dataset.")
+    return rows
+
+
+def place_of(source: str, split: str) -> str:
+    """One name for the rows of a data set: the path of their file, or `ID[:CONFIG]@SPLIT` on the hub."""
+    path = Path(source)
+    file = path / f"{split}.jsonl" if path.is_dir() else path
+    if file.exists():
+        return str(file.resolve())
+    return source if "@" in source else f"{source}@{split}"
 
 
 def rows_of(source: str, split: str) -> Rows:

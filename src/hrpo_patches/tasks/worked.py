@@ -10,7 +10,7 @@ import re
 
 from hrpo_patches.tasks.base import Problem, Row, Task
 from hrpo_patches.tasks.gsm8k import GOLD_MARKER
-from hrpo_patches.tasks.sources import rows_of
+from hrpo_patches.tasks.sources import task_rows
 from hrpo_thinking.errors import InputError, require
 
 _CALCULATION = re.compile(r"<<[^>]*>>")
@@ -46,14 +46,10 @@ def worked_problems(task: Task, dataset: str | None, split: str, marker: str) ->
             )
             _checked(problem, f"{task.name} problem {i}", marker)
         return made
-    sources = (dataset,) if dataset is not None else task.train if split == "train" else task.test
-    require(sources, f"{task.name} has no {split} data with worked solutions; name some with --dataset.")
-    problems: list[Worked] = []
-    for source in sources:
-        for row, where in rows_of(source, split):
-            problems.append(_checked({**task.read(row, where), "steps": steps_of(row, where)}, where, marker))
-    require(problems, f"the data set {', '.join(sources)} has no rows.")
-    return problems
+    return [
+        _checked({**task.read(row, where), "steps": steps_of(row, where)}, where, marker)
+        for row, where in task_rows(task, dataset, split)
+    ]
 
 
 def steps_of(row: Row, where: str) -> list[str]:
