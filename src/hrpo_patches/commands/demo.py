@@ -6,13 +6,21 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from hrpo_patches.commands.flags import Written, plain_parser
 from hrpo_patches.extras import require_package
 from hrpo_thinking.errors import InputError
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from gradio import Blocks
+    from starlette.types import Message, Receive, Scope, Send
+
+    from hrpo_patches.evaluation.demo import Run
 
 # The browser itself refuses whatever the page would load from, or send to, another machine.
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:"
@@ -78,7 +86,7 @@ def _device(name: str | None) -> Any:
         raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
 
 
-def _page(runs: list[Any], given: Any) -> Any:
+def _page(runs: list[Run], given: Namespace) -> Blocks:
     """The page, a Gradio app."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     import gradio as gr
@@ -113,7 +121,7 @@ def _page(runs: list[Any], given: Any) -> Any:
     return page
 
 
-def _serve(page: Any, listening: socket.socket) -> None:
+def _serve(page: Blocks, listening: socket.socket) -> None:
     """Serve the page; without `launch`, which could share it and asks the network."""
     import gradio as gr
     import uvicorn
@@ -129,14 +137,14 @@ def _serve(page: Any, listening: socket.socket) -> None:
     host, port = listening.getsockname()[:2]
     names = {f"{one}:{port}".encode() for one in ("127.0.0.1", "localhost", "[::1]")}
 
-    async def closed(scope: Any, receive: Any, send: Any) -> None:
+    async def closed(scope: Scope, receive: Receive, send: Send) -> None:
         # The page takes no files, and on this machine alone answers to its names alone (no DNS rebinding).
         strange = host in ("127.0.0.1", "::1") and dict(scope.get("headers", ())).get(b"host") not in names
         if scope["type"] in ("http", "websocket") and (strange or scope["path"].endswith("/upload")):
             await Response("forbidden", 403)(scope, receive, send)
             return
 
-        async def with_policy(message: Any) -> None:
+        async def with_policy(message: Message) -> None:
             if message["type"] == "http.response.start":
                 message["headers"] = [*message["headers"], (b"content-security-policy", POLICY)]
             await send(message)

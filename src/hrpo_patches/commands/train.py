@@ -62,6 +62,7 @@ from hrpo_thinking.parts import NONE, parts_of, spelled
 if TYPE_CHECKING:
     from hrpo_patches.commands.sft import SFTRun
     from hrpo_patches.training.sft import HRPOSFTTrainer
+    from hrpo_patches.training.shared import ThinkingTrainer
 
 FITTED, WRITTEN = 64, 64  # prompts that a projection is fitted on, and tokens of each completion
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -230,7 +231,7 @@ def main(
         return trained(run)
 
 
-def train_and_save(trainer: Any, resumed: str | None, words: Written) -> None:
+def train_and_save(trainer: ThinkingTrainer, resumed: str | None, words: Written) -> None:
     """Train to the end and save the model; `resumed` is a checkpoint, and `words` the command line.
 
     Raises:

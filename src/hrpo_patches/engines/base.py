@@ -20,14 +20,7 @@ from hrpo_thinking.inputs import ThinkingInputs
 
 if TYPE_CHECKING:
     from hrpo_patches.thinking.backbone import Model
-
-    class Sampling(GenerationConfig):
-        """`GenerationConfig` with the fields that the patches add."""
-
-        thinking: bool | None
-        thoughts: int | None
-        filler_token_id: int | None
-        eos_token_id: int | list[int] | None
+    from hrpo_patches.thinking.decoding import Sampling
 else:
     Sampling = GenerationConfig
 

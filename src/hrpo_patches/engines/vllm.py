@@ -35,6 +35,9 @@ from hrpo_vllm import engine_options, take_thoughts, weights_arrived
 from hrpo_vllm.names import KEY, THINKING, THOUGHTS, check_version
 
 if TYPE_CHECKING:
+    from types import ModuleType
+
+    from accelerate import Accelerator
     from transformers import PreTrainedTokenizerBase
 
     from hrpo_patches.thinking.backbone import Model
@@ -43,7 +46,7 @@ CACHE = 4 << 30  # bytes of keys and values on a CPU; vLLM's own wish is a share
 ON_CPU = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 
 
-def _adapters(part: Any) -> list[str]:
+def _adapters(part: LoraLayer) -> list[str]:
     """The active adapters that hold weights for a layer, be it linear or an embedding."""
     return [one for one in part.active_adapters if one in part.lora_A or one in part.lora_embedding_A]
 
@@ -91,8 +94,8 @@ class ThinkingVLLM(VLLMGeneration):
     def __init__(
         self,
         model: Model,
-        accelerator: Any,
-        processing_class: Any,
+        accelerator: Accelerator,
+        processing_class: PreTrainedTokenizerBase,
         *args: Any,
         filler: int | None = None,
         **kwargs: Any,
@@ -294,6 +297,6 @@ def running_engine(
         engine.llm.llm_engine.engine_core.shutdown()
 
 
-def engines_that_think(module: Any) -> AbstractContextManager[None]:
+def engines_that_think(module: ModuleType) -> AbstractContextManager[None]:
     """Within, a trainer of TRL's `module` makes the vLLM engine that thinks, and that runs on a CPU, too."""
     return temporarily(module, VLLMGeneration=ThinkingVLLM)

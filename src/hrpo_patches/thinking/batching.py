@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from transformers import ContinuousBatchingConfig, PreTrainedTokenizerBase
 
     from hrpo_patches.thinking.backbone import Model
+    from hrpo_patches.thinking.decoding import Sampling
 
 PAGE = 32  # tokens in a block of the cache
 MEMORY = 4 << 30  # bytes of keys and values
@@ -82,7 +83,7 @@ def cache_size(model: Model, longest: int, requests: int, device: torch.device |
     return {name: PAGE, "num_blocks": blocks, "max_batch_tokens": max(1024, requests)}
 
 
-def check(model: Model, tokenizer: PreTrainedTokenizerBase | None, generation_config: Any) -> None:
+def check(model: Model, tokenizer: PreTrainedTokenizerBase | None, generation_config: Sampling) -> None:
     """Before there is a manager, which changes the model's attention: can it think as `generation_config` asks?
 
     Raises:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers.generation.continuous_batching.requests import GenerationOutput, RequestState
 
+    from hrpo_patches.thinking.decoding import Sampling
+
 _CHILD = "__child#"  # between the name of a request and the number of its fork
 _SHARING = ("mark_complete_blocks", "mark_shareable_blocks_as_complete")  # from transformers 5.2x on, and before
 
@@ -317,7 +319,9 @@ def token_at(request: RequestState, position: int) -> int:
     return int(token)
 
 
-def begin(manager: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation_config: Any) -> None:
+def begin(
+    manager: Any, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, generation_config: Sampling
+) -> None:
     """Let a manager that has not started think as `generation_config` asks; its end is that of the thinking."""
     forced = generation_config.thoughts or 0
     manager.thinking = BatchThinking(manager, model, tokenizer, forced, generation_config.filler_token_id)

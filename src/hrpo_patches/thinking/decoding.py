@@ -30,6 +30,15 @@ if TYPE_CHECKING:  # transformers is importing this module
 
     from hrpo_patches.thinking.backbone import Model
 
+    class Sampling(GenerationConfig):
+        """`GenerationConfig` with the fields that the patches add."""
+
+        thinking: bool | None
+        thoughts: int | None
+        filler_token_id: int | None
+        eos_token_id: int | list[int] | None
+
+
 # What changes the distribution that a rollout samples from, beside the temperature, and the values that do not; the
 # last names are vLLM's.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
@@ -82,7 +91,7 @@ def end_ids(generation_config: GenerationConfig) -> list[int]:
     return [] if ends is None else list(ends) if isinstance(ends, list) else [ends]
 
 
-def refuse_thinking(generation_config: Any, what: str) -> None:
+def refuse_thinking(generation_config: GenerationConfig | dict[str, Any], what: str) -> None:
     """Raise `InputError` if a config, or keywords, ask for thinking in a kind of decoding that cannot think."""
     asked = generation_config if isinstance(generation_config, dict) else {}
     if any(asked.get(name, getattr(generation_config, name, None)) for name in ("thinking", "thoughts")):
@@ -110,7 +119,7 @@ def filler_id(tokenizer: PreTrainedTokenizerBase | None, thinking: ThinkingConfi
 
 def check_request(
     model: Model,
-    generation_config: Any,
+    generation_config: Sampling,
     generation_mode: str,
     tokenizer: PreTrainedTokenizerBase | None,
     custom_generate: Any = None,
@@ -144,7 +153,7 @@ def check_request(
         check_thinking(backbone, tokenizer)
 
 
-def check_filler(model: Model, generation_config: Any) -> None:
+def check_filler(model: Model, generation_config: Sampling) -> None:
     """Raise `InputError` unless the filler of forced thoughts is a token of the model that ends no completion."""
     filler = generation_config.filler_token_id
     table: Any = model.get_input_embeddings().weight  # (V, d)
@@ -178,7 +187,7 @@ def check_thinking(backbone: ThinkingMixin, tokenizer: PreTrainedTokenizerBase |
 def start_thinking(
     model: Model,
     input_ids: Tensor,
-    generation_config: Any,
+    generation_config: Sampling,
     model_kwargs: dict[str, Any],
     stopping_criteria: StoppingCriteriaList,
 ) -> ThinkingDecoder | ForcedThoughts | None:

@@ -59,7 +59,7 @@ class ThinkingGenerationMixin(_Base):
         config = batching.batching_config(continuous_batching_config, self, kwargs.get("workload_hints"))
         if getattr(self, "_cached_continuous_batching_manager", None) is not None:
             raise InputError("a manager that was kept cannot think; destroy_cached_continuous_batching_manager first.")
-        wanted = copy.deepcopy(asked)
+        wanted: Any = copy.deepcopy(asked)
         tokenizer: Any = getattr(self, "_batch_tokenizer", None)
         batching.check(self, tokenizer, wanted)
         manager = parent.init_continuous_batching(plain, config, *args, **kwargs)
