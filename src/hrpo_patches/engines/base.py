@@ -49,7 +49,7 @@ class Completions:
         assert self.thinking is not None and self.ratio is not None
         mask = self.thinking.mask
         a = torch.where(mask, self.ratio, 0.0)  # (B, C); means are taken later, over all processes
-        hidden = torch.where(mask, torch.sqrt(1 - a.square()), 0.0)
+        hidden = torch.where(mask, torch.sqrt(1 - a.square()), 0.0)  # the residual's share
         return torch.stack([a.sum(), hidden.sum(), mask.sum().float()])
 
 
@@ -101,12 +101,13 @@ def sampling_of(
         thoughts: forced thoughts at the start of each completion.
     """
     own = causal_lm(model).generation_config  # has the filler of a model that was trained with forced thoughts
+    # `top_k=0` and `top_p=1`: transformers' defaults and the model's own file would narrow the distribution.
     way: dict[str, Any] = {"do_sample": False}
     if temperature:
         way = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     return Sampling(
         bos_token_id=own.bos_token_id,
-        eos_token_id=ends_of(model, tokenizer) or None,
+        eos_token_id=ends_of(model, tokenizer) or None,  # none: its length alone ends a completion
         pad_token_id=tokenizer.pad_token_id,
         filler_token_id=own.filler_token_id,
         max_new_tokens=max_new_tokens,

@@ -90,7 +90,7 @@ def complete(
     """
     batches = batches_of(ids, decoding.batch_size)
     golds = golds if golds is not None else [""] * len(ids)
-    live = decoding.control == "live"
+    live = decoding.control == "live"  # then any engine will do, vLLM's among them
     if not live:
         check_control(decoding.control, [[golds[i] for i in batch] for batch in batches])
     if first >= len(batches):

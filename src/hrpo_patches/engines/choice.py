@@ -79,7 +79,7 @@ def _check_vllm(model: Model, needs: Needs) -> None:
         check_vllm(causal_lm(model).config.model_type)
     if needs.control != "live":
         raise InputError("controls stand between a thought and its blend, which vLLM makes by itself.")
-    device = needs.device if needs.device is not None else model.device
+    device = needs.device if needs.device is not None else model.device  # where it will be, not where it is now
     if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("vLLM beside several processes needs GPUs.")
     own = causal_lm(model).config.get_text_config()
@@ -145,7 +145,7 @@ def choose_engine(asked: str, model: Model, needs: Needs) -> tuple[str, str]:
     for name in reversed(ENGINES):  # the fastest first
         try:
             ENGINES[name].check(model, needs)
-        except InputError as error:
+        except InputError as error:  # said to the user, who may have expected the faster one
             reasons.append(f"not {name}: {str(error).rstrip('.')}")
         else:
             return name, "; ".join(reasons) or "the fastest on a CPU"

@@ -119,6 +119,7 @@ class ThinkingVLLM(VLLMGeneration):
                 raise InputError("vLLM beside several training processes needs GPUs; use another engine.")
             for name, value in ON_CPU.items():
                 os.environ.setdefault(name, value)
+        # The trainer's tokenizer, which may have tokens that the model's folder lacks, in a folder of its own.
         make: Any = vllm_generation.LLM
         words = TemporaryDirectory(prefix="hrpo-tokenizer-")
         weakref.finalize(self, words.cleanup)
@@ -159,7 +160,8 @@ class ThinkingVLLM(VLLMGeneration):
         if (
             self.accelerator.device.type == "cpu"
         ):  # whose kernels pack their weights, so that they are loaded like a checkpoint
-            self.llm.llm_engine.model_executor.driver_worker.model_runner.reload_weights(self._iter_named_params())
+            runner = self.llm.llm_engine.model_executor.driver_worker.model_runner
+            runner.reload_weights(self._iter_named_params())
             self.llm.reset_prefix_cache()
         else:
             super().sync_weights()
@@ -171,6 +173,7 @@ class ThinkingVLLM(VLLMGeneration):
         model: Any = self.model
         parts = [(name, part) for name, part in model.named_modules() if isinstance(part, LoraLayer)]
         layers: Any = {f"{name}.base_layer.{kind}": (part, kind) for name, part in parts for kind in _ADDED}
+        # DoRA and quantized weights have no plain sum of base and delta: TRL's merge is right for them.
         odd = any(any(part.use_dora.values()) or not part.weight.is_floating_point() for _, part in parts)
         if not layers or odd or self._dist.is_fsdp or self.accelerator.num_processes > 1:
             yield from super()._iter_named_params()
@@ -192,10 +195,12 @@ class ThinkingVLLM(VLLMGeneration):
         capable = ThinkingConfig.of(causal_lm(self.model).config) is not None
         if not capable:
             return super().generate(prompts, images, num_generations, profiler)
+        # vLLM finishes requests in any order: the thoughts of each are asked for by a key that is never used twice.
         keys = [f"{self._asked + i}" for i in range(len(prompts))] if self.thinking else []
         self._asked += len(prompts)
         generate = self.llm.generate
 
+        # TRL gives all requests one SamplingParams; thinking needs one each, with its key and its seed.
         def ask(requests: Any, sampling_params: Any, **kwargs: Any) -> Any:
             each = []
             for i in range(len(requests)):
@@ -209,6 +214,7 @@ class ThinkingVLLM(VLLMGeneration):
             out = super().generate(prompts, images, num_generations, profiler)
         if keys:
             kept = take_thoughts(self.llm, keys)
+            # One state more than tokens: that of the token after the last, which was never sampled.
             self.states = [kept[key][: len(tokens)] for key, tokens in zip(keys, out[1], strict=True)]
         return out
 
@@ -258,6 +264,7 @@ class ThinkingVLLM(VLLMGeneration):
         thinking = ThinkingConfig.from_dict(backbone.config.thinking)
         table = thinking_table(self.processing_class, thinking, backbone.config.vocab_size).numpy()  # type: ignore[arg-type]
         masks, ratios = [], []
+        # vLLM returns states, not masks: the marker's automaton reads the same tokens again.
         for row in tokens:
             record = ThinkingRequest(table, self.forced)
             masks.append(torch.tensor([record.read(i, token) for i, token in enumerate(row)]))

@@ -42,6 +42,7 @@ def temporarily(thing: object, **attributes: object) -> Iterator[None]:
 def causal_lm(model: nn.Module) -> Any:
     """The causal language model inside of what PEFT or a data parallel wrapper put around it."""
     inner: Any = model
+    # DDP and others have their model in `module`; PEFT's, which has both, knows its base.
     while hasattr(inner, "module") and not hasattr(inner, "get_input_embeddings"):
         inner = inner.module
     return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
@@ -91,7 +92,7 @@ def is_untrained(model: nn.Module) -> bool:
     """Whether thinking weights that the model uses are missing, or were never trained or loaded."""
     if (thinking := ThinkingConfig.of(causal_lm(model).config)) is None:
         return True
-    used = parts_of(thinking.residual)
+    used = parts_of(thinking.residual)  # a projection that is not used may stay as it was drawn
     named = [(name.split("."), module) for name, module in model.named_modules() if isinstance(module, ThinkingModule)]
     parts = [module for name, module in named if set(name) & set(used) and "original_module" not in name]
     return any(part.is_fresh() for part in parts)

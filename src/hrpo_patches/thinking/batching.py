@@ -41,6 +41,7 @@ def batching_config(
     """
     from transformers import ContinuousBatchingConfig
 
+    # A copy: the user's own is left as it was.
     config = copy.copy(given) if given is not None else ContinuousBatchingConfig()
     for name in ("use_async_batching", "use_cuda_graph"):
         if getattr(config, name):
@@ -74,10 +75,11 @@ def cache_size(model: Model, longest: int, requests: int, device: torch.device |
     if (device if device is not None else model.device).type != "cpu":
         return {}
     own = model.config.get_text_config()
+    # Bytes of a page: keys and values of all layers.
     heads = getattr(own, "num_key_value_heads", None) or own.num_attention_heads
     width = getattr(own, "head_dim", None) or own.hidden_size // own.num_attention_heads
     page = 2 * own.num_hidden_layers * heads * width * PAGE * model.dtype.itemsize
-    one = -(-longest // PAGE) + 1
+    one = -(-longest // PAGE) + 1  # pages of a request
     name = "page_size" if hasattr(ContinuousBatchingConfig(), "page_size") else "block_size"
     blocks = max(one, min(one * requests, MEMORY // page))
     return {name: PAGE, "num_blocks": blocks, "max_batch_tokens": max(1024, requests)}

@@ -64,8 +64,9 @@ def controlled(model: Model, name: str, golds: Sequence[Hashable] = ()) -> Itera
     """
     check_control(name, [golds] if name == "swapped" else [])
     backbone = thinking_backbone(model)
-    ranks = {gold: i for i, gold in enumerate(dict.fromkeys(golds))}
+    ranks = {gold: i for i, gold in enumerate(dict.fromkeys(golds))}  # equal answers are one group
     groups = torch.tensor([ranks[gold] for gold in golds])
+    # Each from residuals (B, K, d), embeddings (B, K, d) and mask (B, K) to the residuals and the mask that are used.
     functions: dict[str, Control] = {
         "zeroed": lambda residual, embeds, mask: (torch.zeros_like(residual), mask),
         "off": lambda residual, embeds, mask: (residual, torch.zeros_like(mask)),
@@ -80,7 +81,7 @@ def controlled(model: Model, name: str, golds: Sequence[Hashable] = ()) -> Itera
 def _mean(residual: Tensor, mask: Tensor) -> Tensor:
     if len(mask) < 2:
         raise InputError("the control 'mean' needs other rows, and the batch holds one.")
-    thinking = torch.where(mask.unsqueeze(-1), residual, 0.0)
+    thinking = torch.where(mask.unsqueeze(-1), residual, 0.0)  # of a column: rows that have answered do not count
     return (thinking.sum(0, keepdim=True) / mask.sum(0).clamp(min=1).view(1, -1, 1)).expand_as(residual)
 
 
@@ -89,7 +90,7 @@ def _swapped(residual: Tensor, mask: Tensor, groups: Tensor) -> Tensor:
     if len(groups) != len(mask):
         raise InputError(f"the control 'swapped' knows {len(groups)} gold answers for a batch of {len(mask)} rows.")
     swapped = torch.zeros_like(residual)
-    for column in range(mask.shape[1]):
+    for column in range(mask.shape[1]):  # fewer rows think in each later one
         rows, donors = partners(mask[:, column].cpu(), groups)
         swapped[rows.to(residual.device), column] = residual[donors.to(residual.device), column]
     return swapped
@@ -106,6 +107,7 @@ def partners(thinking: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
         Two tensors (n,) of row numbers. A group of more than half of the thinking rows is cut to half of them.
     """
     rows = thinking.nonzero().flatten()
+    # Sorted by group and rolled by the largest group's size, no row meets its own group if none has more than half.
     order = rows[groups[rows].argsort(stable=True)]
     sizes = groups[order].bincount()
     while len(order) and 2 * int(sizes.max()) > len(order):

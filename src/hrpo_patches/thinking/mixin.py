@@ -27,7 +27,7 @@ def check_modules_to_save(model: nn.Module, wanted: Sequence[str] | None) -> Non
     Raises:
         InputError: `wanted` names a thinking module, and the model has none.
     """
-    paths = [f".{path}" for path, _ in model.named_modules()]
+    paths = [f".{path}" for path, _ in model.named_modules()]  # PEFT matches entries by the end of a path
     for entry in wanted or ():
         if is_thinking_parameter(f"{entry}.") and not any(path.endswith(f".{entry}") for path in paths):
             raise InputError(
@@ -58,6 +58,7 @@ class ThinkingMixin(Blend, _Base):
             return
         config.thinking = record_of(thinking, config.thinking)
         inner = set()
+        # Before `post_init`, which plans parallelism and initialises what it finds.
         for name, module in thinking_modules(config, thinking).items():
             self.add_module(name, module)
             inner |= {full for full, _ in (*module.named_modules(prefix=name), *module.named_parameters(prefix=name))}
@@ -65,6 +66,7 @@ class ThinkingMixin(Blend, _Base):
         # parameter's (torchao); the second holds under bf16 as well as fp16.
         self._keep_in_fp32_modules = inner
         self._keep_in_fp32_modules_strict = set(MODULES)
+        # A stock checkpoint lacks them, which is no reason for a warning; one that claims to hold them must.
         if not config.thinking["in_checkpoint"]:
             self._keys_to_ignore_on_load_missing = {MODULE_PATTERN.pattern}
 
@@ -78,17 +80,18 @@ class ThinkingMixin(Blend, _Base):
         self.config.thinking = record_of(thinking, held if held is not None else self.config.thinking)
         if not hasattr(self, "thinking_projection"):
             self.add_thinking_modules(self.config)
-            for name in MODULES:
+            for name in MODULES:  # the model may be on a GPU already, or be evaluated
                 getattr(self, name).to(self.get_input_embeddings().weight.device).train(self.training)
             return
         fresh = make_projection(self.config.hidden_size, thinking)
         own = getattr(self.thinking_projection, "original_module", self.thinking_projection)  # of PEFT's wrapper
+        # Trained weights stay where their shapes fit: the other options change no weight.
         current = {name: p.shape for name, p in own.named_parameters()}
         if current != {name: p.shape for name, p in fresh.named_parameters()}:
             self.thinking_projection = fresh.to(self.thinking_residual_Lambda.Lambda.device)
 
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, ThinkingModule):
+        if isinstance(module, ThinkingModule):  # transformers' own would draw W with std 0.02, and Λ not at all
             module.reset_parameters()
         else:
             super()._init_weights(module)
@@ -105,7 +108,7 @@ class ThinkingMixin(Blend, _Base):
                 f"this checkpoint holds thinking weights ({stray[0]}), and its config does not say that it thinks; "
                 f"load it with thinking={{}} to use them, or with thinking=False to remove them."
             )
-        super()._adjust_missing_and_unexpected_keys(loading_info)
+        super()._adjust_missing_and_unexpected_keys(loading_info)  # removes what may be missing from the report
         if missing and (claimed or len(missing) < len(whole)):
             raise InputError(
                 f"the checkpoint is to hold thinking weights, but {', '.join(missing)} is missing: it is damaged or "
@@ -138,8 +141,10 @@ class ThinkingMixin(Blend, _Base):
         """
         if thinking is None:
             raise InputError(LOOSE)
+        # First the states, without gradient, if there are none or other weights made them; then the blend.
         if thinking.bptt is not None or thinking.states is None:
             thinking = adjoint.ready(self, embeds, thinking, attention_mask, position_ids)
+        # For the exact gradient, prompts are read apart: the series then costs nothing for them.
         if thinking.bptt is not None and not self._asks_for_more(kwargs):
             hidden = adjoint.hidden_in_stretches(self, embeds, thinking, attention_mask, position_ids)
             if hidden is not None:

@@ -41,6 +41,7 @@ class DistributionHead:
 
     def __call__(self, states: Tensor) -> Tensor:
         logits = self.head(states)
+        # As transformers' logits processors see them, in float32; the softmax follows in `observe`.
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) / self.temperature
         return self.kind.observe(states, logits, weight_of(self.table))
 
@@ -102,11 +103,11 @@ def replay_forward(
     """
     if cached := [name for name in ("past_key_values", "cache") if kwargs.get(name) is not None]:
         raise InputError(f"a replay reads whole sequences; remove {cached[0]}.")
-    inner, depth = causal_lm(model), depth_of(bptt)
+    inner, depth = causal_lm(model), depth_of(bptt)  # `model` itself is called: DDP and FSDP have hooks there
     residual = thinking_residual or thinking_backbone(inner).config.thinking["residual"]
     if thinking_states is not None:
-        thinking_states = thinking_states.detach()
-    rule = None
+        thinking_states = thinking_states.detach()  # the gradient through them is `rule`'s, never that of a rollout
+    rule = None  # the published gradient: states are constants
     if depth or stale or thinking_states is None:
         head = distribution_head(inner, residual, temperature)
         rule = Bptt(depth, bptt_tolerance, bptt_terms, stale, head, observe)
@@ -140,7 +141,7 @@ def thinking_roll(
     inner = causal_lm(model)
     backbone = thinking_backbone(inner)
     residual = backbone.config.thinking["residual"]
-    rule = Bptt(head=distribution_head(inner, residual, temperature))
+    rule = Bptt(head=distribution_head(inner, residual, temperature))  # of depth 0: no gradient is wanted
     embeds = backbone.get_input_embeddings()(input_ids)
     thinking = ready(backbone, embeds, ThinkingInputs(None, thinking_mask, residual, rule), attention_mask, None)
     assert thinking.states is not None

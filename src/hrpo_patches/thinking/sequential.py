@@ -86,7 +86,7 @@ def decoded_states(
     length, width = embeds.shape[1], mask.shape[1]
     columns = anywhere(backbone, mask.any(0)).nonzero().flatten().tolist()
     states = [embeds.new_zeros(len(embeds), 1, embeds.shape[2])] * width
-    if not columns:
+    if not columns:  # in no process, if the weights are in shards
         return torch.cat(states, dim=1)
     first, last = length - width + columns[0], length - width + columns[-1]
     if position_ids is None:
@@ -94,7 +94,7 @@ def decoded_states(
     saves_memory = last - first >= KEPT or checkpoints_layers(backbone)
     if in_shards(backbone):
         head = partial(recomputed, head)  # by the time of its backward, the weights that it read have been given back
-    past: list[Stretch] = []
+    past: list[Stretch] = []  # keys and values so far, a stretch of columns at a time
     hidden: Tensor | None = None
     start = 0
     for end in [*range(STRETCH, first, STRETCH), *range(first, last + 1)]:
@@ -105,7 +105,7 @@ def decoded_states(
             states[column] = head(hidden[:, -1:]).to(embeds.device)
             now = ThinkingInputs(states[column], mask[:, column : column + 1], thinking.residual)
             step = partial(_think_and_advance, backbone, now, backbone.thinking_control)
-        seen = attention_mask[:, :end] if attention_mask is not None else None
+        seen = attention_mask[:, :end] if attention_mask is not None else None  # grows with the cache
         given = (embeds[:, start:end], seen, position_ids[:, start:end], list(past))
         hidden, own = recomputed(step, *given) if saves_memory else step(*given)
         past.append(own)

@@ -40,11 +40,12 @@ def in_shards(model: nn.Module) -> bool:
 @contextmanager
 def thinking_stays_float32() -> Iterator[None]:
     """Within, `fully_shard` makes each thinking module a unit of its own, which computes in float32."""
-    stock = fsdp.fully_shard
+    stock = fsdp.fully_shard  # accelerate looks it up in the module when it prepares a model
 
     def shard(module: Any, **options: Any) -> Any:
         modules = module if isinstance(module, (list, tuple)) else [module]
         for part in [part for given in modules for part in given.modules()]:
+            # The policy of the rest would cast these weights to bf16 in every forward.
             if isinstance(part, ThinkingModule) and not isinstance(part, FSDPModule):
                 stock(part, **options | {"mp_policy": MixedPrecisionPolicy(), "reshard_after_forward": False})
         made = stock(module, **options)
@@ -67,7 +68,7 @@ def whole(model: nn.Module) -> Iterator[None]:
         # It runs parts of the model, and the root must come first.
         fsdp.register_fsdp_forward_method(model, "generate_batch")
     for unit in units:
-        unit.unshard()
+        unit.unshard()  # a collective, in the order in which all processes have the modules
         unit.set_reshard_after_forward(False, recurse=False)
     try:
         yield
@@ -118,6 +119,7 @@ def unsharded(module: nn.Module) -> None:
 def like(value: Tensor, other: Tensor) -> Tensor:
     """An ordinary tensor that all processes have, in shards as `other` is, if it is."""
     value = value.to(other.device, other.dtype)
+    # Every process has the whole value (`src_data_rank=None`), so that nothing is sent.
     if not isinstance(other, DTensor):
         return value
     return distribute_tensor(value, other.device_mesh, other.placements, src_data_rank=None)
