@@ -102,8 +102,7 @@ def think(
     completions = out.sequences[:, start:]
     length = int(out.attention_mask[0, start:].sum())  # the partner's may be longer
     tokens = completions[0, :length].tolist()
-    log_p = torch.stack(out.scores[:length], dim=1)[0].float().log_softmax(-1)
-    entropies = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum(-1)
+    entropies = torch.stack([_entropy(scores[0]) for scores in out.scores[:length]])
     base, backbone = causal_lm(model), thinking_backbone(model)
     residuals, mask = RESIDUALS[out.thinking_residual].make(backbone, out.thinking_states), out.thinking_mask
     if backbone.thinking_control is not None:
@@ -116,6 +115,12 @@ def think(
     shares, thinks = torch.where(mask, out.thinking_ratio, 1.0)[0, :length].tolist(), mask[0, :length].tolist()
     shown = [near if on else [] for near, on in zip(named, felt, strict=True)]
     return [Thought(*one) for one in zip(texts, shares, thinks, shown, entropies.tolist(), strict=True)]
+
+
+def _entropy(scores: Tensor) -> Tensor:
+    """Of the distribution that scores (V) give, in nats."""
+    log_p = scores.float().log_softmax(-1)
+    return -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0.0).sum()
 
 
 def _nearest(residuals: Tensor, embeddings: Tensor, top: int) -> list[list[tuple[int, float]]]:
