@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TypeVar
 
 import torch
+from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 def run_device() -> torch.device:
@@ -20,7 +23,7 @@ def has_bf16() -> bool:
     return torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)
 
 
-def placed(model: Any, device: torch.device | None = None) -> Any:
+def placed(model: M, device: torch.device | None = None) -> M:
     """A model on a device, by default this process's; one that is quantized, or spread over devices, stays there."""
     spread = getattr(model, "hf_device_map", None) is not None or getattr(model, "is_quantized", False)
     return model if spread else model.to(device or run_device())

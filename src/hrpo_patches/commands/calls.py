@@ -7,7 +7,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -18,6 +18,9 @@ from hrpo_patches.files import replace
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import RESIDUALS
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 def info(argv: Written) -> None:
@@ -118,7 +121,7 @@ def doctor(argv: Written) -> int:
     """Look whether all of it works together; returns 1 if something does not."""
     from hrpo_patches.evaluation.doctor import Examination
 
-    def memory(config: Any) -> int:
+    def memory(config: PreTrainedConfig) -> int:
         import torch
 
         from hrpo_patches.training.plan import Shapes, plan

@@ -31,7 +31,7 @@ TRACKERS = {
 }
 
 
-def option(default: object, text: str, **metadata: Any) -> Any:
+def option(default: object, text: str, **metadata: object) -> Any:
     """A dataclass field that is a flag, with its help and whatever argparse takes (`choices`, `aliases`)."""
     return field(default=default, metadata={"help": text} | metadata)
 
@@ -44,7 +44,7 @@ def published(kind: type, name: str, default: object, *aliases: str) -> Any:
     return field(default=default, metadata=dict(one.metadata) | {"help": text} | more)
 
 
-def add_thinking_flags(parser: argparse.ArgumentParser, names: Iterable[str], **defaults: Any) -> None:
+def add_thinking_flags(parser: argparse.ArgumentParser, names: Iterable[str], **defaults: object) -> None:
     """Give a parser the flags of these options of ThinkingConfig; `defaults` are in the place of its own."""
     group = parser.add_argument_group("how the model thinks")
     for name in names:
@@ -177,7 +177,7 @@ def plain_parser(prog: str, description: str) -> argparse.ArgumentParser:
     return _Plain(prog=prog, description=description, formatter_class=Defaults, allow_abbrev=False)
 
 
-def read(parser: TrlParser, words: Written, **defaults: Any) -> tuple[Any, ...]:
+def read(parser: TrlParser, words: Written, **defaults: object) -> tuple[Any, ...]:
     """The dataclasses of a parser, and a namespace of its other flags if it has any.
 
     Raises:

@@ -9,6 +9,7 @@ import torch
 from lm_eval.__main__ import cli_evaluate
 from lm_eval.api.registry import register_model
 from lm_eval.models.huggingface import HFLM
+from transformers import PreTrainedModel
 
 from hrpo_patches.models.adapter import load_adapter
 from hrpo_patches.models.hub import adapter_folder
@@ -32,8 +33,10 @@ class ThinkingLM(HFLM):
         InputError: the model was never trained to think, or the task has no completions to think in.
     """
 
-    def __init__(self, pretrained: Any, peft: str | None = None, thinking: bool = True, **kwargs: Any) -> None:
-        super().__init__(pretrained=found(pretrained), **kwargs)
+    def __init__(
+        self, pretrained: str | PreTrainedModel, peft: str | None = None, thinking: bool = True, **kwargs: Any
+    ) -> None:
+        super().__init__(pretrained=found(pretrained) if isinstance(pretrained, str) else pretrained, **kwargs)
         if peft is not None and (adapter_folder(peft) / THINKING_FILE).is_file():
             self._model = load_adapter(self.model, peft)
         elif peft is not None:

@@ -97,7 +97,7 @@ class ThinkingMonitor(TrainerCallback):
         return self
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         thinking = ThinkingConfig.of(self.backbone.config) if self.thinks else None
         marker = getattr(args, "answer_start", (thinking or ThinkingConfig()).answer_start)
@@ -128,7 +128,7 @@ class ThinkingMonitor(TrainerCallback):
                 self._first = inputs
 
     def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self._inputs, self._first = {}, None
         step, every = state.global_step + 1, max(1, int(state.logging_steps or 1))
@@ -139,14 +139,14 @@ class ThinkingMonitor(TrainerCallback):
         self._sampling = bool(logged and self.thinks and asked)
 
     def on_substep_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         started = time.perf_counter()
         self._refuse_nonfinite(args, state)
         self.seconds += time.perf_counter() - started
 
     def on_pre_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         started = time.perf_counter()
         self._refuse_nonfinite(args, state)
@@ -164,9 +164,7 @@ class ThinkingMonitor(TrainerCallback):
             values |= measure_blend(self.backbone, head_of(self.base), self._first, temperature)
         return values
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         started = time.perf_counter()
         self._check(refuse_spoilt, args, state, state.global_step)
         self.seconds += time.perf_counter() - started
@@ -190,7 +188,7 @@ class ThinkingMonitor(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+        **_: object,
     ) -> None:
         if logs is None or self._warnings is None or not state.is_world_process_zero:
             return
@@ -209,9 +207,7 @@ class ThinkingMonitor(TrainerCallback):
         self.log.write(row)
         self.seconds += time.perf_counter() - started
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object) -> None:
         self._unhook()
         if state.is_world_process_zero:
             whole = time.perf_counter() - self._began

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import time
 from datetime import timedelta
-from typing import Any
 
 from tqdm import tqdm
 from transformers import (
@@ -52,7 +51,7 @@ class ProgressLines(TrainerCallback):
         self._last: tuple[int, float] | None = None
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: object
     ) -> None:
         self._first = self._last = (state.global_step, time.monotonic())
 
@@ -62,7 +61,7 @@ class ProgressLines(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         logs: dict[str, object] | None = None,
-        **kwargs: Any,
+        **_: object,
     ) -> None:
         if not state.is_world_process_zero or logs is None:
             return

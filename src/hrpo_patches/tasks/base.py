@@ -109,10 +109,11 @@ def text(row: Row, *columns: str) -> str:
     return " ".join(str(row[column]).strip() for column in columns)
 
 
-def plain_number(value: Any) -> str:
+def plain_number(value: object) -> str:
     """A number as people write it: 14.0 as 14, and 1_450 as 1450; an `Unreadable` if it is not one number."""
-    whole = isinstance(value, float) and value.is_integer()
-    plain = str(int(value)) if whole else re.sub(r"(?<=\d)_(?=\d)", "", str(value)).strip()
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    plain = re.sub(r"(?<=\d)_(?=\d)", "", str(value)).strip()
     if not is_number(plain):
         raise Unreadable(f"has the answer {plain!r}, which is not one number")
     return plain

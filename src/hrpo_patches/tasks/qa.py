@@ -30,7 +30,7 @@ def documents_of(row: Row) -> list[str]:
     return [document for document in documents if document.strip()]
 
 
-def _document(item: Any) -> str:
+def _document(item: str | dict[str, Any] | list[Any] | tuple[Any, ...]) -> str:
     if isinstance(item, dict):
         item = item.get("title", ""), item.get("text") or item.get("contents") or ""
     if isinstance(item, str):

@@ -56,7 +56,7 @@ def answer_reward(task: Task, marker: str) -> Reward:
 def format_reward(marker: str) -> Reward:
     """A TRL reward function: 1 for a completion with the marker exactly once and something after it."""
 
-    def answer_has_its_format(completions: list, **_: Any) -> list[float]:
+    def answer_has_its_format(completions: list, **_: object) -> list[float]:
         return [float(bool(answer_of(completion_text(completion, marker), marker))) for completion in completions]
 
     return answer_has_its_format

@@ -81,7 +81,7 @@ def _is_cut(parsed: list[Any]) -> bool:
     return any(isinstance(part, str) and part.count("{") != part.count("}") for part in parsed)
 
 
-def _exact(value: Any, text: str) -> Any:
+def _exact(value: object, text: str) -> Any:
     """A formula, parsed from a text, whose decimals are fractions as they are written: math-verify would round them.
 
     Other floats, which math-verify has computed (of e^{0.5}), stay.
@@ -94,11 +94,11 @@ def _exact(value: Any, text: str) -> Any:
         close = [digits for digits in written if abs(abs(one) - digits) <= _LAST_DIGIT * abs(one)]
         if close:
             fractions[one] = close[0] * (1 if one >= 0 else -1)
-    value = value.xreplace(fractions)
-    return value.doit() if getattr(value, "is_number", False) else value
+    exact: Any = value.xreplace(fractions)
+    return exact.doit() if getattr(exact, "is_number", False) else exact
 
 
-def _is_irrational(value: Any) -> bool:
+def _is_irrational(value: object) -> bool:
     """Whether a formula has a number such as pi or a root: then decimals anywhere in it are right up to six places."""
     parts = value if isinstance(value, sympy.MatrixBase) else (value,)
     inner = (one for part in parts for one in sympy.preorder_traversal(part) if isinstance(one, sympy.Expr))
