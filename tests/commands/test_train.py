@@ -18,7 +18,7 @@ from hrpo_patches.commands import calls
 from hrpo_patches.commands.main import main as cli
 from hrpo_patches.commands.main import train as main
 from hrpo_patches.commands.train import _use_engine as use_engine
-from hrpo_patches.commands.train import make_trainer
+from hrpo_patches.commands.train import make_trainer, next_commands
 from hrpo_patches.commands.train_flags import TrainingFlags, make_parser
 from hrpo_patches.models.base import open_model
 from hrpo_patches.monitor.report import read_run
@@ -493,6 +493,12 @@ def test_least_squares_start_the_projection_from_what_the_base_writes(base, data
     for more in (["--projection_norm"], ["--projection_layers", "2"]):
         with pytest.raises(InputError, match="projection_start='lstsq'"):
             parse([*flags, "--projection_start", "lstsq", "--output_dir", str(tmp_path / "no"), *more])
+
+
+def test_a_supervised_run_with_fillers_is_evaluated_as_one_that_does_not_think(tmp_path):
+    arguments = {"residual": None, "lora_rank": 4, "task": "passing"}  # as `hrpo sft --residual none` records it
+    (command,) = next_commands(arguments, tmp_path / "run", "Hi")
+    assert "--no-thinking" in command and "--control" not in command
 
 
 @pytest.mark.parametrize("residual", ["projection", "none"])

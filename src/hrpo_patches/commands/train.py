@@ -317,7 +317,7 @@ def finish(trainer: HRPOTrainer | HRPOSFTTrainer, record: dict[str, Any], run: R
 
 def next_commands(arguments: dict[str, Any], folder: Path, question: str) -> list[str]:
     """What a person may want to do with what a run has saved: command lines, with its paths and a question."""
-    thinks, full = arguments["residual"] != NONE, not arguments["lora_rank"]
+    thinks, full = arguments["residual"] not in (None, NONE), not arguments["lora_rank"]
     evaluation = ["eval", "--model" if full else "--adapter", folder, "--task", arguments["task"]]
     for name in ("dataset", "corpus", "prompt", "shots"):
         if arguments.get(name):
