@@ -3,7 +3,7 @@
 import pytest
 from tiny import byte_tokenizer
 
-from hrpo_patches.tasks.prompts import fix_template, prompt_ids
+from hrpo_patches.tasks.prompts import fix_template, prompt_as_trained, prompt_ids
 from hrpo_thinking.errors import InputError
 
 BODY = "{% for m in messages %}{{ m.content }}{% endfor %}{% if deep is defined and deep %}+{% else %}-{% endif %}"
@@ -33,3 +33,10 @@ def test_what_no_template_takes_is_refused(options):
     tokenizer.chat_template = BODY
     with pytest.raises(InputError, match="--chat_template_kwargs"):
         fix_template(tokenizer, options, True)
+
+
+def test_a_run_that_recorded_no_prompt_is_not_asked_with_its_prompt_flag(tmp_path):
+    (tmp_path / "run.json").write_text('{"task": "gsm8k", "prompt": "plain"}')
+    assert prompt_as_trained(str(tmp_path), "Why?") is None
+    (tmp_path / "run.json").write_text('{"task": "gsm8k", "prompt": "plain", "asked": "Say: {question}"}')
+    assert prompt_as_trained(str(tmp_path), "Why?") == "Say: Why?"

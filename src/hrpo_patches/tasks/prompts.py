@@ -126,8 +126,10 @@ def run_records(folder: str) -> list[dict[str, Any]]:
         for file in (parent / "report.json", parent / RUN_FILE):
             try:
                 record = json.loads(file.read_text()) if file.is_file() else {}
-                flags = record if file.name == RUN_FILE else record.get("arguments", {})
-                records.append({TEMPLATE: record.get("prompt"), **flags})
+                if file.name == RUN_FILE:  # whose "prompt" is the flag
+                    records.append(record | {TEMPLATE: record.get(TEMPLATE)})
+                else:
+                    records.append(record.get("arguments", {}) | {TEMPLATE: record.get("prompt")})
             except (ValueError, TypeError, AttributeError):  # damaged, or another program's
                 continue
     return records
