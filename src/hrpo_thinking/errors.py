@@ -1,4 +1,4 @@
-"""The four errors that reach a user on purpose."""
+"""The four errors that reach a user on purpose, and how a requirement raises one."""
 
 
 class InputError(ValueError):
@@ -18,6 +18,9 @@ class NonFiniteError(FloatingPointError):
 
 
 def require(condition: object, otherwise: str) -> None:
-    """Raise `InputError` with the text `otherwise` unless the condition holds."""
+    """Raise `InputError` with the text `otherwise` unless the condition holds.
+
+    The text is made in any case: it must not read what exists only where the condition fails.
+    """
     if not condition:
         raise InputError(otherwise)

@@ -61,7 +61,7 @@ def author_of(card: str) -> Literal["us", "a library", "the user"]:
 
 
 def read_card(folder: Path) -> str:
-    """The text of the card in a folder; empty if there is none."""
+    """The text of the card in a folder; empty without a card."""
     return (folder / CARD).read_text(encoding="utf-8") if (folder / CARD).is_file() else ""
 
 

@@ -165,8 +165,8 @@ class ThinkingTrainer(InShards):
             self.init_hf_repo(token, private)
         self.save_model(_internal_call=True)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
-        push = (str(self.args.output_dir), str(commit_message), token, revision)
-        return self.push_saved(*push) if blocking else HfApi().run_as_future(self.push_saved, *push)
+        arguments = (str(self.args.output_dir), str(commit_message), token, revision)
+        return self.push_saved(*arguments) if blocking else HfApi().run_as_future(self.push_saved, *arguments)
 
     def push_saved(
         self, folder: str, message: str = "End of training", token: str | None = None, revision: str | None = None
