@@ -40,7 +40,7 @@ class ContinuousEngine:
         """As `Engine.complete`."""
         check_prompts(prompts)
         config, forced = self.config, sampling.thoughts or 0
-        if config is None:  # upstream's default takes most of the machine's memory
+        if config is None:  # upstream's default takes half of a CPU's memory
             longest = max(map(len, prompts)) + (sampling.max_new_tokens or 0)
             config = ContinuousBatchingConfig(**cache_size(self.model, longest, len(prompts)))
             keep_attention(config, self.model)
