@@ -78,6 +78,7 @@ def test_every_task_has_a_row_here():
 @pytest.mark.parametrize("name", TASKS)
 def test_the_prompts_show_the_marker_and_are_filled_in(name):
     task = task_named(name)
+    assert task.name == name
     for marker in ("####", "</{answer}>"):
         plain = prompt_of(task, "The question?", marker, [], chat=False)
         assert marker in plain and plain.endswith("\n\nThe question?\n")

@@ -34,8 +34,8 @@ from hrpo_patches.models.record import check_same_pauses, check_same_thinking, r
 from hrpo_patches.tasks.problems import find_task
 from hrpo_patches.tasks.prompts import PROMPTS, examples_of
 from hrpo_patches.training.config import SHARED, GRPOConfig, HRPOConfig, ThinkingArguments
-from hrpo_patches.training.sft_config import STARTS, check_fits
 from hrpo_patches.training.shared import check_push
+from hrpo_patches.training.start import STARTS, check_fits
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import InputError, require
 from hrpo_thinking.families import NAMES

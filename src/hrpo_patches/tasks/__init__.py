@@ -1,4 +1,4 @@
-"""The tasks that models are trained and evaluated on, by name."""
+"""The tasks that models are trained and evaluated on, by name. A task's module is imported when it is asked for."""
 
 from __future__ import annotations
 
@@ -7,12 +7,22 @@ import sys
 from difflib import get_close_matches
 from importlib import import_module
 
-from hrpo_patches.tasks import gsm8k, math, mmlu, qa
 from hrpo_patches.tasks.base import Problem, Task
 from hrpo_thinking.errors import InputError
 
-TASKS: dict[str, Task] = {
-    task.name: task for task in (gsm8k.TASK, gsm8k.SVAMP, gsm8k.MAWPS, math.TASK, mmlu.MMLU, mmlu.ARC, *qa.TASKS)
+TASKS = {  # module:NAME of each
+    "gsm8k": "hrpo_patches.tasks.gsm8k:TASK",
+    "svamp": "hrpo_patches.tasks.gsm8k:SVAMP",
+    "mawps": "hrpo_patches.tasks.gsm8k:MAWPS",
+    "math": "hrpo_patches.tasks.math:TASK",
+    "mmlu": "hrpo_patches.tasks.mmlu:MMLU",
+    "arc_challenge": "hrpo_patches.tasks.mmlu:ARC",
+    "rag": "hrpo_patches.tasks.qa:RAG",
+    "nq": "hrpo_patches.tasks.qa:NQ",
+    "triviaqa": "hrpo_patches.tasks.qa:TRIVIAQA",
+    "hotpotqa": "hrpo_patches.tasks.qa:HOTPOTQA",
+    "2wikimultihopqa": "hrpo_patches.tasks.qa:WIKI",
+    "bamboogle": "hrpo_patches.tasks.qa:BAMBOOGLE",
 }
 
 __all__ = ["TASKS", "Problem", "Task", "task_named"]
@@ -25,6 +35,8 @@ def task_named(name: str) -> Task:
         InputError: the task is unknown; the message has the nearest names.
     """
     if ":" in name:
+        if not {"", os.getcwd()} & set(sys.path):  # as `python -m` would have it
+            sys.path.append(os.getcwd())
         return _imported(name)
     if name not in TASKS:
         near = get_close_matches(name.lower(), TASKS, n=3, cutoff=0.4)
@@ -34,13 +46,11 @@ def task_named(name: str) -> Task:
             else f"there are {', '.join(sorted(TASKS))}, reasoning_gym:NAME, and package.module:TASK."
         )
         raise InputError(f"unknown task {name!r}; {hint}")
-    return TASKS[name]
+    return _imported(TASKS[name])
 
 
 def _imported(name: str) -> Task:
     module, _, attribute = name.partition(":")
-    if not {"", os.getcwd()} & set(sys.path):  # as `python -m` would have it
-        sys.path.append(os.getcwd())
     try:
         task = getattr(import_module(module), attribute)
     except (ImportError, AttributeError, ValueError, TypeError) as error:

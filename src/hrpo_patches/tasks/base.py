@@ -22,6 +22,7 @@ class Problem(TypedDict):
     index: NotRequired[int]  # in the data set of a generator
 
 
+GYM, PASSING = "reasoning_gym:", "passing"  # how the names of tasks begin that generate their problems
 Reader = Callable[[Row], Problem]
 
 

@@ -16,12 +16,11 @@ from urllib.parse import parse_qsl
 import yaml
 
 from hrpo_patches.extras import require_package
-from hrpo_patches.tasks.base import Problem, Row, Task, text
+from hrpo_patches.tasks.base import GYM, Problem, Row, Task, text
 from hrpo_patches.tasks.graders.numbers import number
 from hrpo_patches.tasks.gsm8k import TASK as GSM8K
 from hrpo_thinking.errors import InputError
 
-PREFIX = "reasoning_gym:"
 _DECIMAL = re.compile(r"-?(0|[1-9]\d*)(\.\d+)?")
 # Formulas without powers, and lists without multiplication: nothing to call, and nothing that fills the memory.
 _HARMLESS = re.compile(r"(?:[\s0-9+\-/().=]|\*(?!\s*\*))*|(?:[\s0-9+\-/(),.;:|#>=\[\]]|<(?!<))*", re.ASCII)
@@ -85,7 +84,7 @@ def gym_task(name: str, size: int, seed: int) -> GymTask:
     import reasoning_gym
     from reasoning_gym.factory import DATASETS
 
-    generator, _, query = name.removeprefix(PREFIX).partition("?")
+    generator, _, query = name.removeprefix(GYM).partition("?")
     if generator not in DATASETS:
         near = get_close_matches(generator, DATASETS, n=3, cutoff=0.4) or sorted(DATASETS)
         raise InputError(f"reasoning-gym has no generator {generator!r}; there are {', '.join(near)}.")
@@ -94,5 +93,5 @@ def gym_task(name: str, size: int, seed: int) -> GymTask:
         data = reasoning_gym.create_dataset(generator, size=size, seed=seed, **options)
     except (ValueError, TypeError, AssertionError, yaml.YAMLError) as error:
         raise InputError(f"reasoning-gym cannot make {generator!r}: {str(error).splitlines()[0]}.") from None
-    changed = {"name": f"{PREFIX}{generator}", "train": (), "test": (), "shapes": {("question", "answer"): _read}}
+    changed = {"name": f"{GYM}{generator}", "train": (), "test": (), "shapes": {("question", "answer"): _read}}
     return GymTask(**vars(GSM8K) | changed, data=data)

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qsl
 
-from hrpo_patches.tasks.base import Row, Task, steps, text
+from hrpo_patches.tasks.base import PASSING, Row, Task, steps, text
 from hrpo_patches.tasks.worked import Worked
 from hrpo_thinking.errors import InputError
 
-NAME = "passing"
 # The second of each pair is for tests of what was not seen in training.
 NAMES = (("Alice", "Bob", "Claire", "Dave", "Eve"), ("Frank", "Grace", "Henry", "Jane", "Tom"))
 THINGS = (("ball", "book", "hat", "key", "cup"), ("coin", "pen", "ring", "box", "bag"))
@@ -122,7 +121,7 @@ def passing(name: str, size: int, seed: int) -> Passing:
             raise InputError(f"--task {name}: {option} must be {OPTIONS[option]}, not {value!r}.")
         options[option] = read
     return Passing(
-        name=NAME,
+        name=PASSING,
         train=(),
         test=(),
         shapes={("question", "answer"): _read},

@@ -5,12 +5,7 @@ from __future__ import annotations
 import random
 
 from hrpo_patches.tasks import task_named
-from hrpo_patches.tasks.base import Problem, Task
-from hrpo_patches.tasks.gym import PREFIX as GYM
-from hrpo_patches.tasks.gym import gym_task
-from hrpo_patches.tasks.passing import NAME as PASSING
-from hrpo_patches.tasks.passing import passing
-from hrpo_patches.tasks.retrieval import with_retrieved
+from hrpo_patches.tasks.base import GYM, PASSING, Problem, Task
 from hrpo_patches.tasks.sources import task_rows
 from hrpo_thinking.errors import InputError
 
@@ -26,13 +21,18 @@ def find_task(name: str, dataset: str | None, size: int = 10_000, seed: int = 42
     Raises:
         InputError: the task or generator is unknown.
     """
-    makes = name.startswith(GYM) or name.partition("?")[0] == PASSING
-    if makes and dataset is not None:
+    passes = name.partition("?")[0] == PASSING
+    if (passes or name.startswith(GYM)) and dataset is not None:
         raise InputError(f"{name} makes its own problems; remove --dataset {dataset}.")
-    if name.partition("?")[0] == PASSING:
+    if passes:
+        from hrpo_patches.tasks.passing import passing
+
         return passing(name, size, seed)
-    generators = [given for given in (dataset, name) if given is not None and given.startswith(GYM)]
-    return gym_task(generators[0], size, seed) if generators else task_named(name)
+    if generators := [given for given in (dataset, name) if given is not None and given.startswith(GYM)]:
+        from hrpo_patches.tasks.gym import gym_task
+
+        return gym_task(generators[0], size, seed)
+    return task_named(name)
 
 
 def load_problems(
@@ -53,7 +53,11 @@ def load_problems(
         return made
     rows = task_rows(task, dataset, split)
     problems = [task.read(row, where) for row, where in rows]
-    return with_retrieved(problems, [row for row, _ in rows], corpus) if task.retrieval else problems
+    if not task.retrieval:
+        return problems
+    from hrpo_patches.tasks.retrieval import with_retrieved
+
+    return with_retrieved(problems, [row for row, _ in rows], corpus)
 
 
 def split_held_out(problems: list[Problem], held_out: int, seed: int) -> tuple[list[Problem], list[Problem]]:

@@ -78,11 +78,9 @@ def _task(name: str, train: tuple[str, ...], test: tuple[str, ...]) -> Task:
     )
 
 
-TASKS = (
-    _task("rag", ("nq@train", "hotpotqa@train"), ("hotpotqa@dev",)),
-    _task("nq", ("nq@train",), ("nq@test",)),
-    _task("triviaqa", ("triviaqa@train",), ("triviaqa@test",)),
-    _task("hotpotqa", ("hotpotqa@train",), ("hotpotqa@dev",)),
-    _task("2wikimultihopqa", ("2wikimultihopqa@train",), ("2wikimultihopqa@dev",)),
-    _task("bamboogle", (), ("bamboogle@test",)),
-)
+RAG = _task("rag", ("nq@train", "hotpotqa@train"), ("hotpotqa@dev",))
+NQ = _task("nq", ("nq@train",), ("nq@test",))
+TRIVIAQA = _task("triviaqa", ("triviaqa@train",), ("triviaqa@test",))
+HOTPOTQA = _task("hotpotqa", ("hotpotqa@train",), ("hotpotqa@dev",))
+WIKI = _task("2wikimultihopqa", ("2wikimultihopqa@train",), ("2wikimultihopqa@dev",))
+BAMBOOGLE = _task("bamboogle", (), ("bamboogle@test",))

@@ -9,12 +9,12 @@ from typing import Any
 from transformers import TrainingArguments
 
 from hrpo_patches.training.config import ThinkingArguments, require_least, require_steps
+from hrpo_patches.training.start import STARTS, check_fits, fits
 from hrpo_thinking.config import OPTIONS, ThinkingConfig
 from hrpo_thinking.errors import require
 from hrpo_thinking.parts import PROJECTION, parts_of
 
 ADVANCES = ("loss", "epoch", "once")
-STARTS = ("lstsq", "random")
 # How a model thinks that replaces its steps by thoughts, where nothing else is asked: nothing of a filler's embedding
 # is worth keeping, and what is written afterwards is written as before.
 DEFAULTS: dict[str, Any] = {"span": "thoughts", "r_min": 0.01, "r_max": 0.1}
@@ -23,20 +23,6 @@ SCALE = {"residual_scale": "embedding"}  # of a projection
 
 def _option(default: object, help: str, **facts: object) -> Any:
     return field(default=default, metadata={"help": help} | facts)
-
-
-def fits(residual: str | None, layers: int, norm: bool) -> bool:
-    """Whether least squares can start the projection: it is a single linear layer."""
-    return residual is not None and PROJECTION in parts_of(residual) and layers == 1 and not norm
-
-
-def check_fits(residual: str | None, layers: int, norm: bool) -> None:
-    """Raise `InputError` unless `fits`."""
-    require(
-        fits(residual, layers, norm),
-        f"projection_start='lstsq' requires residual='projection', projection_layers=1 and no projection_norm, not "
-        f"residual={residual!r}, {layers} and {norm}; use projection_start='random'.",
-    )
 
 
 @dataclass

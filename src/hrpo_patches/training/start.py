@@ -16,16 +16,32 @@ from tqdm import trange
 
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.thinking.backbone import causal_lm, thinking_backbone
-from hrpo_patches.training.lessons import Lesson
 from hrpo_thinking.errors import require
+from hrpo_thinking.parts import PROJECTION, parts_of
 
 if TYPE_CHECKING:
     from hrpo_patches.thinking.backbone import Model
+    from hrpo_patches.training.lessons import Lesson
 
 # The standard deviation of the weights after the fit. The norm of the residual forgives any scale, and Adam does not:
 # its first steps are as long as the learning rate, which at least squares' own scale (0.005) destroys the fit.
 STD = 0.1
 RIDGE = 1e-4  # of the states' mean square
+STARTS = ("lstsq", "random")
+
+
+def fits(residual: str | None, layers: int, norm: bool) -> bool:
+    """Whether least squares can start the projection: it is a single linear layer."""
+    return residual is not None and PROJECTION in parts_of(residual) and layers == 1 and not norm
+
+
+def check_fits(residual: str | None, layers: int, norm: bool) -> None:
+    """Raise `InputError` unless `fits`."""
+    require(
+        fits(residual, layers, norm),
+        f"projection_start='lstsq' requires residual='projection', projection_layers=1 and no projection_norm, not "
+        f"residual={residual!r}, {layers} and {norm}; use projection_start='random'.",
+    )
 
 
 @torch.no_grad()
