@@ -53,7 +53,7 @@ train: install
 # Two workers with a thread each are faster than one with two: half of the time goes into starting processes.
 test: lint docs chromium
 	OMP_NUM_THREADS=1 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
-		$(BIN)/python -m pytest -n 2 --dist loadgroup $(MARKS)
+		$(BIN)/python -m pytest -n 2 --dist loadfile $(MARKS)
 
 # oneDNN is limited with torch, whose attention otherwise packs for units (AMX) that its own kernels then refuse.
 test-other-machines: install
@@ -62,7 +62,7 @@ test-other-machines: install
 		$(BIN)/python -m pytest -n 2 -m "not smollm2" $(TWO_THREADS)
 
 test-oldest: $(OLDEST_VENV)/.installed
-	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadgroup \
+	OMP_NUM_THREADS=1 $(OLDEST_VENV)/bin/python -m pytest -n 2 --dist loadfile \
 		-m "not smollm2 and not shared_data and not deepspeed" $(CORE)
 
 # unsloth's own Llama and Qwen2 code on a CPU, its kernels under Triton's interpreter: about five minutes.

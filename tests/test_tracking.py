@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-pytestmark = [pytest.mark.smollm2, pytest.mark.xdist_group("tracking")]
+pytestmark = pytest.mark.smollm2
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tracking.py"
 QUESTION = (
     "At the start, Bob has the ball, Alice has the book.\n1. Bob and Alice swap.\nAfter move 1, Alice has the ball."

@@ -173,7 +173,6 @@ def test_without_thoughts_a_model_learns_to_write_its_steps_and_the_marker_and_s
     assert "####" in answer[len(report["prompt"]) - 20 :]
 
 
-@pytest.mark.xdist_group("several")
 def test_two_processes_take_the_steps_and_stages_of_one(flags, tmp_path):
     alike = {"lr": 1e-4, "eval_problems": 4, "eval_steps": 6}
     main(flags("one", **alike))

@@ -10,7 +10,6 @@ from hrpo_patches.models.card import PAPER
 from hrpo_patches.models.hub import adapter_folder, find_adapter
 from hrpo_thinking.errors import InputError
 
-pytestmark = pytest.mark.xdist_group("hub")  # one round trip for all
 ROUND_TRIP = """
 import json, os, sys
 from pathlib import Path

@@ -28,7 +28,6 @@ from hrpo_thinking.parts import MODULES
 # Until some release after 5.17, transformers asks torch for the device "cpu:0", which no file can be loaded to.
 RESUMES = 'device.type != "cpu"' in inspect.getsource(Trainer._load_optimizer_and_scheduler)
 resumes = pytest.mark.skipif(not RESUMES, reason="this transformers resumes several processes on GPUs only")
-pytestmark = pytest.mark.xdist_group("several")  # its processes and theirs are one load
 TESTS = Path(__file__).parents[1]
 PRESETS = TESTS.parent / "configs" / "accelerate"
 DEEPSPEED = Path(sys.prefix) / "deepspeed"  # see the Makefile
@@ -300,12 +299,14 @@ def test_zero_3_decodes_for_the_exact_gradient_and_says_so(bptt, caplog):
 
 
 OTHERS = ("many-thoughts", "many-thoughts-lora", "truncated-of-distributions-lora")
+QUARTERS = ("lora-projection-0", "lora-embedding-exact", "full-projection-exact", "full-embedding-0")
 ALSO = ("tied", "in-pieces", "in-pieces-lora", *OTHERS)
 BIG = {"learning_rate": 1e-2, "lr_thinking_projection": 1e-1, "lr_residual_gate": 1.0, "lr_residual_Lambda": 1.0}
 TRUNCATED = "truncated-of-distributions-lora"  # which ZeRO-3 refuses
 STEPPED = [
     one | {"options": one["options"] | BIG | {"max_steps": 1}}  # steps that are large beside a weight's last digit
-    for one in [*MATRIX, *(one for one in FURTHER if one["name"] in ALSO)]
+    for one in CASES
+    if one["name"] in (*QUARTERS, *ALSO)
 ]
 
 
