@@ -22,7 +22,7 @@ COMMON = {"gradient_accumulation_steps": 1, "lora_rank": 16, "optim": "adamw_tor
 PLAIN, FLOAT32 = {"gradient_checkpointing": False}, {"dtype": "float32", "bptt": 0}
 SHAPES = [
     Shapes(16, max_prompt_length=160, max_completion_length=32, **PLAIN | COMMON),
-    Shapes(24, max_prompt_length=240, max_completion_length=32, bptt=1, **COMMON),
+    Shapes(16, max_prompt_length=192, max_completion_length=32, bptt=1, **COMMON),
     Shapes(8, max_prompt_length=96, max_completion_length=96, **PLAIN | FLOAT32 | COMMON),
 ]
 
