@@ -29,11 +29,10 @@ from hrpo_patches.commands.flags import (
 from hrpo_patches.commands.refusals import in_a_sentence
 from hrpo_patches.commands.resume import check_output, write_record
 from hrpo_patches.commands.train import LORA_TARGETS, asker, finish, train_and_save
-from hrpo_patches.commands.train_flags import REST, ProblemArguments, check_push_flags, own_names
+from hrpo_patches.commands.train_flags import REST, ProblemArguments, check_run, own_names
 from hrpo_patches.device import has_bf16
 from hrpo_patches.engines.batches import Decoding, completions
 from hrpo_patches.evaluation.statistics import standard_error
-from hrpo_patches.extras import require_package
 from hrpo_patches.files import alone
 from hrpo_patches.models.base import load_model
 from hrpo_patches.models.record import check_same_thinking
@@ -119,27 +118,13 @@ class SFTRun:
         about, config = self.about, self.config
         for name in ("max_prompt_length", "eval_batch_size"):
             require(getattr(about, name) >= 1, f"--{name} must be at least 1, not {getattr(about, name)}.")
-        for name in ("lora_rank", "eval_problems"):
-            require(getattr(about, name) >= 0, f"--{name} must be at least 0, not {getattr(about, name)}.")
+        require(about.lora_rank >= 0, f"--lora_rank must be at least 0, not {about.lora_rank}.")
         require(about.limit is None or about.limit >= 1, f"--limit must be at least 1, not {about.limit}.")
-        require(
-            about.eval_problems or config.eval_strategy == "no",
-            f"--eval_strategy {config.eval_strategy} requires --eval_problems.",
-        )
         require(
             not config.patience or about.eval_problems,
             "--patience requires --eval_problems, whose accuracy it watches.",
         )
-        require(
-            not config.enable_jit_checkpoint,
-            "--enable_jit_checkpoint: hrpo sft saves a checkpoint upon SIGTERM by itself; remove it.",
-        )
-        require("none" not in config.report_to, "--report_to none cannot be combined with other names.")
-        for tracker in config.report_to:
-            require_package(tracker, f"--report_to {tracker}")
-        if about.report:
-            require_package("matplotlib", "--report")
-        check_push_flags(config, about.model_name if about.lora_rank else None)
+        check_run(config, about, about.model_name if about.lora_rank else None)
         checkpoint = check_output(config, self.record())
         if checkpoint is not None:
             config.resume_from_checkpoint = str(checkpoint)

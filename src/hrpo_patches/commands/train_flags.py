@@ -223,18 +223,6 @@ class Run:
             f"how the model thinks has flags of its own.",
         )
         require(
-            about.eval_problems or (config.eval_strategy == "no" and not config.eval_on_start),
-            "--eval_strategy and --eval_on_start require --eval_problems.",
-        )
-        require(
-            not config.enable_jit_checkpoint,
-            "--enable_jit_checkpoint: hrpo train saves a checkpoint upon SIGTERM by itself; remove it.",
-        )
-        require(about.eval_problems >= 0, f"--eval_problems must be 0 or more, not {about.eval_problems}.")
-        require("none" not in config.report_to, "--report_to none cannot be combined with other names.")
-        for tracker in config.report_to:
-            require_package(tracker, f"--report_to {tracker}")
-        require(
             about.adapter is None or config.residual is not None,
             "--adapter continues a thinking adapter; it cannot be combined with --residual none.",
         )
@@ -249,9 +237,7 @@ class Run:
             not about.init_projection or about.adapter is not None,
             "--init_projection requires --adapter; a fresh adapter has a projection anyway.",
         )
-        if about.report:
-            require_package("matplotlib", "--report")
-        check_push_flags(config, about.model_name)
+        check_run(config, about, about.model_name)
         self._check_output()
 
     def _check_output(self) -> None:
@@ -264,8 +250,23 @@ class Run:
             check_same_pauses(checkpoint, self.config.thoughts or 0)
 
 
-def check_push_flags(config: TrainingArguments, base: str | None) -> None:
-    """Raise `InputError` if a run cannot be pushed as its flags say; `base` is of its adapter, None without one."""
+def check_run(config: TrainingArguments, about: ProblemArguments, base: str | None) -> None:
+    """Raise `InputError` for what no run can do; `base` is the base model of its adapter, None without one."""
+    require(about.eval_problems >= 0, f"--eval_problems must be 0 or more, not {about.eval_problems}.")
+    require(
+        about.eval_problems or (config.eval_strategy == "no" and not config.eval_on_start),
+        "--eval_strategy and --eval_on_start require --eval_problems.",
+    )
+    require(
+        not config.enable_jit_checkpoint,
+        "--enable_jit_checkpoint: a run saves a checkpoint upon SIGTERM by itself; remove it.",
+    )
+    trackers: Any = config.report_to  # a list: transformers has removed a single none
+    require("none" not in trackers, "--report_to none cannot be combined with other names.")
+    for tracker in trackers:
+        require_package(tracker, f"--report_to {tracker}")
+    if about.report:
+        require_package("matplotlib", "--report")
     if config.push_to_hub:
         check_push(config, base)
     elif config.hub_model_id is not None:
