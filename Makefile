@@ -45,7 +45,7 @@ DRY_RUN := .gpu-dry-run
 # Where a release is built and tried.
 RELEASE := build/release
 
-.PHONY: train docs test release-check test-oldest test-other-machines test-unsloth test-vllm test-gpu test-gpu-dry-run gpu-pack bench lint patch-matrix install chromium wheel clean
+.PHONY: train docs test coverage release-check test-oldest test-other-machines test-unsloth test-vllm test-gpu test-gpu-dry-run gpu-pack bench lint patch-matrix install chromium wheel clean
 
 train: install
 	$(BIN)/python scripts/hrpo_gsm8k.py --config configs/quickstart.yaml
@@ -54,6 +54,11 @@ train: install
 test: lint docs chromium
 	OMP_NUM_THREADS=1 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
 		$(BIN)/python -m pytest -n 2 --dist loadfile $(MARKS)
+
+# Of the tests' own processes: what runs in those that they start is not counted.
+coverage: install
+	OMP_NUM_THREADS=1 HRPO_SHARED_DATA=$(abspath $(SHARED)) \
+		$(BIN)/python -m pytest -n 2 --dist loadfile $(MARKS) --cov=src
 
 # oneDNN is limited with torch, whose attention otherwise packs for units (AMX) that its own kernels then refuse.
 test-other-machines: install
