@@ -1,9 +1,10 @@
 """Do thoughts carry anything on language? Five people pass things on, and one thought replaces a whole sentence.
 
 A problem is `passing`'s: a line of English per move, then a question; the moves generate A5, so that no fixed number
-of layers follows long chains. A written step is a sentence ("After move 3, Bob has the ball.", eleven tokens), and
-`hrpo sft` replaces it by one thought. The model is SmolLM2-135M, pretrained and whole. All arms of a seed start from
-one model, which writes all steps:
+of layers follows long chains. A written step is a sentence ("Bob has the ball after move 3.", ten or eleven tokens),
+and `hrpo sft` replaces it by one thought. It begins with the name, so that the state before a step knows it already,
+and least squares has something to start from. The model is SmolLM2-135M, pretrained and whole. All arms of a seed
+start from one model, which writes all steps:
 
     exact       thoughts, the exact gradient through them
     published   thoughts, their states as constants (--bptt 0)

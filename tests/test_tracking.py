@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 pytestmark = pytest.mark.smollm2
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tracking.py"
 QUESTION = (
-    "At the start, Bob has the ball, Alice has the book.\n1. Bob and Alice swap.\nAfter move 1, Alice has the ball."
+    "At the start, Bob has the ball, Alice has the book.\n1. Bob and Alice swap.\nAlice has the ball after move 1."
 )
 
 

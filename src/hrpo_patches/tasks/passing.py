@@ -75,7 +75,7 @@ class Passing(Task):
             lines.append(f"{move}. {(CYCLES if cycle else SWAPS)[self.phrasing].format(*who)}")
             holder = [to.get(person, person) for person in holder]
             if self.step == "holder":
-                written.append(f"After move {move}, {holder[asked]} has the {things[asked]}.")
+                written.append(f"{holder[asked]} has the {things[asked]} after move {move}.")
             else:
                 rest = ", ".join(f"{person} the {thing}" for person, thing in zip(holder, things, strict=True))
                 written.append(f"After move {move}: {rest}.")
