@@ -81,7 +81,7 @@ def averaged(residual, runs):
 
 
 def standard_error(shares):
-    """Of the mean over seeds; of a single seed there is none."""
+    """Of the mean over seeds; None for a single seed."""
     return stdev(shares) / len(shares) ** 0.5 if len(shares) > 1 else None
 
 

@@ -1,7 +1,7 @@
 """Do thoughts carry a computation, and who teaches them to? Words over the group A5, thought one product at a time.
 
 The product of h elements of A5 cannot be had from a few layers at once, so a model of two layers needs a chain of h
-states. Every arm goes on from one start, which writes all prefix products out. Then it is taught to think: either the
+states. Every arm continues one start, which writes all prefix products out. Then it is taught to think: either the
 first c products are replaced by forced thoughts, c growing (--curriculum replace), or all are thoughts and a loss that
 reads each prefix product out of the state before it fades away (readout). At last all are thoughts, and the product
 after them is the only loss. A line of --out is one arm of one seed; what is there already is not done again.
@@ -255,7 +255,7 @@ def fit_projection(model: LlamaForCausalLM, table: torch.Tensor, seed: int) -> N
     model.model.thinking_projection.weight.copy_(torch.linalg.lstsq(hidden, wanted).solution.T)
 
 
-def begun(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
+def model_of(arm: Arm, args: argparse.Namespace, seed: int) -> LlamaForCausalLM:
     """The arm's model at the start; layers that it has more than the start add nothing yet."""
     model = make_model(arm, args, seed)
     load_model(model, str(start_of(args, seed)), strict=False)
@@ -279,7 +279,7 @@ def tests_of(model: LlamaForCausalLM, arm: Arm, args: argparse.Namespace) -> dic
 def trained(name: str, args: argparse.Namespace, seed: int) -> tuple[LlamaForCausalLM, dict]:
     """An arm's model after its training, and what was seen on the way; read from --runs if they are there."""
     arm, file = ARMS[name], weights_of(name, args, seed, options_of(args))
-    model, record = begun(arm, args, seed), file.with_suffix(".json")
+    model, record = model_of(arm, args, seed), file.with_suffix(".json")
     if file.is_file() and record.is_file():
         load_model(model, str(file))
         return model, json.loads(record.read_text())

@@ -52,7 +52,7 @@ def teach_form(model, words: torch.Tensor, table: torch.Tensor, optimizer: torch
     optimizer.step()
 
 
-def begun(args: argparse.Namespace, seed: int):
+def start_model(args: argparse.Namespace, seed: int):
     """The model that GRPO begins with."""
     options = latent.parsed(["--task", args.task, "--runs", str(args.runs), "--product", "0"])
     options.taught, options.written = args.taught, args.written
@@ -87,7 +87,7 @@ def accuracies(model, args: argparse.Namespace) -> dict[str, float]:
 
 def run(bptt: int | str, args: argparse.Namespace, seed: int) -> dict:
     """One GRPO run; its row of results."""
-    model = begun(args, seed)
+    model = start_model(args, seed)
     before = accuracies(model, args)
     with tempfile.TemporaryDirectory() as folder:
         config = HRPOConfig(

@@ -41,12 +41,12 @@ def main_table(rows: list[dict]) -> str:
     """Accuracies by arm, and what an arm took."""
     lines = []
     for arm, group in grouped(rows, "arm").items():
-        begun = [row["begun"]["16"] for row in group]
+        start = [row["begun"]["16"] for row in group]
         taught = [row["taught"]["16"] for row in group if row["taught"]]
         minutes = statistics.mean(row["seconds"] for row in group) / 60
         tested = [mean_and_each([row["accuracy"][h] for row in group]) for h in LENGTHS]
-        lines.append([f"`{arm}`", mean_and_each(begun), mean_and_each(taught), *tested, f"{minutes:.0f}"])
-    return table(["arm", "16, begun", "16, taught", *LENGTHS, "minutes"], lines)
+        lines.append([f"`{arm}`", mean_and_each(start), mean_and_each(taught), *tested, f"{minutes:.0f}"])
+    return table(["arm", "16, start", "16, taught", *LENGTHS, "minutes"], lines)
 
 
 def control_table(rows: list[dict]) -> str:

@@ -5,7 +5,7 @@ tensors of the CPU or of the other second device. Counted in `EVENTS`, by kind a
 wait of the host (`.item()`, `.tolist()`, `nonzero`, a boolean index) and each copy between host and device.
 
 Importing it gives torch the device for the whole process, so that it must be imported in one of its own; tensors are
-made and moved within `SecondMode()`. It is no measure of time or memory.
+made and moved within `SecondMode()`. It does not measure time or memory.
 """
 
 import contextlib

@@ -69,20 +69,22 @@ def test_a_lesson_says_the_products_that_are_not_thought_and_the_answer(data):
 def test_more_layers_add_nothing_at_the_start(latent, tmp_path):
     args = latent.parsed(["--runs", str(tmp_path), "--written", "1", "--width", "16"])
     tokens = torch.randint(60, (2, 30))
-    two, five = (latent.begun(latent.ARMS[name], args, 0).eval() for name in ("fillers", "fillers-5"))
+    two, five = (latent.model_of(latent.ARMS[name], args, 0).eval() for name in ("fillers", "fillers-5"))
     assert len(five.model.layers) == 5
     torch.testing.assert_close(two(tokens).logits, five(tokens).logits)
 
 
 def test_the_projection_starts_where_it_gives_the_embedding_of_the_product(latent, data, tmp_path):
     args = latent.parsed(["--runs", str(tmp_path), "--written", "1"])
-    model = latent.begun(latent.ARMS["all"], args, 0)
+    model = latent.model_of(latent.ARMS["all"], args, 0)
     table = data.alternating()
     words = data.words_of(50, 24, True, torch.Generator().manual_seed(0))
     hidden = model.model(data.lesson(words, table, 0)[0]).last_hidden_state[:, data.SLOTS - 1 : -3]
     wanted = model.get_input_embeddings()(data.prefix_products(words, table))
     assert (model.model.thinking_projection(hidden) - wanted).norm() < 0.999 * wanted.norm()
-    plain = latent.begun(latent.ARMS["all"], latent.parsed(["--runs", str(tmp_path), "--written", "1", "--no-fit"]), 0)
+    plain = latent.start_of(
+        latent.ARMS["all"], latent.parsed(["--runs", str(tmp_path), "--written", "1", "--no-fit"]), 0
+    )
     assert not torch.equal(plain.model.thinking_projection.weight, model.model.thinking_projection.weight)
 
 
@@ -112,7 +114,7 @@ def test_the_values_of_an_arm_do_not_depend_on_its_bptt_and_its_gradient_does(la
     table, words = data.alternating(), torch.randint(60, (4, 6))
     values, gradients = [], []
     for name in ("k1", "k4", "all", "exact"):
-        model = latent.begun(latent.ARMS[name], args, 0)
+        model = latent.model_of(latent.ARMS[name], args, 0)
         loss = latent.loss_of(model, latent.ARMS[name], words, table, 6)
         loss.backward()
         values.append(loss.item())

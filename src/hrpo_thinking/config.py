@@ -189,7 +189,7 @@ def _is_strangers(value: object) -> bool:
 
 
 def record_of(thinking: ThinkingConfig, held: object = None) -> dict[str, Any]:
-    """What `config.thinking` holds for `thinking`; what is no option is taken from `held`, the record before."""
+    """What `config.thinking` holds for `thinking`; unknown options are taken from `held`, the record before."""
     before = held if isinstance(held, dict) else {}
     return asdict(thinking) | {name: before.get(name, value) for name, value in RECORD.items()}
 
@@ -215,7 +215,7 @@ def plain_model_type(model_config: dict[str, Any]) -> dict[str, Any]:
 
 
 def keep_thinking_options(generation_config: Any, given: dict[str, Any]) -> None:
-    """Called by `GenerationConfig.__init__`: takes what is said of thinking out of `given`; what is not, is None."""
+    """Called by `GenerationConfig.__init__`: moves the fields of thinking out of `given`; a missing one is None."""
     for name in ("thinking", "thoughts", "filler_token_id"):
         value = given.pop(name, None)
         if value is not None:

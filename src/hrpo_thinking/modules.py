@@ -185,10 +185,10 @@ def thinking_modules(config: PreTrainedConfig, thinking: ThinkingConfig) -> dict
         thinking: how it thinks.
     """
     size, std = config.hidden_size, getattr(config, "initializer_range", None) or 0.02
-    made = (
+    modules = (
         make_projection(size, thinking),
         ThinkingLinear(size, True, std, GATE_R),
         ThinkingLinear(size, True, std, GATE_I),
         ThinkingLambda(size, thinking.r_min, thinking.r_max),
     )
-    return dict(zip(MODULES, made, strict=True))
+    return dict(zip(MODULES, modules, strict=True))

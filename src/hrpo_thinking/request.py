@@ -41,7 +41,7 @@ class ThinkingRequest:
         """Whether token `index` thinks, which is asked in order; one that was read before is being replayed."""
         if index < len(self.mask):
             return self.thinks_again(index)
-        if index >= self.forced:  # a filler is no text
+        if index >= self.forced:  # a filler is not text
             self.progress = int(self.table[token, self.progress])
         self.mask.append(self.progress != self.table.shape[1] - 1)
         return self.mask[index]

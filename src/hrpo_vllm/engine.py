@@ -161,7 +161,7 @@ def _check_forced(params: SamplingParams, forced: int, room: int, filler: int | 
     if filler in params.all_stop_token_ids:
         raise InputError(f"the filler of forced thoughts, token {filler}, ends a completion; name another one.")
     if wrong := [name for name, reads in _READS_FILLERS.items() if reads(getattr(params, name, None), filler)]:
-        raise InputError(f"{wrong[0]} cannot be combined with forced thoughts, which are no text; say {THOUGHTS}=0.")
+        raise InputError(f"{wrong[0]} cannot be combined with forced thoughts; set {THOUGHTS}=0.")
 
 
 def tokenizer_of(model_config: ModelConfig) -> PreTrainedTokenizerBase:

@@ -36,7 +36,7 @@ class _Reader(Blend):
         self.config = config
         for name in MODULES:
             setattr(self, name, getattr(backbone, name))
-        # Rows that vLLM pads its table with are no embeddings, and have no part in their mean norm.
+        # vLLM pads its table; the mean norm is that of the embeddings alone.
         table = backbone.embed_tokens
         self.get_input_embeddings = lambda: SimpleNamespace(weight=table.weight[: config.vocab_size])  # type: ignore
 
@@ -130,6 +130,6 @@ def __getattr__(name: str) -> Any:
         if family.vllm is not None and name == architecture(family.causal_lm):
             module, stock = family.vllm
             base = getattr(import_module(f"vllm.model_executor.models.{module}"), stock)
-            made = globals()[name] = type(name, (ThinkingModel, base), {"__module__": __name__})
-            return made
+            model_class = globals()[name] = type(name, (ThinkingModel, base), {"__module__": __name__})
+            return model_class
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""`eval` as a person runs it: what it writes, how it goes on after a kill, and what it refuses."""
+"""`eval` as a person runs it: what it writes, how it resumes after a kill, and what it refuses."""
 
 import json
 import re

@@ -92,7 +92,7 @@ def test_a_command_hides_what_libraries_say_of_each_others_names_and_nothing_els
     with pytest.warns(FutureWarning) as shown:
         assert cli.exit_status(entry, []) == 0
     assert [str(warning.message)[:6] for warning in shown] == ["`loss`"]
-    with pytest.warns(FutureWarning, match="gradient_checkpointing"):  # a program that is no command sees it
+    with pytest.warns(FutureWarning, match="gradient_checkpointing"):  # a program that is not a command sees it
         warnings.warn(old, FutureWarning, stacklevel=1)
 
 

@@ -194,7 +194,7 @@ def test_a_resume_asks_whether_the_checkpoint_is_whole_of_this_run_and_not_its_l
     resume = [*command, "--resume_from_checkpoint", "latest"]
     with pytest.raises(InputError, match="is complete: 2 steps, and report.json"):
         main([*resume, "--max_steps", "2"])
-    with pytest.raises(InputError, match="begun with --seed 42, not 43"):
+    with pytest.raises(InputError, match="started with --seed 42, not 43"):
         main([*resume, "--max_steps", "3", "--seed", "43"])
     (tmp_path / "cut").mkdir()
     (tmp_path / "cut" / "trainer_state.json").write_text("{")
@@ -206,7 +206,7 @@ def test_a_resume_asks_whether_the_checkpoint_is_whole_of_this_run_and_not_its_l
         (folder / name).unlink()
     record = main([*resume, "--max_steps", "2", "--lr", "1e-4"])
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resumed with")]
-    assert said == ["resumed with --learning_rate 0.0001; begun with 5e-06."]
+    assert said == ["resumed with --learning_rate 0.0001; started with 5e-06."]
     assert max(row["step"] for row in record["log"]) == 2 and not (folder / "checkpoint-3").exists()
     found = load_file(folder / "adapter_model.safetensors")
     assert all(torch.equal(found[name], value) for name, value in whole.items())
@@ -356,7 +356,7 @@ def test_the_script_says_one_sentence_and_exits_with_2(arguments, sentence, tmp_
         (["--examples", "1 + 1 = 2"], "carry the marker"),
         (["--init_projection"], "requires --adapter"),
         (["--resume_from_checkpoint", "latest"], "holds no checkpoint"),
-        (["--resume_from_checkpoint", "nowhere"], "nowhere is no checkpoint"),
+        (["--resume_from_checkpoint", "nowhere"], "nowhere is not a checkpoint"),
         (["--temperature", "0"], "--temperature must be above 0"),
         (["--max_completion_length", "0"], "max_completion_length must be at least 1"),
         (["--eval_problems", "-1"], "--eval_problems must be 0 or more"),
@@ -404,7 +404,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(base, data, tmp_path
     arguments = ["--model_name", base, "--dataset", data, "--output_dir", str(tmp_path / "run"), *TINY]
     example = ["--examples", "1 + 1 = 2 #### 2", "--prompt", "plain"]
     main([*arguments, *example, "--max_prompt_length", "34"])
-    assert "20 of 30 problems have prompts over 34 tokens: left out." in caplog.text
+    assert "20 of 30 problems have prompts of more than 34 tokens and are skipped." in caplog.text
     with pytest.raises(InputError, match="every prompt is longer"):
         main([*arguments, *example, "--max_prompt_length", "5", "--output_dir", str(tmp_path / "other")])
 

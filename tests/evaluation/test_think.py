@@ -130,7 +130,7 @@ def test_the_command_looks_into_a_base_an_adapter_and_a_merged_model(base, tmp_p
     [
         (["--png", "old.png"], "old.png exists already; give another --png"),
         (["--png", "new.pdf"], "needs a name that ends in .png"),
-        (["--png", "nowhere/new.png"], "nowhere is no folder"),
+        (["--png", "nowhere/new.png"], "nowhere is not a folder"),
         (["--base", "other"], "is not an adapter, so it has no base model"),
         (["--max_new_tokens", "0"], "must be 1 or more"),
     ],

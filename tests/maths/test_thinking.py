@@ -257,7 +257,7 @@ def test_the_thinking_modules_leave_the_base_weights_of_a_seed_alone(family):
         assert torch.equal(ours.state_dict()[key], value), key
 
 
-def test_lambda_can_be_drawn_anew(family):
+def test_lambda_can_be_drawn_again(family):
     model = tiny_model(family)
     model.model.thinking_residual_Lambda.reset_lambda_parameters(0.5, 0.6)
     assert lambdas(model).min() >= 0.5 and lambdas(model).max() <= 0.6

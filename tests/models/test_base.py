@@ -24,7 +24,7 @@ def test_a_model_is_loaded_with_its_thinking_and_a_tokenizer_that_pads_on_the_le
     assert not [key for key in plain.state_dict() if "thinking" in key]
 
 
-def test_a_thinking_checkpoint_is_not_turned_into_another_kind_or_started_anew(tmp_path):
+def test_a_thinking_checkpoint_is_not_turned_into_another_kind_or_started_again(tmp_path):
     from safetensors.torch import load_file, save_file
 
     tiny_model("llama", thinking={"residual": "embedding", "answer_start": "###"}).save_pretrained(tmp_path)

@@ -131,7 +131,7 @@ def test_the_cost_counts_the_look_at_every_batch(tmp_path, monkeypatch):
     assert trainer.monitor.seconds > 4 * 0.02
 
 
-def test_drift_goes_on_from_the_same_start_in_a_run_whose_projection_was_drawn_anew(tmp_path):
+def test_drift_continues_from_the_same_start_in_a_run_whose_projection_was_drawn_again(tmp_path):
     options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1}
     small_trainer(tmp_path, **options).train()
     straight = [row["projection/drift"] for row in steps(tmp_path)]

@@ -10,7 +10,7 @@ BODY = "{% for m in messages %}{{ m.content }}{% endfor %}{% if deep is defined 
 
 
 @pytest.mark.parametrize("start", ["", "\n", "  ", "{# a comment #}\n"], ids=repr)
-def test_a_fixed_variable_changes_nothing_else_and_can_be_fixed_anew(start):
+def test_a_fixed_variable_changes_nothing_else_and_can_be_fixed_again(start):
     tokenizer, messages = byte_tokenizer(), [{"role": "user", "content": "Hi"}]
     tokenizer.chat_template = start + BODY
     plain = tokenizer.decode(prompt_ids(tokenizer, messages))

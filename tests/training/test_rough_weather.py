@@ -161,7 +161,7 @@ def test_a_hundred_thousand_problems_are_counted_with_a_bar(tokenizer, capsys, c
     problems = [{"question": f"{i}?", "answer": "1"} for i in range(100_000)]
     rows = with_prompts(problems, lambda question: question, tokenizer, 5)
     assert len(rows) == 10_000 and rows[-1]["prompt"] == "9999?"
-    assert "90000 of 100000 problems have prompts over 5 tokens: left out." in caplog.text
+    assert "90000 of 100000 problems have prompts of more than 5 tokens and are skipped." in caplog.text
     assert "Counting tokens" in capsys.readouterr().out
 
 

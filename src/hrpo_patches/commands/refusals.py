@@ -85,7 +85,7 @@ def _is_number(text: str) -> bool:
 
 
 def _has(message: str, value: str) -> bool:
-    """Whether a value stands in a message: a number also as a float, of a text that is no path any long word."""
+    """Whether a value stands in a message: a number also as a float, or any long word of a text that is not a path."""
     spelled = {value} | (set() if "/" in value else set(re.findall(r"[a-zA-Z_]{4,}", value)))
     with suppress(ValueError):
         spelled.add(str(float(value)))

@@ -43,7 +43,7 @@ STATE = {
 
 
 def write_record(config: TrainingArguments, record: dict[str, Any], template: Prompt) -> None:
-    """Keep what a run was begun with in its folder, for `check_output` when it is resumed.
+    """Keep what a run was started with in its folder, for `check_output` when it is resumed.
 
     Args:
         config: of the run.
@@ -99,7 +99,7 @@ def check_output(config: TrainingArguments, record: dict[str, Any]) -> Path | No
         resumed = str(last)
     checkpoint = Path(resumed)
     if not (checkpoint / "trainer_state.json").is_file():
-        raise InputError(f"{checkpoint} is no checkpoint: trainer_state.json does not exist there.")
+        raise InputError(f"{checkpoint} is not a checkpoint: it has no trainer_state.json.")
     if holds and checkpoint.resolve().parent != folder.resolve():
         raise InputError(f"{folder} already holds another run than the checkpoint {checkpoint}.")
     for what, names in STATE.items():
@@ -142,11 +142,11 @@ def _check_same_run(file: Path, record: dict[str, Any]) -> None:
     for name in differ:
         if name in FIXED:
             raise InputError(
-                f"{file.parent} was begun with --{name} {kept.get(name)}, not {asked.get(name)}; resume it with what "
-                f"it was begun with, or begin another run in another --output_dir."
+                f"{file.parent} was started with --{name} {kept.get(name)}, not {asked.get(name)}; resume it with the "
+                f"same value, or start another run in another --output_dir."
             )
     for name in sorted(set(differ) - {"resume_from_checkpoint", "output_dir"}):
-        print(f"resumed with --{name} {asked.get(name)}; begun with {kept.get(name)}.")
+        print(f"resumed with --{name} {asked.get(name)}; started with {kept.get(name)}.")
 
 
 def _last_step(checkpoint: Path, config: TrainingArguments) -> int | None:

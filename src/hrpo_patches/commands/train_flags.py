@@ -70,7 +70,7 @@ class ProblemArguments:
         default_factory=list,
         metadata={"help": "Worked examples for the prompt, each a question, a solution and its answer."},
     )
-    max_prompt_length: int = option(1024, "Problems with a longer prompt (in tokens) are left out.")
+    max_prompt_length: int = option(1024, "Problems with a longer prompt (in tokens) are skipped.")
     lora_rank: int = option(32, "LoRA rank; alpha is twice as much.")
     eval_problems: int = option(0, "Held-out problems to answer greedily before and after training.")
     eval_batch_size: int = option(50, "Held-out problems answered at once.")

@@ -201,28 +201,28 @@ class Examination:
         from hrpo_patches.tasks.prompts import prompt_ids, prompt_of, uses_chat
 
         if self.task is None and self.dataset is None:
-            said = "a made-up question; name --task or --dataset to have data tried"
+            summary = "a made-up question; name --task or --dataset to have data tried"
             if self.model is None:
-                raise Unseen(said)
+                raise Unseen(summary)
             chat = self.tokenizer.chat_template is not None
             self.ids = prompt_ids(self.tokenizer, [{"role": "user", "content": QUESTION}] if chat else QUESTION)
-            return said
+            return summary
         task = find_task(self.task or "gsm8k", self.dataset, size=100)
         problems = load_problems(task, self.dataset)
         for number, problem in enumerate(problems[:100], 1):
             if not all(task.is_right(problem, gold) for gold in problem["answer"]):
                 raise InputError(
                     f"problem {number} of {task.name} has the gold answer {problem['answer'][0]!r}, which its own "
-                    f"grader does not take for right; mend the data, or take another --task."
+                    f"grader does not accept; fix the data, or use another --task."
                 )
-        said = f"{len(problems)} problems of {task.name}, gold answers right"
+        summary = f"{len(problems)} problems of {task.name}, gold answers right"
         if self.model is None:
-            return said
+            return summary
         chat = uses_chat("auto", self.tokenizer)
         prompts = [prompt_of(task, problem["question"], self.marker, [], chat) for problem in problems[:100]]
         lengths = [prompt_ids(self.tokenizer, prompt) for prompt in prompts]
         self.ids = lengths[0]
-        return f"{said}; prompts of {min(map(len, lengths))} to {max(map(len, lengths))} tokens"
+        return f"{summary}; prompts of {min(map(len, lengths))} to {max(map(len, lengths))} tokens"
 
     # --- a completion ----------------------------------------------------------------------------------------------
 

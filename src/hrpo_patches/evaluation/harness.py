@@ -40,7 +40,7 @@ class ThinkingLM(HFLM):
         if peft is not None and (adapter_folder(peft) / THINKING_FILE).is_file():
             self._model = load_adapter(self.model, peft)
         elif peft is not None:
-            raise InputError(f"{peft} is no adapter that says how it thinks; for another, take --model hf.")
+            raise InputError(f"{peft} is not a thinking adapter; evaluate other adapters with --model hf.")
         if thinking and is_untrained(self.model):
             raise InputError("this model was never trained to think, so it would think at random; add thinking=False.")
         self.thinking = thinking
@@ -52,7 +52,7 @@ class ThinkingLM(HFLM):
             extra["tokenizer"] = self.tokenizer
         out = super()._model_generate(context, max_length + forced, stop, **kwargs, **extra)
         width = context.shape[1]
-        return torch.cat([out[:, :width], out[:, width + forced :]], dim=1)  # a filler is no text
+        return torch.cat([out[:, :width], out[:, width + forced :]], dim=1)  # a filler is not text
 
     def _loglikelihood_tokens(self, *args: Any, **kwargs: Any) -> Any:
         if self.thinking:

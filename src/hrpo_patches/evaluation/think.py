@@ -171,7 +171,7 @@ def check_png(path: Path) -> None:
     require_package("matplotlib", "--png")
     require(path.suffix.lower() == ".png", f"--png needs a name that ends in .png, not {path}.")
     require(not path.exists(), f"{path} exists already; give another --png.")
-    require(path.parent.is_dir(), f"{path.parent} is no folder.")
+    require(path.parent.is_dir(), f"{path.parent} is not a folder.")
 
 
 def draw(thoughts: list[Thought], title: str, path: Path) -> Path:

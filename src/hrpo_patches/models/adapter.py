@@ -139,7 +139,7 @@ def holds_thinking(folder: Path) -> bool:
     if (folder / THINKING_FILE).is_file() or not (folder / "adapter_model.safetensors").is_file():
         return True  # what is missing is load_adapter's to say
     with safe_open(folder / "adapter_model.safetensors", "pt") as weights:
-        return any(is_thinking_parameter(key) for key in weights.keys())  # noqa: SIM118 - it is no dict
+        return any(is_thinking_parameter(key) for key in weights.keys())  # noqa: SIM118 - it is not a dict
 
 
 def load_adapter(
@@ -208,7 +208,7 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], set[str]]:
     """The adapter's weights by name, and the thinking modules that it holds.
 
     Raises:
-        InputError: it is no adapter, or holds no thinking weights.
+        InputError: it is not an adapter, or holds no thinking weights.
     """
     file = folder / "adapter_model.safetensors"
     # LoRA's bias="all" writes the biases of modules_to_save twice more, under PEFT's inner names.

@@ -40,8 +40,8 @@ def public_name(base: str | None, folder: Path | None = None) -> str | None:
 
     Args:
         base: as it is named.
-        folder: of a run that names it. Training may have begun in any of the folders above, from which a relative path
-            leads to a base in a folder; by default only the working directory is looked at.
+        folder: of a run that names it. Training may have started in any of the folders above it, and a relative path
+            is tried from each; by default only from the working directory.
     """
     if not base:
         return None

@@ -36,7 +36,7 @@ def run_folder(name: str) -> str:
 
 
 def find_adapter(name: str | Path) -> Path | None:
-    """The folder of the adapter of that name: a folder, or a hub id, which is fetched; None if it is no adapter."""
+    """The folder of the adapter `name`, a folder or a hub id, which is fetched; None if it is not an adapter."""
     config = None if missing(str(name), "model") else find_file(name, CONFIG)
     if config is None or Path(name).exists():
         return config and config.parent

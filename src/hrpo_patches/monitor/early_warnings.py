@@ -18,12 +18,12 @@ Row = dict[str, Any]
 
 
 class EarlyWarnings:
-    """Judges a run by the rows of its log, each with "step" and whatever else was logged; missing keys are no fault.
+    """Judges a run by the rows of its log, each with "step" and whatever else was logged; missing keys are skipped.
 
     Args:
         marker: the answer marker.
         max_completion_length: where completions are cut, in tokens; None if that is not known.
-        start: the step that the run starts from. A resumed run is judged again.
+        start: the step that the run starts from. A resumed run is checked again.
     """
 
     def __init__(self, marker: str, max_completion_length: int | None = None, start: int = 0) -> None:

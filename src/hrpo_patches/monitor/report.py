@@ -89,7 +89,7 @@ def read_run(folder: Path, name: str | None = None) -> Run:
         raise InputError(f"the run {absent}")
     log, report = folder / LOG_FILE, folder / "report.json"
     if not log.is_file() and not report.is_file():
-        raise InputError(f"{folder} holds neither {LOG_FILE} nor report.json, so it is no run.")
+        raise InputError(f"{folder} is not the folder of a run: it holds neither {LOG_FILE} nor report.json.")
     rows = read_rows(log) if log.is_file() else []
     if log.is_file() and (not rows or "run" not in rows[0]):
         raise InputError(f"{log} does not begin with what the run is: the file is damaged.")

@@ -49,8 +49,8 @@ def load_problems(
     Raises:
         InputError: the data is missing, empty, no JSON (which line), or a row cannot be read (which, and why).
     """
-    if (made := task.generated(split)) is not None:
-        return made
+    if (generated := task.generated(split)) is not None:
+        return generated
     rows = task_rows(task, dataset, split)
     problems = [task.read(row, where) for row, where in rows]
     if not task.retrieval:

@@ -86,7 +86,7 @@ def fix_template(tokenizer: PreTrainedTokenizerBase, options: dict[str, Any], ch
     It is saved with the adapter, so that whoever asks with that tokenizer asks what was asked in training.
 
     Raises:
-        InputError: prompts are no conversations, or a name is no variable of a template.
+        InputError: prompts are not conversations, or the template has no variable of this name.
     """
     require(not options or chat, "--chat_template_kwargs are of chat templates, and the prompts are plain text.")
     template: Any = tokenizer.chat_template
@@ -187,7 +187,7 @@ def uses_chat(prompt: str, tokenizer: PreTrainedTokenizerBase) -> bool:
 def with_prompts(
     problems: list[Problem], ask: Callable[[str], Prompt], tokenizer: PreTrainedTokenizerBase, longest: int
 ) -> list[dict[str, Any]]:
-    """The problems with their prompts; those whose prompt is too long are left out with a message.
+    """The problems with their prompts; those whose prompt is too long are skipped with a message.
 
     Args:
         problems: of a task.
@@ -204,6 +204,7 @@ def with_prompts(
     require(not rows or fitting, f"every prompt is longer than --max_prompt_length {longest} tokens.")
     if len(fitting) < len(rows):
         logger.warning(
-            f"{len(rows) - len(fitting)} of {len(rows)} problems have prompts over {longest} tokens: left out."
+            f"{len(rows) - len(fitting)} of {len(rows)} problems have prompts of more than {longest} tokens and "
+            f"are skipped."
         )
     return fitting

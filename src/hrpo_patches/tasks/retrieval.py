@@ -15,7 +15,7 @@ from hrpo_thinking.errors import InputError
 
 
 class Retriever:
-    """BM25 (bm25s) over documents; English stop words are left out.
+    """BM25 (bm25s) over documents; without English stop words.
 
     Raises:
         InputError: bm25s is not installed, or there are no documents.

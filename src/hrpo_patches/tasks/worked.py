@@ -1,7 +1,7 @@
 """Problems with worked solutions: a question, its steps, each a line of text, and its answer.
 
 A row holds `steps`, a list of texts, beside what its task needs, or an `answer` in GSM8K's form: a step per line, and
-the answer after `####`. GSM8K's notes for a calculator (`<<6*3=18>>`) are left out.
+the answer after `####`. GSM8K's notes for a calculator (`<<6*3=18>>`) are removed.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ def worked_problems(task: Task, dataset: str | None, split: str, marker: str) ->
         InputError: the data is missing, or a row (which one) has no steps, or a step with the marker.
     """
     require(not task.retrieval, f"{task.name} asks about documents, which worked solutions do not come with here.")
-    if (made := task.generated(split)) is not None:
-        for i, problem in enumerate(made):
+    if (generated := task.generated(split)) is not None:
+        for i, problem in enumerate(generated):
             require(
                 "steps" in problem, f"{task.name} makes problems without steps; name worked solutions with --dataset."
             )
             _checked(problem, f"{task.name} problem {i}", marker)
-        return made
+        return generated
     return [
         _checked({**task.read(row, where), "steps": steps_of(row, where)}, where, marker)
         for row, where in task_rows(task, dataset, split)
@@ -78,5 +78,5 @@ def _checked(problem: Worked, where: str, marker: str) -> Worked:
     try:
         solution.encode()
     except UnicodeEncodeError:  # JSON may hold half a surrogate pair, which no tokenizer takes
-        raise InputError(f"{where} has a step that is no text in UTF-8: {solution!r}.") from None
+        raise InputError(f"{where} has a step that is not valid UTF-8: {solution!r}.") from None
     return problem

@@ -235,7 +235,7 @@ class _Adjoint(torch.autograd.Function):
         smallest, most = (rule.tolerance * base, most) if exact else (0.0, min(rule.depth, most))
         # Where nothing leads from a state to the loss, as with a residual that is cut, the product is zeros.
         options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-        while following > smallest and count < most:  # not if it is no number
+        while following > smallest and count < most:  # False if it is NaN
             count += 1
             unsharded(ctx.backbone.norm)
             (at_states,) = torch.autograd.grad(hidden, states, term, **options)

@@ -328,10 +328,10 @@ class ThinkingDecoder:
         last = hidden[:, -1] if hidden is not None else None  # (B, d), that `scores` were computed from
         state = RESIDUALS[self.residual].observe(last, scores, self.embeddings)
         next_tokens = self.forced.observe(outputs, scores, next_tokens, unfinished)
-        if self.forced.steps > self.forced.count:  # a filler is no text
+        if self.forced.steps > self.forced.count:  # a filler is not text
             # One look-up per row, on the device: nothing waits for the host. The last state is absorbing.
             self.progress = self.table[next_tokens.to(self.table.device), self.progress]
-        mask = (self.progress != self.answering) & unfinished.bool()  # padding behind an end is no thought
+        mask = (self.progress != self.answering) & unfinished.bool()  # padding behind an end token is not a thought
         if not self.record and len(self.states) == 1:
             self.states.clear()
             self.masks.clear()

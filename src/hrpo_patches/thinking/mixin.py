@@ -66,7 +66,7 @@ class ThinkingMixin(Blend, _Base):
         # parameter's (torchao); the second holds under bf16 as well as fp16.
         self._keep_in_fp32_modules = inner
         self._keep_in_fp32_modules_strict = set(MODULES)
-        # A stock checkpoint lacks them, which is no reason for a warning; one that claims to hold them must.
+        # A stock checkpoint lacks them: no warning. One whose config says that it has them must have them.
         if not config.thinking["in_checkpoint"]:
             self._keys_to_ignore_on_load_missing = {MODULE_PATTERN.pattern}
 
@@ -141,7 +141,7 @@ class ThinkingMixin(Blend, _Base):
         """
         if thinking is None:
             raise InputError(LOOSE)
-        # First the states, without gradient, if there are none or other weights made them; then the blend.
+        # First the states, without gradient, if they are missing or come from other weights; then the blend.
         if thinking.bptt is not None or thinking.states is None:
             thinking = adjoint.ready(self, embeds, thinking, attention_mask, position_ids)
         # For the exact gradient, prompts are read apart: the series then costs nothing for them.

@@ -48,10 +48,10 @@ def thinking_stays_float32() -> Iterator[None]:
             # The policy of the rest would cast these weights to bf16 in every forward.
             if isinstance(part, ThinkingModule) and not isinstance(part, FSDPModule):
                 stock(part, **options | {"mp_policy": MixedPrecisionPolicy(), "reshard_after_forward": False})
-        made = stock(module, **options)
+        sharded = stock(module, **options)
         for given in modules:
             given._gives_back = bool(options.get("reshard_after_forward"))  # a root that is not told keeps its weights
-        return made
+        return sharded
 
     with temporarily(fsdp, fully_shard=shard):
         yield

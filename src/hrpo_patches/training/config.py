@@ -63,7 +63,7 @@ def _rate(group: str, what: str) -> Any:
 class ThinkingArguments(_Arguments):
     """The options of thinking of a trainer's arguments, which are mixed with transformers' or TRL's.
 
-    How a model thinks is said by `thinking`, or by the options of it that have a field here. What is left open is the
+    `thinking` says how a model thinks; some of its options have a field of their own here. What is left open is the
     model's own, or `ThinkingConfig`'s default.
     """
 
@@ -147,7 +147,7 @@ class ThinkingArguments(_Arguments):
             text = f"replay_passes={passes} is deprecated and will be removed in 0.4; use bptt={depth}."
             warnings.warn(text, FutureWarning, stacklevel=4)
             self.bptt, self.replay_passes = depth, None
-        # None stays: the model's backend has a default of its own, and there is no model yet.
+        # None stays: the default depends on the backend of the model, which is not known yet.
         if self.bptt is not None:
             self.bptt = depth_of(self.bptt)  # type: ignore[assignment]
         Bptt(self.depth, self.bptt_tolerance, self.bptt_terms)  # checks them

@@ -81,7 +81,7 @@ class Curriculum(TrainerCallback, ExportableState):
     def _enter(self, stage: int) -> None:
         stage = min(stage, self.last)
         if stage != self.stage:
-            self.stage, self.losses = stage, []  # the new stage is judged by its own batches
+            self.stage, self.losses = stage, []  # the new stage has its own losses
             self.on_stage(stage)
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: object, **kwargs: object) -> None:

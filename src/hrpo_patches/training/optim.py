@@ -29,7 +29,7 @@ def regroup(trainer: Trainer, optimizer: optim.Optimizer, learning_rates: dict[s
     require(not own and not optimizer.state, text)
     rates = {"base": trainer.args.learning_rate} | learning_rates
     model: Any = trainer.model
-    # transformers leaves biases and norms out; thinking weights are left out below.
+    # transformers excludes biases and norms from weight decay; thinking weights are excluded below.
     decayed = set(trainer.get_decay_parameter_names(model))
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():

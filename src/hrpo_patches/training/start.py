@@ -104,7 +104,7 @@ def fit_projection(model: Model, texts: Sequence[tuple[list[int], Sequence[Place
     active: Any = module.modules_to_save[module.active_adapters[0]] if copied else module
     text = "projection_start='lstsq' requires"
     require(isinstance(active, nn.Linear), f"{text} projection_layers=1 without projection_norm.")
-    require(any(places for _, places in texts), f"{text} texts to fit the projection on, and there are none.")
+    require(any(places for _, places in texts), f"{text} at least one text to fit the projection on.")
     embeddings = causal_lm(model).get_input_embeddings()
     device = embeddings.weight.device
     means = []  # of the embeddings that each residual is to be, in float64: (d,) each

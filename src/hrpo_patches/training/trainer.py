@@ -168,7 +168,7 @@ class HRPOTrainer(ThinkingTrainer, GRPOTrainer):
             thoughts = args.thoughts if args.thoughts is not None else saved.thoughts or 0
             filler = saved.filler_token_id if args.filler is None else None
             thinking = ThinkingConfig(thoughts=thoughts, filler=args.filler or thinking.filler)
-        text = "span='thoughts' lets forced thoughts alone think, and there are none; set thoughts."
+        text = "span='thoughts' lets forced thoughts alone think; it requires thoughts of at least 1."
         require(args.residual is None or thinking.span != "thoughts" or thinking.thoughts, text)
         args.thoughts, args.filler = thinking.thoughts, thinking.filler  # a checkpoint's arguments say what was done
         self._fillers = []

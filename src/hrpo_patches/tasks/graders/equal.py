@@ -118,5 +118,5 @@ def equal(gold: str, answer: str) -> bool:
             with _time_limit():
                 return _ask(gold, answer)
         return _is_light(gold) and _is_light(answer) and _ask(gold, answer)
-    except Exception:  # sympy raises all kinds on texts that are no mathematics
+    except Exception:  # sympy raises all kinds on texts that are not mathematics
         return False
