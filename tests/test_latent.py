@@ -82,7 +82,7 @@ def test_the_projection_starts_where_it_gives_the_embedding_of_the_product(laten
     hidden = model.model(data.lesson(words, table, 0)[0]).last_hidden_state[:, data.SLOTS - 1 : -3]
     wanted = model.get_input_embeddings()(data.prefix_products(words, table))
     assert (model.model.thinking_projection(hidden) - wanted).norm() < 0.999 * wanted.norm()
-    plain = latent.start_of(
+    plain = latent.model_of(
         latent.ARMS["all"], latent.parsed(["--runs", str(tmp_path), "--written", "1", "--no-fit"]), 0
     )
     assert not torch.equal(plain.model.thinking_projection.weight, model.model.thinking_projection.weight)
