@@ -163,7 +163,7 @@ class ThinkingConfig:
         return cls.from_dict(value)
 
     def chosen(self) -> dict[str, Any]:
-        """The options, but forced thoughts that are as by default: no weights depend on them; a model has its own."""
+        """The options, without forced thoughts that have their default value: a saved model may have its own."""
         left_open = [name for name in FORCED if getattr(self, name) == getattr(ThinkingConfig, name)]
         return {name: value for name, value in asdict(self).items() if name not in left_open}
 

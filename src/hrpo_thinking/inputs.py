@@ -1,7 +1,7 @@
 """One value from the rollout to the model: what a forward needs in order to think.
 
-Decoding and the engines produce a `ThinkingInputs`, the trainer keeps it with the batch, the replay adds how a
-gradient flows through it, and the model's forward reads it.
+Decoding and the engines produce a `ThinkingInputs`. The trainer keeps its tensors with the batch and, in the loss,
+adds how a gradient flows through them (`bptt`). The model's forward reads it.
 """
 
 from __future__ import annotations

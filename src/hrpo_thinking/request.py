@@ -10,7 +10,7 @@ from torch import Tensor
 from hrpo_thinking.errors import InputError
 from hrpo_thinking.parts import RESIDUALS
 
-FORCED_ALONE = "forced thoughts without thinking need generate; use that, or say thoughts=0."
+FORCED_ALONE = "only generate supports forced thoughts without thinking; use it, or set thoughts=0."
 PIECE = 64  # states that are copied together: each is a row of its step's, and would keep all of that alive
 
 

@@ -134,7 +134,7 @@ def test_all_weights_can_be_trained_and_the_model_thinks_by_default(flags, tmp_p
         ({"task": "reasoning_gym:chain_sum", "dataset": None}, "problems without steps"),
         ({"task": "nq"}, "asks about documents"),
         ({"residual": "none", "r_min": 0.5}, "--r_min is about thinking"),
-        ({"label_smoothing_factor": 0.5}, "label_smoothing_factor is not supported"),
+        ({"label_smoothing_factor": 0.5}, "label_smoothing_factor=0.5 is not supported"),
         ({"advance_loss": 0}, "advance_loss"),
         ({"eval_strategy": "steps"}, "require --eval_problems"),
         ({"eval_on_start": True}, "require --eval_problems"),

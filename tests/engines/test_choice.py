@@ -36,7 +36,7 @@ def test_auto_says_which_engine_it_takes_and_why():
     assert engine == "continuous" and reason.startswith("not vllm: vLLM is not installed")
     for options, why in (
         (("embedding",), "no distribution, which the embedding residual is made from"),
-        ((None, 3), "forced thoughts without thinking"),
+        ((None, 3), "supports forced thoughts without thinking"),
         (("projection", 0, "swapped"), "the control 'swapped' needs the rows"),
     ):
         engine, reason = choose_engine("auto", model, Needs(*options))
@@ -52,6 +52,11 @@ def test_an_engine_from_outside_answers_prompts():
     model, tokenizer = tiny_model("llama"), byte_tokenizer()
     echo = Echo(model.config.hidden_size)
     assert completions(model, tokenizer, ["Hi", "abc"], Decoding(8, True), engine=echo) == ["Hi", "abc"]
+    with pytest.raises(InputError, match="Echo did not apply the control 'zeroed'"):
+        completions(model, tokenizer, ["Hi"], Decoding(8, True, control="zeroed"), engine=echo)
+    echo.complete = lambda prompts, sampling: Completions([])
+    with pytest.raises(InputError, match="Echo returned 0 completions for 2 prompts"):
+        completions(model, tokenizer, ["Hi", "abc"], Decoding(8, True), engine=echo)
 
 
 def test_an_engine_in_the_table_is_chosen_by_its_name(monkeypatch):

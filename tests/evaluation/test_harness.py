@@ -112,7 +112,7 @@ def test_what_cannot_think_is_refused(folder, tmp_path):
         ThinkingLM(**base)
     trainer = small_trainer(tmp_path / "plain", residual="none", peft_config=lora())
     trainer.save_model()
-    with pytest.raises(InputError, match="is not a thinking adapter; evaluate other adapters with --model hf"):
+    with pytest.raises(InputError, match="it is not a thinking adapter. Evaluate others with --model hf"):
         ThinkingLM(**base, peft=str(tmp_path / "plain"))
     thinking = ThinkingLM(**base, peft=str(folder / "adapter"))
     with pytest.raises(InputError, match="scores given answers, in which nothing is thought; add thinking=False"):

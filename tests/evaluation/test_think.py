@@ -66,7 +66,7 @@ def test_numbers_out_of_range_are_refused(tokenizer):
     for wrong in ({"temperature": -1.0}, {"temperature": float("nan")}, {"temperature": 1e-40}, {"seed": -1}):
         with pytest.raises(InputError, match="temperature must be 0, for greedy, or 0.01 or more, and seed"):
             think(model, tokenizer, "Hi", **wrong)
-    with pytest.raises(InputError, match="the prompt is empty"):
+    with pytest.raises(InputError, match="one of them is empty"):
         think(model, tokenizer, "")
 
 

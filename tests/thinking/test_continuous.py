@@ -318,7 +318,7 @@ def test_sequences_of_a_plain_request_do_not_think_and_those_that_end_at_once_ar
     [
         ({"thinking": "maybe"}, "must be True or False, not 'maybe'"),
         ({"thoughts": True}, "must be a whole number from 0, not True"),
-        ({"thinking": False, "thoughts": 3}, "forced thoughts without thinking need generate"),
+        ({"thinking": False, "thoughts": 3}, "only generate supports forced thoughts without thinking"),
         ({"thoughts": NEW}, "thoughts=20 must be smaller than"),
         ({"thoughts": 4, "max_new_tokens": 4}, "thoughts=4 must be smaller than"),
     ],

@@ -214,7 +214,7 @@ REFUSED = [
     ({"reference": "start", "residual": "none"}, "about thinking"),
     ({"bptt": 2, "residual": "embedding", "top_p": 0.9}, "top_p=0.9 changes the distribution"),
     ({"bptt": "exact", "residual": "embedding", "generation_kwargs": {"no_repeat_ngram_size": 2}}, "no_repeat"),
-    ({"thoughts": 2, "residual": "none", "use_transformers_continuous_batching": True}, "need generate"),
+    ({"thoughts": 2, "residual": "none", "use_transformers_continuous_batching": True}, "only generate supports"),
 ]
 
 
@@ -296,7 +296,7 @@ def test_a_run_with_forced_thoughts_and_its_own_start_resumes_exactly(tmp_path):
         assert torch.equal(one, other) or not one.requires_grad, name
     assert [row["kl"] for row in resumed.state.log_history[:4]] == [row["kl"] for row in whole.state.log_history[:4]]
     (tmp_path / "run" / "reference_start.safetensors").unlink()
-    with pytest.raises(InputError, match="the run's KL reference"):
+    with pytest.raises(InputError, match="cannot resume with reference='start'"):
         run("run", 1, resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 

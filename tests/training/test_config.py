@@ -24,7 +24,7 @@ from hrpo_thinking.errors import InputError
         ),
         (
             {"use_transformers_continuous_batching": True, "residual": None, "thoughts": 2},
-            "forced thoughts without thinking need generate",
+            "only generate supports forced thoughts without thinking",
         ),
         ({"cache_implementation": "paged"}, "cache_implementation='paged' cannot think"),
         ({"generation_kwargs": {"num_beams": 2}}, "num_beams=2 cannot think"),

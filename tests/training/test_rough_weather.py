@@ -74,7 +74,7 @@ def test_a_damaged_checkpoint_is_named_when_it_is_resumed(words, file, tmp_path)
     damaged = folder / "checkpoint-2" / file
     damaged.write_bytes(damaged.read_bytes()[: damaged.stat().st_size // 2])
     again = [*words[1:], "--output_dir", str(folder), "--resume_from_checkpoint"]
-    with pytest.raises(InputError, match="checkpoint-2 cannot be resumed from, a file is damaged"):
+    with pytest.raises(InputError, match="cannot resume from .*checkpoint-2: a file is damaged"):
         train([*again, "latest"])
     train([*again, str(folder / "checkpoint-1")])
     assert (folder / "checkpoint-4").is_dir()

@@ -51,7 +51,10 @@ def test_as_many_thoughts_as_tokens_stand_for_the_next_token_each():
 
 @pytest.mark.parametrize(
     ("thinking", "texts", "word"),
-    [({"projection_layers": 2}, [([5], [Place(0, [5], [1.0])])], "projection_layers"), ({}, [([5], [])], "none")],
+    [
+        ({"projection_layers": 2}, [([5], [Place(0, [5], [1.0])])], "projection_layers"),
+        ({}, [([5], [])], "at least one text"),
+    ],
 )
 def test_what_cannot_be_fitted_is_refused(thinking, texts, word):
     with pytest.raises(InputError, match=word):

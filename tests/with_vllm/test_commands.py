@@ -72,8 +72,8 @@ def test_what_vllm_cannot_do_in_an_evaluation_is_said_and_auto_takes_another(fol
     model, _ = open_model(str(folder / "adapter"))
     for options, why in (
         (("embedding",), "no distribution"),
-        ((None, 3), "forced thoughts without thinking"),
-        (("projection", 0, "zeroed"), "controls stand between"),
+        ((None, 3), "supports forced thoughts without thinking"),
+        (("projection", 0, "zeroed"), "controls change the blend"),
         (("projection", 0, "swapped"), "needs the rows"),
     ):
         with pytest.raises(InputError, match=f"--engine vllm cannot be used: .*{why}"):

@@ -83,7 +83,8 @@ def _device(name: str | None) -> Any:
     try:
         return None if name is None else torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"--device {name} cannot be used: {why} Use cpu or cuda:0, or omit --device.") from None
 
 
 def _page(runs: list[Run], given: Namespace) -> Blocks:

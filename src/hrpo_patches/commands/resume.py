@@ -67,7 +67,9 @@ def _read(file: Path) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(file.read_text())
     except ValueError as error:
-        raise InputError(f"{file} is damaged: {error}.") from None
+        raise InputError(
+            f"{file} is not valid JSON ({error}). Resume from an earlier checkpoint, or use another --output_dir."
+        ) from None
     return found
 
 

@@ -42,7 +42,7 @@ from hrpo_thinking.families import NAMES
 from hrpo_thinking.parts import spelled
 from hrpo_thinking.request import check_room
 
-OF_TRL = set(GRPOConfig.__dataclass_fields__) - {"resume_from_checkpoint", "report_to"}  # which are said otherwise
+OF_TRL = set(GRPOConfig.__dataclass_fields__) - {"resume_from_checkpoint", "report_to"}  # whose flags differ
 REST = [name for name in OPTIONS if name not in SHARED]  # options of thinking that HRPOConfig has no field for
 DTYPES = ("float32", "bfloat16", "float16")
 _ALL = "--help_all"

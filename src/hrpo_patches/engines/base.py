@@ -65,16 +65,17 @@ class Engine(Protocol):
     """Completes prompts with one model. It samples from torch's global generator, or seeds itself from that."""
 
     def complete(self, prompts: list[list[int]], sampling: Sampling) -> Completions:
-        """Complete prompts, together.
+        """Complete prompts, together; returns one completion per prompt.
 
         Args:
-            prompts: token ids of each.
-            sampling: how; with `return_dict_in_generate` the completions have their thinking states.
+            prompts: token ids of each (`check_prompts`).
+            sampling: how. A completion has at most `max_new_tokens` tokens, of which the first `thoughts` are forced
+                and are not returned. With `return_dict_in_generate` the completions have their thinking states.
 
         Raises:
             InputError: a prompt is empty.
-            RuntimeError: the engine failed; the message holds `NOT_FINITE` where it sampled from logits that were not
-                finite (a greedy completion does not look).
+            RuntimeError: the engine failed; the message holds `NOT_FINITE` if it sampled from logits that were not
+                finite. A greedy completion is not checked.
         """
 
     def refresh_weights(self) -> None:

@@ -16,7 +16,7 @@ from hrpo_patches.engines.choice import ENGINES
 from hrpo_patches.models.backends import backend_of
 from hrpo_patches.tasks.prompts import Prompt, prompt_ids
 from hrpo_patches.thinking.controls import check_control, controlled
-from hrpo_thinking.errors import InputError
+from hrpo_thinking.errors import InputError, require
 
 if TYPE_CHECKING:
     from hrpo_patches.thinking.backbone import Model
@@ -80,13 +80,15 @@ def complete(
         decoding: how.
         first: the number of batches that are skipped.
         golds: the gold answer of each prompt, for the controls that ask for it.
-        engine: one that runs, with the model's weights; by default `decoding.engine` is started, and ended.
+        engine: one that is started and has the model's weights (`refresh_weights`), used in the place of
+            `decoding.engine`; by default that one is started, and ended.
 
     Yields:
         The numbers of a batch's prompts, and the ids of each completion, without forced thoughts, up to its end token.
 
     Raises:
-        InputError: before any work, if the control cannot be applied to each of the batches.
+        InputError: before any work, if the control cannot be applied to each of the batches; afterwards, if `engine`
+            did not apply it, or returned another number of completions than of prompts.
     """
     batches = batches_of(ids, decoding.batch_size)
     golds = golds if golds is not None else [""] * len(ids)
@@ -109,8 +111,12 @@ def complete(
             if decoding.temperature:
                 set_seed(decoding.seed + number)  # of this batch alone, so that a resumed evaluation samples the same
             own = [golds[i] for i in batch]
-            with nullcontext() if live else controlled(model, decoding.control, own):
+            with nullcontext([True]) if live else controlled(model, decoding.control, own) as applied:
                 completed = engine.complete([ids[i] for i in batch], sampling)
+            name, count = type(engine).__name__, len(completed.tokens)
+            text = f"{name} did not apply the control {decoding.control!r}: it does not run the model's forward."
+            require(bool(applied) or not decoding.thinking, text)
+            require(count == len(batch), f"{name} returned {count} completions for {len(batch)} prompts.")
             yield batch, completed.tokens  # without the control: whoever iterates may use the model
 
 
@@ -124,7 +130,7 @@ def completions(
 ) -> list[str]:
     """The model's completion of each prompt, without special tokens, in the prompts' order.
 
-    `title` is the bar's, None for no bar; the rest as for `complete`.
+    `prompts` are texts or conversations, and `title` is the bar's, None for no bar; the rest as for `complete`.
     """
     ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     texts = [""] * len(ids)

@@ -47,7 +47,7 @@ class Needs:
 
 @dataclass(frozen=True)
 class EngineKind:
-    """An engine that can be asked for by name: in `Decoding` and `choose_engine`; flags know those that come with us.
+    """An engine that `Decoding` and `choose_engine` know by name. The flags of commands list those of this package.
 
     Attributes:
         check: raises `InputError` for needs of a model that the engine cannot meet, or where it cannot run.
@@ -78,7 +78,7 @@ def _check_vllm(model: Model, needs: Needs) -> None:
     if needs.residual is not None:
         check_vllm(causal_lm(model).config.model_type)
     if needs.control != "live":
-        raise InputError("controls stand between a thought and its blend, which vLLM makes by itself.")
+        raise InputError("controls change the blend of a thought, which vLLM computes by itself; use generate.")
     device = needs.device if needs.device is not None else model.device  # where it will be, not where it is now
     if device.type == "cpu" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise InputError("vLLM beside several processes needs GPUs.")

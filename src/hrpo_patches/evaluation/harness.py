@@ -40,7 +40,9 @@ class ThinkingLM(HFLM):
         if peft is not None and (adapter_folder(peft) / THINKING_FILE).is_file():
             self._model = load_adapter(self.model, peft)
         elif peft is not None:
-            raise InputError(f"{peft} is not a thinking adapter; evaluate other adapters with --model hf.")
+            raise InputError(
+                f"{peft} has no {THINKING_FILE}: it is not a thinking adapter. Evaluate others with --model hf."
+            )
         if thinking and is_untrained(self.model):
             raise InputError("this model was never trained to think, so it would think at random; add thinking=False.")
         self.thinking = thinking

@@ -81,7 +81,7 @@ def think(
     """
     check_numbers(max_new_tokens, temperature, top, seed)
     rows = [prompt_ids(tokenizer, one) for one in ([prompt] if partner is None else [prompt, partner])]
-    require(all(rows), "the prompt is empty.")
+    require(all(rows), "the prompt and the partner's must each have a token; one of them is empty.")
     inputs = tokenizer.pad({"input_ids": rows}, padding_side="left", return_tensors="pt").to(model.device)
     set_seed(seed)
     sampling: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}

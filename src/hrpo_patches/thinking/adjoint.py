@@ -49,7 +49,7 @@ GROWS = (
     "gradient grows from thought to thought. Start from a larger residual_r_min, or set bptt to a small number of "
     "thoughts; with many thoughts, bptt='sequential' is exact and may be faster."
 )
-_ROUNDING = 4  # units in the last place of the states' dtype by which a state that stands still may move
+_ROUNDING = 4  # a state has converged if it moves by fewer units in the last place of its dtype
 
 
 def ready(

@@ -1,4 +1,4 @@
-"""Finds the part of a model that thinks, whatever is around it, and changes a thing for a while."""
+"""Finds the part of a model that thinks, whatever wraps it, and sets attributes temporarily."""
 
 from __future__ import annotations
 

@@ -51,8 +51,8 @@ def check_control(name: str, batches: Sequence[Sequence[Hashable]]) -> None:
 
 
 @contextmanager
-def controlled(model: Model, name: str, golds: Sequence[Hashable] = ()) -> Iterator[None]:
-    """Let `model` think under the control `name`.
+def controlled(model: Model, name: str, golds: Sequence[Hashable] = ()) -> Iterator[list[bool]]:
+    """Let `model` think under the control `name`; yields a list that is not empty once the control was applied.
 
     Args:
         model: a causal language model that thinks, also a PEFT one.
@@ -74,8 +74,14 @@ def controlled(model: Model, name: str, golds: Sequence[Hashable] = ()) -> Itera
         "mean": lambda residual, embeds, mask: (_mean(residual, mask), mask),
         "token": lambda residual, embeds, mask: (embeds.to(residual.dtype), mask),
     }
-    with temporarily(backbone, thinking_control=functions.get(name)):
-        yield
+    applied = [True] if name == "live" else []
+
+    def control(residual: Tensor, embeds: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        applied[:] = [True]
+        return functions[name](residual, embeds, mask)
+
+    with temporarily(backbone, thinking_control=None if name == "live" else control):
+        yield applied
 
 
 def _mean(residual: Tensor, mask: Tensor) -> Tensor:

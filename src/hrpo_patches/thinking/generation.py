@@ -19,7 +19,7 @@ else:
 
 
 def _with_stock_parameters(method: Callable[..., Any]) -> Callable[..., Any]:
-    """`method`, whose signature has the parameters of stock's method of its name, too."""
+    """`method`, with the parameters of the `GenerationMixin` method of the same name added to its signature."""
     stock, own = signature(getattr(GenerationMixin, method.__name__)), signature(method).parameters
     positional = [one for one in stock.parameters.values() if one.kind is not one.VAR_KEYWORD]
     added = [one for one in own.values() if one.kind is one.KEYWORD_ONLY]
@@ -32,7 +32,7 @@ class ThinkingGenerationMixin(_Base):
     """What a patched causal language model gains; it stands before `GenerationMixin`, whose methods it extends."""
 
     def adjust_generation_fn(self, *args: Any, **kwargs: Any) -> None:
-        """Called by `from_pretrained`: a model that declined to think leaves its file's wish to think, too."""
+        """Called by `from_pretrained`: with thinking=False, the generation config has no thinking options."""
         parent: Any = super()
         parent.adjust_generation_fn(*args, **kwargs)
         if getattr(self.base_model, "declines_thinking", False):
@@ -83,9 +83,9 @@ class ThinkingGenerationMixin(_Base):
             InputError: as `generate`, or this engine cannot think as the model does.
         """
         parent: Any = super()
-        # The engine is told the length by a word of its own, but forced thoughts must fit into it.
-        said = {"thinking": thinking, "thoughts": thoughts, "max_new_tokens": kwargs.get("max_new_tokens")}
-        if given := {name: value for name, value in said.items() if value is not None}:
+        # The engine takes the length as an argument of its own; forced thoughts must fit into it.
+        options = {"thinking": thinking, "thoughts": thoughts, "max_new_tokens": kwargs.get("max_new_tokens")}
+        if given := {name: value for name, value in options.items() if value is not None}:
             generation_config = copy.deepcopy(generation_config or self.generation_config)
             generation_config.update(**given)
         from hrpo_patches.thinking.continuous import thinking_batches

@@ -22,7 +22,7 @@ else:
 
 
 def check_modules_to_save(model: nn.Module, wanted: Sequence[str] | None) -> None:
-    """Called by PEFT before it makes an adapter's trained copies: it passes modules that a model lacks by.
+    """Called by PEFT before it makes an adapter's trained copies: PEFT skips modules that the model does not have.
 
     Raises:
         InputError: `wanted` names a thinking module, and the model has none.
@@ -39,7 +39,7 @@ def check_modules_to_save(model: nn.Module, wanted: Sequence[str] | None) -> Non
 class ThinkingMixin(Blend, _Base):
     """What a patched model family gains: the thinking modules, their life, and the inputs of a forward that thinks."""
 
-    declines_thinking = False  # whether thinking=False was said, which leaves a checkpoint's thinking weights out
+    declines_thinking = False  # loaded with thinking=False: thinking weights of a checkpoint are not loaded
 
     def add_thinking_modules(self, config: Any) -> None:
         """Called by a patched backbone's `__init__` before `post_init`; adds nothing unless `config.thinking` asks.

@@ -1,7 +1,7 @@
 """The thoughts of given tokens, decoded one by one; with a gradient, the exact one, by plain backpropagation.
 
 It is the oracle of the adjoint (`thinking/adjoint.py`) and needs no states of a rollout. Every thought waits for the
-one before, so that it costs as much as decoding does.
+one before, so that it costs as much as decoding does. The adjoint uses `advance`, too, for parts of its forward.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def refuse_dropout(backbone: ThinkingMixin, today: bool = True) -> None:
 
 
 def recomputed(function: Callable[..., Any], *args: Any) -> Any:
-    """`function(*args)`, of which a backward keeps the arguments and computes the rest again."""
+    """`function(*args)` with activation checkpointing: only its arguments are kept for the backward."""
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=False)

@@ -126,7 +126,7 @@ def like(value: Tensor, other: Tensor) -> Tensor:
 
 
 def give_back(model: nn.Module) -> None:
-    """Leave each process its shards alone; what it held whole might be of before a change."""
+    """Reshard all FSDP units: weights that were gathered may be outdated."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             gives_back = getattr(module, "_gives_back", False)

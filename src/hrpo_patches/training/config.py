@@ -240,7 +240,8 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
         )
         require(
             self.num_generations is None or self.num_generations >= 2,
-            f"num_generations must be at least 2, not {self.num_generations}: rewards are compared.",
+            f"num_generations (--group_size) must be at least 2, not {self.num_generations}: GRPO compares the "
+            f"rewards of a prompt's completions.",
         )
         super().__post_init__()  # TRL reads JSON, and derives num_generations and batch sizes
         for name in ("generation_kwargs", "model_init_kwargs", "chat_template_kwargs"):
@@ -255,8 +256,8 @@ class HRPOConfig(ThinkingArguments, GRPOConfig):
     def check_distribution(self) -> None:
         """Raise `InputError` for completions whose log-probabilities the loss would misread.
 
-        The loss divides logits by `temperature`, and knows nothing else. What narrows the distribution further is
-        TRL's to allow while the log-probabilities are the loss's own; vLLM's are of the narrowed one.
+        The loss divides logits by `temperature` and applies nothing else. TRL allows top-p and the like while the loss
+        computes the log-probabilities itself. vLLM's log-probabilities are those of the truncated distribution.
         """
         kwargs: dict[str, Any] = self.generation_kwargs or {}  # type: ignore[assignment]  # TRL has read it
         temperature = kwargs.get("temperature", self.temperature)

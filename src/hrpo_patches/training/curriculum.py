@@ -92,8 +92,8 @@ class Curriculum(TrainerCallback, ExportableState):
             until, per_step = shape = attributes.pop("shape")
             require(
                 shape == self.shape,
-                f"the checkpoint is of a run with until={until} and thoughts_per_step={per_step}, not "
-                f"{self.shape[0]} and {self.shape[1]}.",
+                f"the checkpoint was saved with until={until} and thoughts_per_step={per_step}, not "
+                f"{self.shape[0]} and {self.shape[1]}; resume with the same values.",
             )
             vars(self).update(attributes)
         self.on_stage(self.stage)

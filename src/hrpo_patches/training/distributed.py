@@ -152,7 +152,7 @@ def _whole_files(checkpoint: str | None) -> Iterator[None]:
     except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
         why = " ".join(str(error).split()) or type(error).__name__
         raise InputError(
-            f"{checkpoint} cannot be resumed from, a file is damaged or another run's ({why}); take an earlier one."
+            f"cannot resume from {checkpoint}: a file is damaged or belongs to another run ({why}). Use another."
         ) from error
 
 

@@ -197,7 +197,7 @@ def _loss(model: PeftModel, shapes: Shapes, living: _Living) -> int:
     residual = inner.config.thinking["residual"]
     rule = Bptt(depth, head=distribution_head(inner, residual, 1.0)) if depth else None
     thinking = ThinkingInputs(states, thinks, residual, rule)
-    with temporarily(adjoint, _number=lambda *_: 1.0):  # meta tensors have no norms: take all products
+    with temporarily(adjoint, _number=lambda *_: 1.0):  # meta tensors have no values: compute all terms
         with torch.autocast("cpu", inner.dtype, enabled=inner.dtype != torch.float32):
             logps, _ = forward_scores(model, inner, ids, torch.ones_like(ids), length, 1.0, thinking_inputs=thinking)
         logps.sum().backward()

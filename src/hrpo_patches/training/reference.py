@@ -68,7 +68,10 @@ class StartReference(TrainerCallback):
             self.weights[name] = like(weight, self.model.get_parameter(name).detach())
 
     def _read(self, file: Path) -> None:
-        text = f"{file} is missing: without it, the run's KL reference is not known; resume in its folder."
+        text = (
+            f"cannot resume with reference='start': {file} is missing. A run writes it to its output_dir when it "
+            f"starts; set output_dir to that folder."
+        )
         require(file.is_file(), text)
         weights = load_file(file)
         shapes = {name: weight.shape for name, weight in self.weights.items()}

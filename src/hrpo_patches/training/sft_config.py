@@ -20,6 +20,12 @@ ADVANCES = ("loss", "epoch", "once")
 DEFAULTS: dict[str, Any] = {"span": "thoughts", "r_min": 0.01, "r_max": 0.1}
 SCALE = {"residual_scale": "embedding"}  # of a projection
 
+UNSUPPORTED = {
+    "load_best_model_at_end": "losses of different stages cannot be compared",
+    "restore_callback_states_from_checkpoint": "the stage is restored from every checkpoint already",
+    "label_smoothing_factor": "the loss is plain cross-entropy",
+}
+
 
 def _option(default: object, help: str, **facts: object) -> Any:
     return field(default=default, metadata={"help": help} | facts)
@@ -87,9 +93,8 @@ class HRPOSFTConfig(ThinkingArguments, TrainingArguments):
         for name, values in {"advance": ADVANCES, "projection_start": (*STARTS, None)}.items():
             value = getattr(self, name)
             require(value in values, f"{name} must be one of {values}, not {value!r}.")
-        for name in ("load_best_model_at_end", "restore_callback_states_from_checkpoint", "label_smoothing_factor"):
-            why = "a checkpoint belongs to its stage, and the loss is plain"
-            require(not getattr(self, name), f"{name} is not supported: {why}.")
+        for name, why in UNSUPPORTED.items():
+            require(not getattr(self, name), f"{name}={getattr(self, name)} is not supported: {why}; remove it.")
         require(0 <= self.earlier < 1, f"earlier must be from 0 to below 1, not {self.earlier}.")
         text = f"advance_loss must be a number above 0, not {self.advance_loss}."
         require(0 < self.advance_loss < math.inf, text)

@@ -1,8 +1,9 @@
 """HRPOTrainer: GRPOTrainer whose rollouts think and whose loss replays them.
 
 It overrides only what differs from TRL: the constructor (which modules are trained, and that they stay float32), the
-generation of one turn (keeps the states), the scoring of a batch (carries them along), the log-probabilities (replays
-them), the optimizer (its groups), the order of the data and the save (two more files).
+generation of one turn (keeps the states), the generation (adds forced thoughts to the prompt), the scoring of a batch
+(adds the states), the loss and its log-probabilities (replay them), the optimizer (its groups), the order of the data
+and the save (two more files).
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from hrpo_patches.training.rewards import RewardFuncs, checked_rewards
 from hrpo_patches.training.shared import ThinkingTrainer
 from hrpo_patches.training.trl_classes import trl_class
 from hrpo_thinking.config import ThinkingConfig
-from hrpo_thinking.errors import NonFiniteError, require
+from hrpo_thinking.errors import InputError, NonFiniteError, require
 from hrpo_thinking.inputs import Bptt, Depth, ThinkingInputs
 from hrpo_thinking.request import check_room
 
@@ -109,7 +110,8 @@ class HRPOTrainer(ThinkingTrainer, GRPOTrainer):
     _tag_names = ["trl", "grpo", "hrpo"]  # noqa: RUF012 - TRL's own type
     _name, method = "HRPO", "GRPO with thinking rollouts"
     generation_config: Any  # TRL's `GenerationConfig`, with the fields that the patches add
-    _thinking: ThinkingInputs | None = None  # of the batch at hand
+    # What log-probabilities replay: a rollout's thoughts while TRL scores it, and a batch's in the loss.
+    _thinking: ThinkingInputs | None = None
     _rolled_out = 0  # the step whose weights made the rollout
 
     def __init__(
@@ -203,7 +205,8 @@ class HRPOTrainer(ThinkingTrainer, GRPOTrainer):
         """Sample a thinking completion for each prompt; returns token ids and log-probabilities."""
         completions = self._complete(prompt_ids, *args, **kwargs)
         thinking = completions.thinking
-        assert thinking is not None  # the sampling asks for it
+        if thinking is None or completions.ratio is None:
+            raise InputError("the engine returned no thinking states: its completions need `thinking` and `ratio`.")
         require(
             thinking.residual == self.args.residual,
             f"the rollout used the {thinking.residual} residual instead of {self.args.residual}: the model's forward "
@@ -296,8 +299,9 @@ class HRPOTrainer(ThinkingTrainer, GRPOTrainer):
             return super()._get_per_token_logps_and_entropies(
                 model, input_ids, attention_mask, logits_to_keep, batch_size, compute_entropy, **others
             )
-        text = "HRPOTrainer trains dense text models: images and router losses are not supported."
-        require(all(value is None or value is False for value in others.values()), text)
+        unsupported = [name for name, value in others.items() if value is not None and value is not False]
+        text = f"HRPOTrainer trains dense text models, without images or router losses; got {', '.join(unsupported)}."
+        require(not unsupported, text)
         if isinstance(model, StartReference):
             with model.in_place():
                 start = self._bptt(0, stale=True)  # the states are decoded again: these weights did not make them
