@@ -9,7 +9,7 @@ in the place of g. F is causal, so that J is nilpotent: λ = g + J g + J² g + .
 thoughts, and in practice much earlier. Each term is one vector-Jacobian product of the graph that the forward has
 built. Term k is the gradient that flows through k thoughts, so that k terms are BPTT truncated after k thoughts.
 
-`ready` runs before the layers and `credited` after them, in one forward. What makes a residual of a state
+`ready` runs before the layers and `credited` after them, in one call of the model. What makes a residual of a state
 (`Bptt.head`, for the embedding residual) stands between h and S, and takes its own part of the gradient.
 """
 
