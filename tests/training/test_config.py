@@ -150,7 +150,7 @@ def test_of_two_conflicts_the_same_one_is_reported_in_every_process(tmp_path):
     both = {"thinking": {"thoughts": 2, "filler": "~"}, "thoughts": 3, "filler": "!"}
     program = f"import hrpo_patches; hrpo_patches.HRPOConfig('{tmp_path}', use_cpu=True, bf16=False, **{both!r})"
     said = set()
-    for seed in ("0", "1", "2", "3"):
+    for seed in ("0", "1"):  # a set of the two names has another order in each
         environment = os.environ | {"PYTHONHASHSEED": seed}
         done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
         said.add(done.stderr.strip().splitlines()[-1])
