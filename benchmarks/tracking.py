@@ -154,6 +154,16 @@ def start(out: Path, args: argparse.Namespace, seed: int) -> Path:
     return model
 
 
+def check_start(out: Path, args: argparse.Namespace, seed: int) -> None:
+    """Stop unless the start writes its steps right: no arm can learn from a start that guesses them."""
+    (scores,) = scores_of(evaluated(out, args, seed, "written", args.moves))
+    if scores["mean"] < args.start_accuracy:
+        raise SystemExit(
+            f"seed {seed}: the start answers {scores['mean']:.2f} of problems with {args.moves} moves right when it "
+            f"writes the steps; expected {args.start_accuracy}. Raise --start_steps, and remove {out}/{seed}-*."
+        )
+
+
 def trained(out: Path, args: argparse.Namespace, seed: int, arm: str) -> Path:
     """The model of one arm."""
     model = start(out, args, seed)
@@ -177,6 +187,11 @@ def evaluated(out: Path, args: argparse.Namespace, seed: int, arm: str, moves: i
             "--thoughts", forced, "--max_new_tokens", room, "--batch_size", 50, "--out", file, *words,
         )  # fmt: skip
     return json.loads(file.read_text())
+
+
+def scores_of(results: dict) -> list[dict]:
+    """The scores of an evaluation, one per control."""
+    return [one["scores"] for one in results.get("variations", [results])]
 
 
 def table_of(found: dict[str, dict]) -> str:
@@ -224,7 +239,10 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--problems", type=int, default=20_000)
     parser.add_argument("--tested", type=int, default=200, help="problems of each read-out (default: 200)")
-    parser.add_argument("--start_steps", nargs="+", type=int, default=[100, 100, 150, 300])
+    parser.add_argument("--start_steps", nargs="+", type=int, default=[200, 200, 300, 600])
+    parser.add_argument(
+        "--start_accuracy", type=float, default=0.9, help="that the start must reach by writing (default: 0.9)"
+    )
     parser.add_argument("--start_lr", type=float, default=2e-4)
     parser.add_argument("--steps", type=int, default=2000, help="of an arm (default: 2000)")
     parser.add_argument("--lr", type=float, default=1e-4)
@@ -233,13 +251,15 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tests = args.test or sorted({max(1, args.moves // 4), max(1, args.moves // 2), args.moves})
+    for seed in args.seeds:
+        check_start(args.out, args, seed)
     found = {
         f"{seed} {arm} {moves}": evaluated(args.out, args, seed, arm, moves)
         for seed in args.seeds
         for arm in args.arms
         for moves in tests
     }
-    kept = {name: [one["scores"] for one in results.get("variations", [results])] for name, results in found.items()}
+    kept = {name: scores_of(results) for name, results in found.items()}
     (args.out / "tracking.json").write_text(json.dumps(kept, indent=1) + "\n")
     (args.out / "tracking.md").write_text(table_of(found))
     draw(args.out, args.seeds, args.arms, args.out / "tracking.png")

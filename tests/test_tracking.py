@@ -48,12 +48,14 @@ def test_arms_are_trained_from_one_start_read_out_drawn_and_not_run_twice(smollm
 
     monkeypatch.setattr("subprocess.run", forked)
     flags = "--layers 2 --moves 2 --start_steps 1 --steps 1 --batch 2 --problems 16 --tested 2 --advance once --test 2"
-    monkeypatch.setattr(
-        sys, "argv", ["tracking.py", str(out), *flags.split(), "--arms", "exact", "fillers", "written"]
-    )
+    words = ["tracking.py", str(out), *flags.split(), "--arms", "exact", "fillers", "written"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=r"of problems with 2 moves right .* expected 0.9. Raise --start_steps"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    monkeypatch.setattr(sys, "argv", [*words, "--start_accuracy", "0"])
     for _ in range(2):
         runpy.run_path(str(SCRIPT), run_name="__main__")
-    assert commands == ["sft", "sft", "eval", "sft", "eval", "eval"]
+    assert commands == ["sft", "eval", "sft", "eval", "sft", "eval"]
     assert (out / "tracking.png").stat().st_size > 1000
     found = json.loads((out / "tracking.json").read_text())
     assert [len(found[f"0 {arm} 2"]) for arm in ("exact", "fillers", "written")] == [6, 1, 1]
