@@ -1,7 +1,11 @@
 """vLLM's engine on a CPU, in this process, on tiny models; runs in an environment of its own (`make test-vllm`)."""
 
 import os
+import socket
 
+with socket.socket() as free:  # each worker its own: two that train at once must not meet at torch's default
+    free.bind(("127.0.0.1", 0))
+    os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 os.environ |= {
     "HF_HUB_OFFLINE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",

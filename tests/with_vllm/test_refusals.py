@@ -64,7 +64,7 @@ def test_requests_that_cannot_be_thought_are_refused_and_the_next_is_right(token
             ({"thoughts": 8}, "thoughts=8 must be smaller than the smaller of max_tokens .* context=8"),
             ({"thoughts": "two"}, "thoughts must be a whole number"),
             ({"thoughts": True}, "thoughts must be a whole number"),
-            ({"thinking": False, "thoughts": 3}, "without thinking need generate"),
+            ({"thinking": False, "thoughts": 3}, "only generate supports forced thoughts"),
             ({"thinking_key": ["one"]}, "thinking_key must be a text"),
         ):
             with pytest.raises(ValueError, match=says):

@@ -200,7 +200,7 @@ def test_plain_grpo_runs_in_the_same_engine_which_is_then_vllms_own(base, tmp_pa
         ({"vllm_mode": "server"}, "vllm_mode='server' cannot think"),
         ({"vllm_tensor_parallel_size": 2}, "vllm_tensor_parallel_size=2 cannot think"),
         ({"vllm_model_impl": "transformers"}, "cannot think"),
-        ({"residual": None, "thoughts": 2}, "need generate"),
+        ({"residual": None, "thoughts": 2}, "only generate supports"),
     ],
     ids=str,
 )
