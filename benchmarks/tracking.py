@@ -170,7 +170,14 @@ def trained(out: Path, args: argparse.Namespace, seed: int, arm: str) -> Path:
     if arm == "written":
         return model
     words = ("--until", args.moves, "--lr", args.lr, "--max_steps", args.steps, "--advance", args.advance)
-    rule = ("--advance_loss", args.advance_loss, "--advance_batches", 15)
+    rule = (
+        "--advance_loss",
+        args.advance_loss,
+        "--advance_batches",
+        15,
+        "--thoughts_per_step",
+        args.thoughts_per_step,
+    )
     return sft(out / f"{seed}-{arm}", model, task_of(f"1-{args.moves}"), args, seed, *words, *rule, *FLAGS[arm])
 
 
@@ -179,7 +186,7 @@ def evaluated(out: Path, args: argparse.Namespace, seed: int, arm: str, moves: i
     model, file = trained(out, args, seed, arm), out / f"{seed}-{arm}-{moves}.json"
     if not file.is_file():
         thinks = arm not in ("fillers", "written")
-        forced = 0 if arm == "written" else max(moves, args.moves)
+        forced = 0 if arm == "written" else args.thoughts_per_step * max(moves, args.moves)
         words = ("--control", "all") if thinks else ("--no-thinking",)
         room = forced + 10 + (TOKENS_A_STEP * moves if arm == "written" else 0)
         hrpo(
@@ -246,6 +253,9 @@ def main() -> None:
     parser.add_argument("--start_lr", type=float, default=2e-4)
     parser.add_argument("--steps", type=int, default=2000, help="of an arm (default: 2000)")
     parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument(
+        "--thoughts_per_step", type=int, default=1, help="thoughts in the place of a sentence (default: 1)"
+    )
     parser.add_argument("--advance", default="loss", help="when the next sentence is replaced (default: loss)")
     parser.add_argument("--advance_loss", type=float, default=0.06, help="chance is 0.18 (default: 0.06)")
     args = parser.parse_args()
