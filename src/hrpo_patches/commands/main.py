@@ -157,8 +157,8 @@ def no_room(error: Exception) -> str | None:
     """What the system says of a disk that is full, if that is what this error is about, safetensors' own too."""
     if isinstance(error, OSError) and error.errno in NO_ROOM:
         return error.strerror
-    said = isinstance(error, SafetensorError) and re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error))
-    return said[1] if said and int(said[2]) in NO_ROOM else None
+    found = isinstance(error, SafetensorError) and re.search(r"I/O error: (.*) \(os error (\d+)\)", str(error))
+    return found[1] if found and int(found[2]) in NO_ROOM else None
 
 
 def run() -> None:

@@ -47,7 +47,7 @@ class GenerateEngine:
             out = generate(input_ids=ids, attention_mask=seen, **words)
         own = slice(ids.shape[1] + forced, None)  # without the prompt and the forced thoughts
         if not (sampling.thinking and sampling.return_dict_in_generate):
-            # Without a record there is no mask of what was sampled; the end tokens tell.
+            # Without a record the mask of what was sampled is missing; the end tokens tell.
             tokens = out.sequences if sampling.return_dict_in_generate else out
             return Completions([_up_to_end(row, end_ids(sampling)) for row in tokens[:, own].tolist()])
         tokens, kept = out.sequences[:, own].cpu(), out.attention_mask[:, own].cpu().bool()

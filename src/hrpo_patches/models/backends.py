@@ -110,7 +110,7 @@ def choose_backend(name: str) -> tuple[str, str]:
 
     Raises:
         InputError: the backend is unknown, or unsloth was asked for and cannot be used.
-        PatchError: unsloth was asked for and there are no patches for the installed version.
+        PatchError: unsloth was asked for, and the patches do not fit the installed version.
     """
     if name not in BACKENDS:
         raise InputError(f"--backend must be auto, transformers or unsloth, not {name!r}.")

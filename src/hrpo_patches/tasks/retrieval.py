@@ -18,13 +18,13 @@ class Retriever:
     """BM25 (bm25s) over documents; without English stop words.
 
     Raises:
-        InputError: bm25s is not installed, or there are no documents.
+        InputError: bm25s is not installed, or `documents` is empty.
     """
 
     def __init__(self, documents: list[str]) -> None:
         require_package("bm25s", "retrieval")
         if not documents:
-            raise InputError("there are no documents to search.")
+            raise InputError("the corpus must hold at least one document.")
         import bm25s
 
         self.documents = documents

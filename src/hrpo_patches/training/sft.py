@@ -84,7 +84,7 @@ class HRPOSFTTrainer(ThinkingTrainer):
             raise InputError(f"HRPOSFTTrainer needs args=HRPOSFTConfig(...), not {type(args).__name__}.")
         if isinstance(model, str) or processing_class is None:
             raise InputError("HRPOSFTTrainer needs a loaded model, and its tokenizer as processing_class.")
-        require(train_dataset, "there are no lessons to train on.")
+        require(train_dataset, "train_dataset must have at least one lesson.")
         self.lessons = {"train": list(train_dataset), "eval": list(eval_dataset or ())}
         self.tokenizer, self._accuracies = processing_class, accuracies
         peft_config = with_thinking_modules(model, peft_config, args) if args.residual is not None else peft_config

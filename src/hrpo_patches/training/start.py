@@ -97,7 +97,7 @@ def fit_projection(model: Model, texts: Sequence[tuple[list[int], Sequence[Place
         What is left over: the squared error over the squared deviation of the embeddings from their mean, 0 to 1.
 
     Raises:
-        InputError: the projection is not a single linear layer, or there are no places.
+        InputError: the projection is not a single linear layer, or no text has a place.
     """
     module: Any = thinking_backbone(model).thinking_projection
     copied = isinstance(module, ModulesToSaveWrapper)
