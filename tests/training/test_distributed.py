@@ -299,14 +299,12 @@ def test_zero_3_decodes_for_the_exact_gradient_and_says_so(bptt, caplog):
 
 
 OTHERS = ("many-thoughts", "many-thoughts-lora", "truncated-of-distributions-lora")
-QUARTERS = ("lora-projection-0", "lora-embedding-exact", "full-projection-exact", "full-embedding-0")
 ALSO = ("tied", "in-pieces", "in-pieces-lora", *OTHERS)
 BIG = {"learning_rate": 1e-2, "lr_thinking_projection": 1e-1, "lr_residual_gate": 1.0, "lr_residual_Lambda": 1.0}
 TRUNCATED = "truncated-of-distributions-lora"  # which ZeRO-3 refuses
 STEPPED = [
     one | {"options": one["options"] | BIG | {"max_steps": 1}}  # steps that are large beside a weight's last digit
-    for one in CASES
-    if one["name"] in (*QUARTERS, *ALSO)
+    for one in [*MATRIX, *(one for one in FURTHER if one["name"] in ALSO)]
 ]
 
 
