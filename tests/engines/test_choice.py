@@ -74,3 +74,6 @@ def test_a_trainer_takes_its_rollouts_from_the_engine_that_it_is_given(tmp_path,
     assert tokens == [[1, 2, 3], [4, 5]] and logprobs is None
     assert trainer._thinking.mask.tolist() == [[True, True, True], [True, True, False]]
     assert not trainer._thinking.states.any()
+    monkeypatch.setattr(Echo, "complete", lambda self, prompts, sampling: Completions(prompts))
+    with pytest.raises(InputError, match="the engine returned no thinking states"):
+        trainer._think([[1, 2, 3]])
