@@ -169,16 +169,12 @@ def trained(out: Path, args: argparse.Namespace, seed: int, arm: str) -> Path:
     model = start(out, args, seed)
     if arm == "written":
         return model
-    words = ("--until", args.moves, "--lr", args.lr, "--max_steps", args.steps, "--advance", args.advance)
-    rule = (
-        "--advance_loss",
-        args.advance_loss,
-        "--advance_batches",
-        15,
-        "--thoughts_per_step",
-        args.thoughts_per_step,
-    )
-    return sft(out / f"{seed}-{arm}", model, task_of(f"1-{args.moves}"), args, seed, *words, *rule, *FLAGS[arm])
+    words = (
+        "--until", args.moves, "--lr", args.lr, "--max_steps", args.steps, "--advance", args.advance,
+        "--advance_loss", args.advance_loss, "--advance_batches", 15, "--thoughts_per_step", args.thoughts_per_step,
+        *FLAGS[arm],
+    )  # fmt: skip
+    return sft(out / f"{seed}-{arm}", model, task_of(f"1-{args.moves}"), args, seed, *words)
 
 
 def evaluated(out: Path, args: argparse.Namespace, seed: int, arm: str, moves: int) -> dict:
@@ -257,7 +253,7 @@ def main() -> None:
         "--thoughts_per_step", type=int, default=1, help="thoughts in the place of a sentence (default: 1)"
     )
     parser.add_argument("--advance", default="loss", help="when the next sentence is replaced (default: loss)")
-    parser.add_argument("--advance_loss", type=float, default=0.06, help="chance is 0.18 (default: 0.06)")
+    parser.add_argument("--advance_loss", type=float, default=0.06, help="a guess is 0.15 (default: 0.06)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     tests = args.test or sorted({max(1, args.moves // 4), max(1, args.moves // 2), args.moves})

@@ -189,7 +189,7 @@ def _is_strangers(value: object) -> bool:
 
 
 def record_of(thinking: ThinkingConfig, held: object = None) -> dict[str, Any]:
-    """What `config.thinking` holds for `thinking`; unknown options are taken from `held`, the record before."""
+    """What `config.thinking` holds for `thinking`; the fields of `RECORD` are taken from `held`."""
     before = held if isinstance(held, dict) else {}
     return asdict(thinking) | {name: before.get(name, value) for name, value in RECORD.items()}
 
